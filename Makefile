@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUTPUT ?= outputs/digits
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-all check format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+env: $(VENV)/.installed ## Create the environment in .venv
+
+demo: env ## Run BiSSL on the embedded digits (about 4 minutes on 2 cores)
+	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/bissl.py \
+		--config recipes/configs/digits.yaml --output_dir $(DEMO_OUTPUT) $(ARGS)
+
+test: env ## Run the tests (no network, no GPU)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: env ## Run the tests, the slow ones included
+	$(BIN)/python -m pytest -m 'not gpu and not network' $(ARGS)
+
+check: env ## Lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and the caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,51 @@
+"""Bilevel self-supervised learning (BiSSL, arXiv 2410.02387) on top of Hugging Face transformers.
+
+Public names are imported on first use, so that `import bissl_hf` stays cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "BiSSLConfig": "bissl_hf.models.configuration_bissl",
+    "BiSSLModel": "bissl_hf.models.modeling_bissl",
+    "BiSSLTrainer": "bissl_hf.trainer.bissl_trainer",
+    "BiSSLTrainingArguments": "bissl_hf.trainer.training_args",
+    "SimCLRConfig": "bissl_hf.models.configuration_simclr",
+    "SimCLRForPreTraining": "bissl_hf.models.modeling_simclr",
+    "TwoViewTransform": "bissl_hf.data.augment",
+    "load_image_dataset": "bissl_hf.data.sources",
+}
+
+__all__ = [
+    "BiSSLConfig",
+    "BiSSLModel",
+    "BiSSLTrainer",
+    "BiSSLTrainingArguments",
+    "SimCLRConfig",
+    "SimCLRForPreTraining",
+    "TwoViewTransform",
+    "load_image_dataset",
+]
+
+if TYPE_CHECKING:
+    from .data.augment import TwoViewTransform
+    from .data.sources import load_image_dataset
+    from .models.configuration_bissl import BiSSLConfig
+    from .models.configuration_simclr import SimCLRConfig
+    from .models.modeling_bissl import BiSSLModel
+    from .models.modeling_simclr import SimCLRForPreTraining
+    from .trainer.bissl_trainer import BiSSLTrainer
+    from .trainer.training_args import BiSSLTrainingArguments
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'bissl_hf' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

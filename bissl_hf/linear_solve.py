@@ -1,0 +1,193 @@
+"""Conjugate gradient for symmetric systems given by a product. Numerics only: nothing here knows a model.
+
+Vectors are tuples of tensors. The scalars of the iteration stay on the device: nothing is read back unless a tolerance
+asks for it, so that a fixed number of iterations costs no synchronisation of host and device.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from .tensors import Vector, block_dots, check_same_structure, norm, subtract
+
+MatVec = Callable[[Vector], Vector]
+
+
+class SolveStatus(StrEnum):
+    """How a linear solve ended."""
+
+    CONVERGED = "converged"
+    ITERATION_LIMIT = "iteration_limit"
+    NEGATIVE_CURVATURE = "negative_curvature"
+    NON_FINITE = "non_finite"
+
+
+_STATUSES = tuple(SolveStatus)
+_CONVERGED, _ITERATION_LIMIT, _NEGATIVE_CURVATURE, _NON_FINITE = range(4)
+
+
+@dataclass(frozen=True)
+class SolveInfo:
+    """What a linear solve did. The numbers stay on the device until one of them is read.
+
+    Args:
+        iterations_tensor (`torch.Tensor`): number of accepted iterations, shape `()`.
+        residual_tensor (`torch.Tensor`): `||rhs - A x|| / ||rhs||`, shape `()`; NaN where it was not measured.
+        status_tensor (`torch.Tensor`): position in [`SolveStatus`], shape `()`.
+    """
+
+    iterations_tensor: Tensor
+    residual_tensor: Tensor
+    status_tensor: Tensor
+
+    @property
+    def iterations(self) -> int:
+        """Number of accepted iterations."""
+        return int(self.iterations_tensor)
+
+    @property
+    def residual(self) -> float:
+        """Relative residual `||rhs - A x|| / ||rhs||`."""
+        return float(self.residual_tensor)
+
+    @property
+    def status(self) -> SolveStatus:
+        """Why the solve stopped."""
+        return _STATUSES[int(self.status_tensor)]
+
+
+def conjugate_gradient(
+    matvec: MatVec,
+    rhs: Sequence[Tensor],
+    *,
+    max_iterations: int,
+    tolerance: float = 0.0,
+    blockwise: bool = False,
+) -> tuple[Vector, SolveInfo]:
+    """Solves `A x = rhs` for a symmetric `A` by conjugate gradient, starting from zero (Hestenes and Stiefel, 1952).
+
+    On a breakdown the last sound iterate is returned and the status says what happened: a direction of negative (or
+    zero) curvature, or a number that is not finite.
+
+    Args:
+        matvec (`Callable`): gives `A v` for a vector `v` of the structure of `rhs`.
+        rhs (`Sequence[torch.Tensor]`): right-hand side.
+        max_iterations (`int`): largest number of iterations, each of which takes one product.
+        tolerance (`float`, *optional*, defaults to 0.0): stop once `||rhs - A x|| <= tolerance * ||rhs||`, with the
+            residual of the recursion. A positive value reads one number per iteration from the device.
+        blockwise (`bool`, *optional*, defaults to `False`): the variant of the BiSSL authors' published code, with step
+            lengths of their own for each tensor. It is not conjugate gradient where `A` couples the tensors and its
+            residual may grow. It always takes `max_iterations` steps, stops on non-finite numbers only, and spends
+            one more product to report its true residual.
+
+    Returns:
+        `tuple[tuple[torch.Tensor, ...], SolveInfo]`: the solution and an account of the solve.
+
+    Raises:
+        `ValueError`: if `rhs` is empty, `max_iterations` is below 1 or `tolerance` is negative.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from bissl_hf.linear_solve import conjugate_gradient
+    >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    >>> solution, info = conjugate_gradient(lambda v: (matrix @ v[0],), (torch.tensor([1.0, 2.0]),), max_iterations=2)
+    >>> solution[0], info.iterations
+    (tensor([0.2000, 0.6000]), 2)
+    ```
+    """
+    rhs = tuple(rhs)
+    _check_arguments(rhs, max_iterations, tolerance)
+    if blockwise and tolerance > 0:
+        warnings.warn(
+            f"tolerance={tolerance} is ignored by the blockwise variant: the residual of its recursion is not that of "
+            "the system. Use plain conjugate gradient for a stopping rule.",
+            stacklevel=2,
+        )
+        tolerance = 0.0
+    solution, info = _iterate(matvec, rhs, max_iterations, tolerance, blockwise)
+    if blockwise:
+        residual = norm(subtract(rhs, matvec(solution))) / norm(rhs)
+        info = SolveInfo(info.iterations_tensor, residual, info.status_tensor)
+    return solution, info
+
+
+def _check_arguments(rhs: Vector, max_iterations: int, tolerance: float) -> None:
+    if not rhs:
+        raise ValueError("rhs is empty; a right-hand side of at least one tensor is needed.")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations}; it must be at least 1.")
+    if not 0 <= tolerance < float("inf"):
+        raise ValueError(f"tolerance is {tolerance}; it must be a finite number of at least 0.")
+
+
+def _iterate(
+    matvec: MatVec, rhs: Vector, max_iterations: int, tolerance: float, blockwise: bool
+) -> tuple[Vector, SolveInfo]:
+    """The recursion. A scalar of the method is a tensor with one entry per tensor of the vector: equal entries in plain
+    conjugate gradient, an entry of its own for each tensor in the blockwise variant."""
+
+    def products(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+        dots = block_dots(x, y)
+        return dots if blockwise else dots.sum().expand_as(dots)
+
+    def relative_residual(squares: Tensor) -> Tensor:
+        return (squares.sum() / start.sum()).sqrt()
+
+    # Whether to look at the device's numbers inside the loop: free on a CPU, a synchronisation elsewhere.
+    may_stop_early = tolerance > 0 or rhs[0].device.type == "cpu"
+
+    scale = _largest_entry(rhs)
+    solution = tuple(torch.zeros_like(tensor) for tensor in rhs)
+    residual = direction = tuple(tensor / scale for tensor in rhs)
+    start = squares = products(residual, residual)
+    status = torch.where(torch.isfinite(squares).all(), _ITERATION_LIMIT, _NON_FINITE)
+    status = torch.where((squares == 0).all(), _CONVERGED, status)
+    iterations = torch.zeros_like(status)
+
+    for _ in range(max_iterations):
+        if may_stop_early and int(status) != _ITERATION_LIMIT:
+            break
+        image = matvec(direction)
+        check_same_structure(image, rhs, names=("the product", "rhs"))
+        curvature = products(direction, image)
+        # A block whose residual is zero is solved: its step is 0, not 0 / 0.
+        step = torch.where(squares == 0, 0.0, squares / curvature)
+        new_solution = tuple(x + a * p for x, a, p in zip(solution, step, direction, strict=True))
+        new_residual = tuple(r - a * q for r, a, q in zip(residual, step, image, strict=True))
+        new_squares = products(new_residual, new_residual)
+
+        finite = torch.isfinite(curvature).all() & torch.isfinite(step).all() & torch.isfinite(new_squares).all()
+        found = torch.where(finite, _ITERATION_LIMIT, _NON_FINITE)
+        if not blockwise:
+            found = torch.where(torch.isfinite(curvature[0]) & (curvature[0] <= 0), _NEGATIVE_CURVATURE, found)
+        running = status == _ITERATION_LIMIT
+        status = torch.where(running, found, status)
+        accepted = status == _ITERATION_LIMIT
+
+        ratio = torch.where(squares == 0, 0.0, new_squares / squares)
+        solution = tuple(torch.where(accepted, new, old) for new, old in zip(new_solution, solution, strict=True))
+        residual = tuple(torch.where(accepted, new, old) for new, old in zip(new_residual, residual, strict=True))
+        direction = tuple(
+            torch.where(accepted, r + b * p, p) for r, b, p in zip(residual, ratio, direction, strict=True)
+        )
+        squares = torch.where(accepted, new_squares, squares)
+        iterations = iterations + accepted
+        done = accepted & (squares.sum() == 0 if tolerance == 0 else relative_residual(squares) <= tolerance)
+        status = torch.where(done, _CONVERGED, status)
+
+    solution = tuple(scale * tensor for tensor in solution)
+    residual_size = torch.where(start.sum() == 0, 0.0, relative_residual(squares))
+    return solution, SolveInfo(iterations, residual_size, status)
+
+
+def _largest_entry(vector: Vector) -> Tensor:
+    """Returns the largest absolute entry, or 1 for the zero vector. Dividing by it keeps squares of tiny or huge
+    right-hand sides from vanishing or overflowing."""
+    largest = torch.stack([tensor.abs().max() for tensor in vector]).max()
+    return torch.where(largest == 0, 1.0, largest)

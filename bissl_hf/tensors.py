@@ -1,0 +1,61 @@
+"""Arithmetic on vectors that are tuples of tensors, one tensor per parameter, in parameter order."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Vector = tuple[Tensor, ...]
+
+
+def check_same_structure(first: Sequence[Tensor], second: Sequence[Tensor], *, names: tuple[str, str]) -> None:
+    """Raises a `ValueError` unless both vectors have the same number of tensors with the same shapes."""
+    if len(first) != len(second):
+        raise ValueError(f"{names[0]} has {len(first)} tensors and {names[1]} has {len(second)}; they must agree.")
+    for index, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a.shape != b.shape:
+            raise ValueError(
+                f"Tensor {index} has shape {tuple(a.shape)} in {names[0]} and {tuple(b.shape)} in {names[1]}; "
+                "they must agree."
+            )
+
+
+def add_scaled(x: Sequence[Tensor], y: Sequence[Tensor], scale: float) -> Vector:
+    """Returns `x + scale * y`."""
+    return tuple(torch._foreach_add(list(x), list(y), alpha=scale))
+
+
+def subtract(x: Sequence[Tensor], y: Sequence[Tensor]) -> Vector:
+    """Returns `x - y`."""
+    return tuple(torch._foreach_sub(list(x), list(y)))
+
+
+def block_dots(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """Returns the inner product of each pair of tensors, shape `(number of tensors,)`."""
+    return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(x, y, strict=True)])
+
+
+def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """Returns the inner product of two vectors, a tensor of shape `()`."""
+    return block_dots(x, y).sum()
+
+
+def norm(x: Sequence[Tensor]) -> Tensor:
+    """Returns the Euclidean norm of a vector, a tensor of shape `()`.
+
+    Taken from the norms of its tensors, so that squares neither overflow nor vanish.
+    """
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(x))))
+
+
+def cosine(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """Returns the cosine of the angle between two vectors, a tensor of shape `()`; NaN where one of them is zero."""
+    return dot(x, y) / (norm(x) * norm(y))
+
+
+def fill_missing(tensors: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:
+    """Replaces each `None` by zeros of the shape of its neighbour in `like`."""
+    return tuple(
+        torch.zeros_like(reference) if tensor is None else tensor
+        for tensor, reference in zip(tensors, like, strict=True)
+    )

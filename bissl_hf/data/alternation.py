@@ -60,9 +60,14 @@ def keyed_random_state(key: Sequence[int]) -> Iterator[None]:
     """
     words = np.random.SeedSequence(list(key)).generate_state(4)
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    # Only the device in use: forking the states of all devices would make each of them allocate.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+        with torch.random.fork_rng(devices=devices):
+            torch_seed = int(words[0]) << 32 | int(words[1])
+            torch.default_generator.manual_seed(torch_seed)
+            if devices:
+                torch.cuda.manual_seed(torch_seed)
             np.random.seed(words[2])
             random.seed(int(words[3]))
             yield

@@ -1,0 +1,85 @@
+"""Exchange between processes: a gather that can be differentiated twice, and one flat average."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _GatherRows(torch.autograd.Function):
+    """Concatenates the rows of all processes. A row is used by every process, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _SumOwnRows.apply(gradient)
+
+
+class _SumOwnRows(torch.autograd.Function):
+    """Sums a tensor over processes and keeps the rows of this one: the transpose of [`_GatherRows`]."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        # gloo has no reduce-scatter for every version of torch in range; the sum is the same.
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(world_size())[rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _GatherRows.apply(gradient)
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Concatenates the rows of all processes, in the order of their ranks. Differentiable twice: the derivatives are those
+    of the sum over processes of whatever each of them computes from the result.
+
+    Args:
+        tensor (`torch.Tensor`): shape `(rows, ...)`, the same on each process.
+
+    Returns:
+        `torch.Tensor`: shape `(processes * rows, ...)`; the tensor itself for one process.
+    """
+    return tensor if world_size() == 1 else _GatherRows.apply(tensor)
+
+
+def average_flat(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Averages tensors over processes in one all-reduce.
+
+    Args:
+        tensors (`Sequence[torch.Tensor]`): tensors of one dtype, of the same shapes on each process.
+
+    Returns:
+        `tuple[torch.Tensor, ...]`: the averages; the tensors themselves for one process.
+
+    Raises:
+        `ValueError`: if dtypes are mixed.
+    """
+    tensors = tuple(tensors)
+    if world_size() == 1 or not tensors:
+        return tensors
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        raise ValueError(f"The tensors have dtypes {sorted(map(str, dtypes))}; one flat all-reduce takes a single dtype.")
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))

@@ -1,0 +1,1 @@
+"""Metrics, features and figures."""

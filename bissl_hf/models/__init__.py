@@ -1,0 +1,1 @@
+"""Pretext models, and the model that holds both levels."""

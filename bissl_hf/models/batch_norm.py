@@ -1,0 +1,54 @@
+"""Batch-norm statistics estimated anew."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batch_norm_modules(model: nn.Module) -> list[_BatchNorm]:
+    """Returns the batch-norm layers that keep running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model has batch-norm layers that keep running statistics."""
+    return bool(batch_norm_modules(model))
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
+    """Replaces the running statistics of a model by their cumulative average over batches. Labels are not used, dropout is
+    off, and the modes and momenta of all layers are as before when it returns.
+
+    Args:
+        model (`torch.nn.Module`): changed in place.
+        batches (`Iterable[dict]`): inputs of `model`, on its device; of equal size if each is to count alike.
+
+    Raises:
+        `ValueError`: if there is no batch.
+    """
+    layers = batch_norm_modules(model)
+    if not layers:
+        return
+    modes = {module: module.training for module in model.modules()}
+    momenta = {layer: layer.momentum for layer in layers}
+    seen = 0
+    try:
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # a cumulative average
+            layer.train()
+        for batch in batches:
+            model(**{name: value for name, value in batch.items() if name not in ("labels", "label", "label_ids")})
+            seen += 1
+    finally:
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    if not seen:
+        raise ValueError("There is no batch to estimate batch-norm statistics from; pass at least one.")

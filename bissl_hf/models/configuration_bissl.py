@@ -1,0 +1,48 @@
+"""Configuration of the model that holds both levels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from .configuration_simclr import as_config
+
+
+class BiSSLConfig(PretrainedConfig):
+    """Configuration of [`BiSSLModel`].
+
+    Args:
+        lower_config, upper_config (`PretrainedConfig` or `dict`): of the pretext and the downstream model.
+        lower_class, upper_class (`str`): their class names, looked up in `transformers` and `bissl_hf` only.
+        unshared_parameters (`Sequence[str]`, *optional*, defaults to `("pooler.",)`): patterns of parameters of the base
+            models that need not be common to both.
+    """
+
+    model_type = "bissl"
+    sub_configs = {"lower_config": AutoConfig, "upper_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    lower_config: Any = None
+    upper_config: Any = None
+    lower_class: str | None = None
+    upper_class: str | None = None
+    unshared_parameters: Any = ("pooler.",)
+
+    def __init__(
+        self,
+        lower_config: PretrainedConfig | dict[str, Any] | None = None,
+        upper_config: PretrainedConfig | dict[str, Any] | None = None,
+        lower_class: str | None = None,
+        upper_class: str | None = None,
+        unshared_parameters: Sequence[str] = ("pooler.",),
+        **kwargs: Any,
+    ) -> None:
+        self.lower_config = as_config(lower_config) if lower_config is not None else None
+        self.upper_config = as_config(upper_config) if upper_config is not None else None
+        self.lower_class = lower_class
+        self.upper_class = upper_class
+        self.unshared_parameters = list(unshared_parameters)
+        super().__init__(**kwargs)
+
+
+AutoConfig.register("bissl", BiSSLConfig)

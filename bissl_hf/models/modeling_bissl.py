@@ -1,0 +1,302 @@
+"""The model that holds both levels: a pretext and a downstream model with a backbone each."""
+
+import copy
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from .batch_norm import has_batch_norm, recalibrate_batch_norm
+from .configuration_bissl import BiSSLConfig
+
+LEVELS = ("lower", "upper", "aligned")
+
+
+class BiSSLModel(PreTrainedModel):
+    """Two complete models side by side. `lower` is the pretext model (theta_P, phi_P), `upper` the downstream model
+    (theta_D, phi_D).
+
+    The backbone theta is what their base models have in common: the parameters of the same name and shape that are
+    trainable in both. Heads are everything else that is trainable; a head's tensor that is tied to the backbone belongs to
+    the backbone. Build one with [`BiSSLModel.from_models`].
+
+    Args:
+        config ([`BiSSLConfig`])
+
+    Raises:
+        `ValueError`: if the two models share no backbone, or differ in parameters that are not declared as unshared.
+    """
+
+    config_class = BiSSLConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: BiSSLConfig) -> None:
+        super().__init__(config)
+        self.lower: PreTrainedModel = resolve_class(config.lower_class)(config.lower_config)
+        self.upper: PreTrainedModel = resolve_class(config.upper_class)(config.upper_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Both models initialise their own layers."""
+
+    @classmethod
+    def from_models(
+        cls,
+        lower: PreTrainedModel,
+        upper: PreTrainedModel,
+        *,
+        unshared_parameters: Sequence[str] = ("pooler.",),
+    ) -> "BiSSLModel":
+        """Joins a pretext and a downstream model; theta_D starts from theta_P. Frozen parameters and buffers that both base
+        models have are copied to the upper one too. The weights are copied: neither argument is changed.
+
+        Args:
+            lower (`PreTrainedModel`): pretext model; `lower(**inputs).loss` is L_P.
+            upper (`PreTrainedModel`): downstream model; `upper(**inputs).loss` is L_D.
+            unshared_parameters (`Sequence[str]`, *optional*, defaults to `("pooler.",)`): patterns (a prefix or a shell
+                pattern) of names below the base models of parameters that only one of them has or trains.
+
+        Raises:
+            `TypeError`: if an argument is not a `PreTrainedModel`.
+            `ValueError`: see above.
+        """
+        for name, model in (("lower", lower), ("upper", upper)):
+            if not isinstance(model, PreTrainedModel):
+                raise TypeError(f"{name} is a {type(model).__name__}; it must be a transformers PreTrainedModel.")
+        shared = find_shared_parameters(lower, upper, unshared_parameters)
+        config = BiSSLConfig(
+            lower_config=copy.deepcopy(lower.config),
+            upper_config=copy.deepcopy(upper.config),
+            lower_class=type(lower).__name__,
+            upper_class=type(upper).__name__,
+            unshared_parameters=unshared_parameters,
+        )
+        for name in (config.lower_class, config.upper_class):
+            resolve_class(name)
+        model = cls(config)
+        for level, source in (("lower", lower), ("upper", upper)):
+            own = getattr(model, level)
+            own.load_state_dict(source.state_dict())
+            own.to(dtype=source.dtype)
+            for target, parameter in zip(own.parameters(), source.parameters(), strict=True):
+                target.data = parameter.detach().clone()
+                target.requires_grad_(parameter.requires_grad)
+        model._copy_backbone(model.lower.base_model, model.upper.base_model, shared)
+        return model
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy_backbone(source: nn.Module, target: nn.Module, shared: Sequence[str]) -> None:
+        """Copies shared and common frozen parameters, and common buffers."""
+        targets = dict(target.named_parameters())
+        for name, parameter in source.named_parameters():
+            other = targets.get(name)
+            if other is None or other.shape != parameter.shape:
+                continue
+            if name in shared or not (parameter.requires_grad or other.requires_grad):
+                other.copy_(parameter)
+        buffers = dict(target.named_buffers())
+        for name, buffer in source.named_buffers():
+            if name in buffers and buffers[name].shape == buffer.shape:
+                buffers[name].copy_(buffer)
+
+    # What belongs to whom
+
+    @property
+    def shared_parameter_names(self) -> tuple[str, ...]:
+        """Names of the backbone's parameters below the base models, in their order."""
+        return find_shared_parameters(self.lower, self.upper, self.config.unshared_parameters)
+
+    def _shared_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
+        parameters = dict(getattr(self, level).base_model.named_parameters())
+        return tuple(parameters[name] for name in self.shared_parameter_names)
+
+    def lower_shared_parameters(self) -> tuple[nn.Parameter, ...]:
+        """theta_P, in the order of `shared_parameter_names`."""
+        return self._shared_parameters("lower")
+
+    def upper_shared_parameters(self) -> tuple[nn.Parameter, ...]:
+        """theta_D, in the order of `shared_parameter_names`."""
+        return self._shared_parameters("upper")
+
+    def _head_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
+        backbone = {id(parameter) for parameter in self._shared_parameters(level)}
+        return tuple(p for p in getattr(self, level).parameters() if p.requires_grad and id(p) not in backbone)
+
+    def lower_head_parameters(self) -> tuple[nn.Parameter, ...]:
+        """phi_P: what the lower model trains beside theta_P."""
+        return self._head_parameters("lower")
+
+    def upper_head_parameters(self) -> tuple[nn.Parameter, ...]:
+        """phi_D: what the upper model trains beside theta_D."""
+        return self._head_parameters("upper")
+
+    # Forward passes
+
+    def forward(self, level: str = "aligned", **inputs: Any) -> Any:
+        """Runs one of the models on its inputs, given as keywords.
+
+        Args:
+            level (`str`, *optional*, defaults to `"aligned"`): `"lower"`, `"upper"`, or `"aligned"`, the upper model with
+                theta_P in the place of theta_D. The first two move their running statistics in train mode, the last
+                works on copies of the lower model's.
+
+        Raises:
+            `ValueError`: for another level.
+        """
+        if level not in LEVELS:
+            raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}.")
+        return self.pure("aligned")(**inputs) if level == "aligned" else getattr(self, level)(**inputs)
+
+    def pure(self, level: str) -> Callable[..., Any]:
+        """Returns a level's forward pass without side effects: buffers (running statistics) are copied for each call.
+        Gradients reach the parameters themselves: theta_P and phi_D for `"aligned"`."""
+        return partial(self._call_with_copies, level)
+
+    def _call_with_copies(self, level: str, **inputs: Any) -> Any:
+        model = self.lower if level == "lower" else self.upper
+        tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        if level == "aligned":
+            prefix = base_prefix(self.upper)
+            source = self.lower.base_model
+            parameters, buffers = dict(source.named_parameters()), dict(source.named_buffers())
+            tensors |= {prefix + name: parameters[name] for name in self.shared_parameter_names}
+            tensors |= {
+                prefix + name: buffer.clone()
+                for name, buffer in buffers.items()
+                if (other := tensors.get(prefix + name)) is not None and other.shape == buffer.shape
+            }
+        return functional_call(model, tensors, kwargs=inputs)
+
+    # What users take away
+
+    def aligned_model(self) -> PreTrainedModel:
+        """Returns the aligned model, theta_P with phi_D, as a native copy of the upper model's class."""
+        model = copy.deepcopy(self.upper)
+        self._copy_backbone(self.lower.base_model, model.base_model, self.shared_parameter_names)
+        return model
+
+    def export(
+        self,
+        directory: str | Path,
+        *,
+        processing_class: Any = None,
+        recalibrate_on: Iterable[dict[str, Any]] | None = None,
+    ) -> PreTrainedModel:
+        """Writes the aligned model as a checkpoint of the upper model's class, which needs this package no more. Files are
+        written aside first, so that a failure leaves what lies in `directory` as it was.
+
+        Args:
+            directory (`str` or `Path`): created if need be.
+            processing_class (*optional*): image processor or tokenizer to write beside the model.
+            recalibrate_on (`Iterable[dict]`, *optional*): inputs of the upper model (evaluation transform, on its device)
+                from which batch-norm statistics are estimated; labels in them are not used.
+
+        Returns:
+            `PreTrainedModel`: the model that was written, in evaluation mode.
+        """
+        model = self.aligned_model()
+        if recalibrate_on is not None:
+            recalibrate_batch_norm(model, recalibrate_on)
+        elif has_batch_norm(model):
+            warnings.warn(
+                "The aligned model has batch norm and is exported with the statistics of pretext views; pass recalibrate_on "
+                "to estimate them on downstream images.",
+                stacklevel=2,
+            )
+        model.eval()
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as staging:
+            model.save_pretrained(staging)
+            if processing_class is not None:
+                processing_class.save_pretrained(staging)
+            for path in sorted(Path(staging).iterdir()):
+                if path.is_dir():
+                    shutil.rmtree(directory / path.name, ignore_errors=True)
+                path.replace(directory / path.name)
+        return model
+
+
+def resolve_class(name: str | None) -> type[PreTrainedModel]:
+    """Returns the model class of this name in `transformers` or `bissl_hf`; nowhere else is looked.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    import bissl_hf
+
+    for package in (bissl_hf, transformers):
+        found = getattr(package, name, None) if name else None
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise ValueError(f"{name!r} is no model class of transformers or bissl_hf; the classes of both levels must be.")
+
+
+def base_prefix(model: PreTrainedModel) -> str:
+    """Returns what stands before a base model's parameter names in the whole model: `"resnet."`, or nothing."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def find_shared_parameters(
+    lower: PreTrainedModel, upper: PreTrainedModel, unshared_parameters: Sequence[str]
+) -> tuple[str, ...]:
+    """Returns the names, below the base models, of the parameters that both have, with the same shape, trainable in both.
+
+    Raises:
+        `ValueError`: if there are none, or if another trainable parameter of either base model matches no pattern of
+            `unshared_parameters`.
+    """
+    sides = {
+        "lower": dict(lower.base_model.named_parameters()),
+        "upper": dict(upper.base_model.named_parameters()),
+    }
+    shared, frozen = [], set()
+    for name, parameter in sides["lower"].items():
+        other = sides["upper"].get(name)
+        if other is not None and other.shape == parameter.shape:
+            if parameter.requires_grad and other.requires_grad:
+                shared.append(name)
+            elif not parameter.requires_grad and not other.requires_grad:
+                frozen.add(name)
+    if not shared:
+        raise ValueError(
+            f"{type(lower).__name__} and {type(upper).__name__} share no backbone: no trainable parameter of their base models "
+            f"({type(lower.base_model).__name__} and {type(upper.base_model).__name__}) has the same name and shape. Use two "
+            "models on the same backbone."
+        )
+    differences = []
+    for level, parameters in sides.items():
+        others = [
+            f"{name} {tuple(parameter.shape)}"
+            for name, parameter in parameters.items()
+            if name not in shared and name not in frozen and not _matches(name, unshared_parameters)
+        ]
+        if others:
+            more = f" and {len(others) - 6} more" if len(others) > 6 else ""
+            differences.append(f"only in the {level} model, or frozen or shaped differently in one: {', '.join(others[:6])}{more}")
+    if differences:
+        raise ValueError(
+            f"The two backbones are not the same; {'; '.join(differences)}. Use models on the same backbone, freeze common "
+            "parameters in both or neither, or name what may differ in unshared_parameters."
+        )
+    return tuple(shared)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(name.startswith(pattern) or fnmatch(name, pattern) for pattern in patterns)

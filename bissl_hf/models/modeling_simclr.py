@@ -1,0 +1,194 @@
+"""SimCLR (Chen et al., arXiv 2002.05709) on any vision backbone of transformers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput, logging
+
+from ..losses import nt_xent_loss
+from .configuration_simclr import SimCLRConfig
+
+
+@dataclass
+class SimCLROutput(ModelOutput):
+    """What SimCLR returns.
+
+    Args:
+        loss (`torch.Tensor`): NT-Xent loss, shape `()`.
+        embeddings (`torch.Tensor`): of both views, shape `(batch, 2, projection_dims[-1])`.
+    """
+
+    loss: Tensor | None = None
+    embeddings: Tensor | None = None
+
+
+class SimCLRProjectionHead(nn.Sequential):
+    """Linear, batch norm, ReLU, ..., and a last linear layer without bias (paper, section 4)."""
+
+    def __init__(self, feature_size: int, dims: Sequence[int]) -> None:
+        layers: list[nn.Module] = []
+        width = feature_size
+        for dim in dims[:-1]:
+            layers += [nn.Linear(width, dim), nn.BatchNorm1d(dim), nn.ReLU()]
+            width = dim
+        super().__init__(*layers, nn.Linear(width, dims[-1], bias=False))
+
+
+def _classifies_images(config: PretrainedConfig) -> bool:
+    return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+
+def build_backbone(config: PretrainedConfig) -> PreTrainedModel:
+    """Builds the base model of the image classifier of this configuration, so that both hold the same parameters: a ViT
+    classifier, say, has no pooler while a plain `ViTModel` has one."""
+    if _classifies_images(config):
+        return AutoModelForImageClassification.from_config(config).base_model
+    return AutoModel.from_config(config)
+
+
+def load_backbone(source: str | PreTrainedModel) -> PreTrainedModel:
+    """Returns the base model behind a folder, a Hub id or a model."""
+    if isinstance(source, PreTrainedModel):
+        return source.base_model
+    config = AutoConfig.from_pretrained(source)
+    if isinstance(config, SimCLRConfig):
+        return SimCLRForPreTraining.from_pretrained(source).backbone
+    auto_class = AutoModelForImageClassification if _classifies_images(config) else AutoModel
+    # A head that is missing is expected here and would be reported at length; a backbone that is not whole is an error.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, report = auto_class.from_pretrained(source, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    backbone_keys = set(model.base_model.state_dict())
+    missing = sorted(
+        name for key in report["missing_keys"] if (name := _below_base(model, key)) in backbone_keys
+    )
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} of the backbone's parameters: {', '.join(missing[:5])}.")
+    return model.base_model
+
+
+def _below_base(model: PreTrainedModel, key: str) -> str:
+    return key.removeprefix(f"{model.base_model_prefix}.")
+
+
+def pool_features(outputs: Any) -> Tensor:
+    """Returns one feature vector per image, shape `(batch, width)`, from the outputs of a backbone: those that it pooled
+    itself, else the class token of a sequence, else the mean over a map."""
+    pooled = getattr(outputs, "pooler_output", None)
+    if pooled is not None:
+        return pooled.flatten(1)
+    hidden = outputs.last_hidden_state
+    return hidden[:, 0] if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
+
+
+class SimCLRForPreTraining(PreTrainedModel):
+    """A backbone with a projection head and the NT-Xent loss.
+
+    Args:
+        config ([`SimCLRConfig`])
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from bissl_hf import SimCLRConfig, SimCLRForPreTraining
+    >>> model = SimCLRForPreTraining(SimCLRConfig())
+    >>> model(pixel_values=torch.rand(4, 2, 3, 32, 32)).embeddings.shape
+    torch.Size([4, 2, 256])
+    ```
+    """
+
+    config_class = SimCLRConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: SimCLRConfig) -> None:
+        super().__init__(config)
+        self.backbone = build_backbone(config.backbone_config)
+        self.projection_head = SimCLRProjectionHead(config.feature_size, config.projection_dims)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only the head is initialised here; the layers of the backbone by the backbone itself. Both are torch's defaults
+        # (He for linear layers with the gain of their reset), as in the authors' SimCLR.
+        if isinstance(module, SimCLRProjectionHead):
+            for layer in module:
+                if hasattr(layer, "reset_parameters") and not getattr(layer, "_is_hf_initialized", False):
+                    layer.reset_parameters()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | PreTrainedModel,
+        *,
+        projection_dims: Sequence[int] = (256, 256, 256),
+        temperature: float = 0.5,
+        feature_size: int | None = None,
+    ) -> "SimCLRForPreTraining":
+        """Puts a new projection head on a backbone with its weights, which are copied.
+
+        Args:
+            backbone (`str` or `PreTrainedModel`): a folder, a Hub id, or a model (its base model counts).
+            projection_dims, temperature, feature_size: see [`SimCLRConfig`].
+
+        Raises:
+            `ValueError`: if the backbone's weights are not all there.
+        """
+        source = load_backbone(backbone)
+        config = SimCLRConfig(
+            backbone_config=source.config,
+            projection_dims=projection_dims,
+            temperature=temperature,
+            feature_size=feature_size,
+        )
+        model = cls(config)
+        weights = source.state_dict()
+        missing = [name for name in model.backbone.state_dict() if name not in weights]
+        if missing:
+            raise ValueError(
+                f"The backbone lacks {len(missing)} of the parameters of its architecture: {', '.join(missing[:5])}."
+            )
+        # A base model may hold more than its classifier uses: the pooler of a ViT.
+        model.backbone.load_state_dict(weights, strict=False)
+        return model
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> SimCLROutput:
+        """Embeds both views and compares them. The views pass one after the other, so that batch-norm statistics are taken
+        per view (paper, section 4).
+
+        Args:
+            pixel_values (`torch.Tensor`): shape `(batch, 2, channels, height, width)`.
+
+        Raises:
+            `ValueError`: for another shape.
+        """
+        if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; it must be (batch, 2, channels, height, width): two views."
+            )
+        first, second = (self.embed(pixel_values[:, view]) for view in range(2))
+        loss = nt_xent_loss(first, second, temperature=self.config.temperature)
+        return SimCLROutput(loss=loss, embeddings=torch.stack([first, second], dim=1))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Returns the embeddings of images `(batch, channels, height, width)`, shape `(batch, projection_dims[-1])`."""
+        return self.projection_head(pool_features(self.backbone(pixel_values=images)))

@@ -1,0 +1,1 @@
+"""The trainers, their arguments, optimizers and callbacks."""

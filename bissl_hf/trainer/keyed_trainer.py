@@ -1,0 +1,226 @@
+"""What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without waiting."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.utils import logging
+
+from ..data.alternation import (
+    AlternatingDataLoader,
+    AlternationSampler,
+    KeyedDataset,
+    KeyedSource,
+    StepKey,
+    Stream,
+    keyed_random_state,
+)
+from ..distributed import average_flat
+from .checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
+from .metrics_buffer import MetricsBuffer
+from .training_args import KeyedTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+Transform = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
+RUN_STATE_NAME = "run_state.json"
+
+# Appended to a key where the random numbers of a model are wanted rather than those of its views.
+MODEL_RANDOMNESS = 1
+
+
+class KeyedTrainer(Trainer):
+    """A `transformers.Trainer` whose runs can be interrupted anywhere.
+
+    Which rows a step reads, how they are augmented and which units dropout takes out follow from the step's key, not from
+    a random state that earlier steps have moved. A checkpoint appears under its name only when it is whole.
+
+    Args:
+        args ([`KeyedTrainingArguments`])
+        eval_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, applied on the device in evaluation.
+        **trainer_kwargs: arguments of `transformers.Trainer`.
+
+    Raises:
+        `ValueError`: if several GPUs would be driven by one process, or optimizers are passed in.
+    """
+
+    args: KeyedTrainingArguments
+
+    def __init__(
+        self, *, args: KeyedTrainingArguments, eval_transform: Transform | None = None, **trainer_kwargs: Any
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs and would split batches by DataParallel, which is not supported. Start "
+                f"with `accelerate launch --multi_gpu --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0."
+            )
+        if trainer_kwargs.get("optimizers", (None, None)) != (None, None):
+            raise ValueError("optimizers is not supported: name them in the arguments, or override create_optimizer.")
+        self.eval_transform = eval_transform
+        self._staging: Path | None = None
+        self._samples = 0
+        self._samples_since = time.perf_counter()
+        self.metrics_buffer = MetricsBuffer(average_flat)
+        super().__init__(args=args, **trainer_kwargs)
+        # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
+        self.model_accepts_loss_kwargs = False
+
+    # Batches
+
+    def keyed_loader(self, sources: dict[Stream, KeyedSource], phases: list[tuple[Stream, int]]) -> AlternatingDataLoader:
+        """Returns a loader of tagged batches, already divided between the processes (so not to be prepared again)."""
+        sampler = AlternationSampler(phases, seed=self.args.key_seed, rank=self.args.process_index)
+        num_examples = sum(sources[stream].batch_size * steps for stream, steps in phases)
+        return AlternatingDataLoader(
+            KeyedDataset(sources, num_examples),
+            sampler,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def move_and_transform(self, inputs: dict[str, Any], key: StepKey, transform: Transform | None) -> dict[str, Any]:
+        """Moves a batch to the device and makes its views there."""
+        inputs = self._prepare_inputs(inputs)
+        return transform(inputs, tuple(key)) if transform else inputs
+
+    @contextmanager
+    def model_randomness(self, key: StepKey) -> Iterator[None]:
+        """Seeds what a model draws in the step named by `key`."""
+        with keyed_random_state((*key, MODEL_RANDOMNESS)):
+            yield
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the figures collected since the last log to a log of training."""
+        if "loss" in logs:
+            logs.update(self.collect_logs())
+        super().log(logs, start_time)
+
+    def collect_logs(self) -> dict[str, float]:
+        """Returns the figures collected since the last call and forgets them."""
+        now = time.perf_counter()
+        speed = self._samples * self.args.world_size / max(now - self._samples_since, 1e-9)
+        self._samples, self._samples_since = 0, now
+        return {**self.metrics_buffer.pop_averages(), "samples_per_second": round(speed, 1)}
+
+    def count_samples(self, inputs: dict[str, Any]) -> None:
+        """Counts the rows of a batch for the figure of samples per second."""
+        self._samples += batch_rows(inputs)
+
+    # Evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Keeps the random state: a run with and one without evaluation are the same run."""
+        with keyed_random_state((self.args.key_seed, int(Stream.EVALUATION))):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Applies the evaluation transform on the device."""
+        key = StepKey(self.args.key_seed, int(Stream.EVALUATION), 0, 0, self.args.process_index)
+        inputs = self.move_and_transform(inputs, key, self.eval_transform)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    # Checkpoints
+
+    def run_state(self) -> dict[str, Any]:
+        """Returns what a resume needs beside Trainer's own files, as JSON. Subclasses add to it."""
+        return {"metrics": self.metrics_buffer.state_dict()}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `run_state` returned."""
+        self.metrics_buffer.load_state_dict(state["metrics"])
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Leads Trainer to the staging folder while a checkpoint is being written."""
+        output_dir = super()._get_output_dir(trial)
+        return str(Path(output_dir) / STAGING_FOLDER) if self._staging else output_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Has Trainer write the checkpoint aside, and renames it once it is whole."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging, final = run_dir / STAGING_FOLDER, run_dir / name
+        if self.is_local_process_zero():
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(final)
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            write_json(staging / name / RUN_STATE_NAME, self.run_state())
+            write_manifest(staging / name)
+            publish(staging / name, final)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and (staging / name).is_dir():
+            # Another machine with a disk of its own: here lie the random states of its processes.
+            publish(staging / name, final)
+        shutil.rmtree(staging, ignore_errors=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Waits with the upload until the checkpoint has its name."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
+        if self.is_world_process_zero() and (defect := find_defect(resume_from_checkpoint)):
+            whole, _ = find_last_checkpoint(Path(resume_from_checkpoint).parent)
+            advice = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
+            raise ValueError(f"The checkpoint {resume_from_checkpoint} is not whole: {defect}; {advice}.")
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        run_state = Path(resume_from_checkpoint) / RUN_STATE_NAME
+        if run_state.is_file():
+            self.load_run_state(json.loads(run_state.read_text()))
+
+
+def batch_rows(inputs: dict[str, Any]) -> int:
+    """Returns the number of rows of a batch: the first dimension of its first tensor."""
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            return value.shape[0]
+    raise ValueError(f"A batch must hold at least one tensor with rows; this one has {', '.join(inputs) or 'nothing'}.")
+
+
+def split_rows(inputs: dict[str, Any], part_size: int | None) -> list[tuple[dict[str, Any], float]]:
+    """Splits a batch into parts of at most `part_size` rows, each with its share of the batch."""
+    rows = batch_rows(inputs)
+    if part_size is None or part_size >= rows:
+        return [(inputs, 1.0)]
+    parts = []
+    for start in range(0, rows, part_size):
+        part = {
+            name: value[start : start + part_size] if isinstance(value, torch.Tensor) and value.ndim else value
+            for name, value in inputs.items()
+        }
+        parts.append((part, batch_rows(part) / rows))
+    return parts

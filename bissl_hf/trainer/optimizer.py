@@ -1,0 +1,254 @@
+"""LARS, an optimizer for two levels, and how far each of them moves along a gradient."""
+
+import ast
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+LEVELS = ("lower", "upper")
+
+
+def trust_ratio(parameter: Tensor, update: Tensor, trust_coefficient: float) -> Tensor:
+    """Returns `trust_coefficient * ||parameter|| / ||update||`, or 1 where one of the norms is 0; shape `()`."""
+    weight_norm, update_norm = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(update)
+    ratio = trust_coefficient * weight_norm / update_norm
+    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, 1.0)
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as used for SimCLR in the BiSSL paper.
+
+    For each tensor `w` with gradient `g`:  `d = g + weight_decay * w`,  `q = trust_coefficient * ||w|| / ||d||` (1 where a
+    norm is 0),  `m = momentum * m + q * d`,  `w = w - lr * m`.
+
+    Args:
+        params: parameters or parameter groups.
+        lr (`float`): learning rate; not scaled by the batch.
+        momentum (`float`, *optional*, defaults to 0.9)
+        weight_decay (`float`, *optional*, defaults to 0.0)
+        trust_coefficient (`float`, *optional*, defaults to 0.001): eta.
+        exclude_bias_and_norm (`bool`, *optional*, defaults to `False`): leave tensors of at most one dimension without
+            decay and adaptation, as most SimCLR recipes do. The paper leaves none out.
+
+    Raises:
+        `ValueError`: if a value is negative.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        exclude_bias_and_norm: bool = False,
+    ) -> None:
+        values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
+        for name, value in values.items():
+            if not value >= 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0.")
+        super().__init__(params, {**values, "exclude_bias_and_norm": exclude_bias_and_norm})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Moves every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, group)
+        return loss
+
+    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        if group["exclude_bias_and_norm"] and parameter.ndim <= 1:
+            update = parameter.grad
+        else:
+            update = torch.add(parameter.grad, parameter, alpha=group["weight_decay"])
+            update = update * trust_ratio(parameter, update, group["trust_coefficient"])
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+        parameter.add_(momentum, alpha=-group["lr"])
+
+
+def torch_optimizers() -> dict[str, type[Optimizer]]:
+    """Returns the optimizers that can be named: LARS and those of `torch.optim`, under their names in lower case."""
+    found: dict[str, type[Optimizer]] = {"lars": LARS}
+    for name, value in vars(torch.optim).items():
+        if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer:
+            found[name.lower()] = value
+    # Names of `transformers.TrainingArguments.optim` for the same classes.
+    found |= {"adamw_torch": torch.optim.AdamW, "adamw_torch_fused": torch.optim.AdamW}
+    # They need more than a gradient: a closure for line searches, or sparse gradients.
+    for name in ("lbfgs", "sparseadam"):
+        found.pop(name, None)
+    return found
+
+
+def resolve_optimizer(name: str, *, field: str) -> type[Optimizer]:
+    """Returns the optimizer class called `name`.
+
+    Raises:
+        `ValueError`: for an unknown name; `field` tells which argument to change.
+    """
+    known = torch_optimizers()
+    if name.lower() not in known:
+        raise ValueError(f"{field} is {name!r}; it must be one of {', '.join(sorted(known))}.")
+    return known[name.lower()]
+
+
+def parse_optimizer_options(text: str | None, *, field: str) -> dict[str, Any]:
+    """Reads options such as `"nesterov=True,betas=(0.9,0.95)"`.
+
+    Raises:
+        `ValueError`: if the text is not a list of `name=value`; `field` tells which argument to change.
+    """
+    if not text:
+        return {}
+    try:
+        call = ast.parse(f"options({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("not a list of name=value")
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f'{field} is {text!r}; it must read like "momentum=0.9,nesterov=True".') from error
+
+
+def build_optimizer(
+    name: str,
+    parameters: Sequence[Tensor],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    options: dict[str, Any],
+    field: str,
+) -> Optimizer:
+    """Builds an optimizer by name over one group that holds all parameters, so that all of them decay.
+
+    Args:
+        name (`str`): see [`torch_optimizers`].
+        parameters (`Sequence[torch.Tensor]`): what it moves.
+        learning_rate (`float`), weight_decay (`float`): as usual.
+        options (`dict`): further arguments of the class; those that it does not take are an error.
+        field (`str`): the argument that names the optimizer, for messages.
+
+    Raises:
+        `ValueError`: for an unknown name or option.
+    """
+    optimizer_class = resolve_optimizer(name, field=field)
+    options = dict(options)
+    if name == "adamw_torch_fused":
+        options.setdefault("fused", True)
+    accepted = inspect.signature(optimizer_class).parameters
+    unknown = sorted(set(options) - set(accepted))
+    if unknown:
+        raise ValueError(
+            f"{optimizer_class.__name__} (from {field}={name!r}) does not take {', '.join(unknown)}; "
+            f"it takes {', '.join(sorted(set(accepted) - {'params', 'lr', 'weight_decay'}))}."
+        )
+    if weight_decay and "weight_decay" not in accepted:
+        raise ValueError(f"{optimizer_class.__name__} (from {field}={name!r}) takes no weight decay; set it to 0.")
+    decay = {"weight_decay": weight_decay} if "weight_decay" in accepted else {}
+    return optimizer_class(list(parameters), lr=learning_rate, **decay, **options)  # type: ignore[call-arg]
+
+
+def takes_momentum(name: str, *, field: str) -> bool:
+    """Whether the optimizer called `name` has an argument `momentum`."""
+    return "momentum" in inspect.signature(resolve_optimizer(name, field=field)).parameters
+
+
+class TwoLevelOptimizer(Optimizer):
+    """Chains the optimizers of both levels. A step moves those parameters only that have a gradient, and only the
+    current level's have one: the other level's optimizer, its momentum included, stands still.
+
+    `param_groups` holds the groups of the upper level, then those of the lower level, each tagged with its `"level"`.
+
+    Args:
+        upper (`torch.optim.Optimizer`), lower (`torch.optim.Optimizer`)
+    """
+
+    def __init__(self, upper: Optimizer, lower: Optimizer) -> None:
+        self.upper, self.lower = upper, lower
+        super().__init__([*upper.param_groups, *lower.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """Makes a change to a group, of a schedule for example, reach the optimizer that owns it."""
+        for level in LEVELS:
+            for group in getattr(self, level).param_groups:
+                group["level"] = level
+        self.param_groups = [*self.upper.param_groups, *self.lower.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient.
+
+        Raises:
+            `ValueError`: if a closure is given: the two levels have no common loss.
+        """
+        if closure is not None:
+            raise ValueError("closure is not supported: the two levels have no common loss.")
+        for level in LEVELS:
+            optimizer = getattr(self, level)
+            if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+                optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Returns the states of both optimizers."""
+        return {level: getattr(self, level).state_dict() for level in LEVELS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Loads the states of both optimizers."""
+        for level in LEVELS:
+            getattr(self, level).load_state_dict(state_dict[level])
+        # torch puts new dictionaries in the place of the groups when it loads a state.
+        self._share_groups()
+
+
+def momentum_gain(optimizer: Optimizer) -> float:
+    """Returns `1 / (1 - momentum)`: how much further a constant gradient carries with momentum than without."""
+    momentum = optimizer.param_groups[0].get("momentum", 0.0)
+    return 1.0 / (1.0 - momentum) if momentum < 1 else float("inf")
+
+
+def step_length(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the effective step length of one step at learning rate 1: by how much an entry moves per unit of gradient,
+    averaged over the entries of `parameters`. Counts momentum, the trust ratio of LARS, and the scaling of Adam-like
+    optimizers by the size of the gradient; it is 1 for plain SGD.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): only its settings and its second moments are read.
+        parameters (`Sequence[torch.Tensor]`): the tensors of interest.
+        gradients (`Sequence[torch.Tensor]`): their gradients; they stand in for second moments not collected yet.
+
+    Returns:
+        `torch.Tensor`: shape `()`.
+    """
+    group = optimizer.param_groups[0]
+    total = sum(parameter.numel() for parameter in parameters)
+    length = torch.zeros((), device=parameters[0].device)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        weight = parameter.numel() / total
+        if isinstance(optimizer, LARS):
+            adapted = not (group["exclude_bias_and_norm"] and parameter.ndim <= 1)
+            update = torch.add(gradient, parameter.detach(), alpha=group["weight_decay"])
+            ratio = trust_ratio(parameter.detach(), update, group["trust_coefficient"]) if adapted else 1.0
+            length = length + weight * ratio
+        elif "betas" in group:
+            state = optimizer.state.get(parameter, {})
+            if "exp_avg_sq" in state:
+                second_moment = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+            else:
+                second_moment = gradient**2
+            length = length + weight * (1.0 / (second_moment.sqrt() + group["eps"])).mean()
+        else:
+            length = length + weight
+    return length * momentum_gain(optimizer)

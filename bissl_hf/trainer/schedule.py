@@ -1,0 +1,80 @@
+"""Learning-rate schedules of the two levels, each over its own steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import SchedulerType, get_scheduler
+
+Schedule = Callable[[int], float]
+
+# They react to a metric instead of following the steps.
+_METRIC_DRIVEN = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+def level_schedule(
+    name: str, *, num_steps: int, warmup_steps: int = 0, options: dict[str, Any] | None = None, field: str
+) -> Schedule:
+    """Returns the factor on the learning rate as a function of a level's own step, counted from 0.
+
+    The warm-up is linear and starts with the first step: step s of w has the factor (s + 1) / w. What follows is the
+    schedule of transformers of that name over the remaining steps.
+
+    Args:
+        name (`str`): a schedule of `transformers.get_scheduler`.
+        num_steps (`int`): steps of this level in the whole run.
+        warmup_steps (`int`, *optional*, defaults to 0): steps of warm-up among them.
+        options (`dict`, *optional*): further arguments of the schedule.
+        field (`str`): the argument that names the schedule, for messages.
+
+    Raises:
+        `ValueError`: for an unknown schedule, one that follows a metric, or options that it does not take.
+    """
+    try:
+        kind = SchedulerType(name)
+    except ValueError as error:
+        allowed = ", ".join(kind.value for kind in SchedulerType if kind not in _METRIC_DRIVEN)
+        raise ValueError(f"{field} is {name!r}; it must be one of {allowed}.") from error
+    if kind in _METRIC_DRIVEN:
+        raise ValueError(f"{field} is {kind.value!r}, which follows a metric; the levels need a schedule over steps.")
+    if not 0 <= warmup_steps <= num_steps:
+        raise ValueError(f"The warm-up for {field} has {warmup_steps} steps; it must fit into the {num_steps} steps.")
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        scheduler = get_scheduler(
+            kind,
+            unused,
+            num_warmup_steps=0,
+            num_training_steps=max(num_steps - warmup_steps, 1),
+            scheduler_specific_kwargs=options,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field} is {kind.value!r} with the options {options}: {error}") from error
+    decay: Schedule = scheduler.lr_lambdas[0]
+
+    def factor(step: int) -> float:
+        return (step + 1) / warmup_steps if step < warmup_steps else decay(step - warmup_steps)
+
+    return factor
+
+
+def own_step(global_step: int, level: str, *, lower_steps: int, upper_steps: int) -> int:
+    """Returns how many steps of a level lie before a global step: an alternation is its lower steps, then its upper."""
+    alternation, place = divmod(global_step, lower_steps + upper_steps)
+    if level == "lower":
+        return alternation * lower_steps + min(place, lower_steps)
+    return alternation * upper_steps + max(place - lower_steps, 0)
+
+
+def two_level_scheduler(
+    optimizer: Optimizer, schedules: dict[str, Schedule], *, lower_steps: int, upper_steps: int
+) -> LambdaLR:
+    """Returns a scheduler, stepped once per global step, that gives each group the factor of its own level's step."""
+
+    def follow(level: str) -> Schedule:
+        schedule = schedules[level]
+        return lambda step: schedule(own_step(step, level, lower_steps=lower_steps, upper_steps=upper_steps))
+
+    return LambdaLR(optimizer, [follow(group["level"]) for group in optimizer.param_groups])

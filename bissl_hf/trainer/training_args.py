@@ -1,0 +1,254 @@
+"""Arguments of the trainers: those of `transformers.TrainingArguments` with the paper's values, and the lower level's."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from ..hypergradient import CURVATURE_MODES, SOLVERS
+from .optimizer import parse_optimizer_options, resolve_optimizer, takes_momentum
+from .schedule import level_schedule
+
+# The last learning rate of the paper's cosine, as a fraction of the first.
+_MIN_LR_RATE = 0.001
+
+
+def _checked_options(schedule: str, options: dict[str, Any] | str | None, *, field: str) -> dict[str, Any] | None:
+    """Returns the arguments of a schedule: read from JSON, filled in for the paper's cosine, and tried out."""
+    if isinstance(options, str):
+        options = _parse_dict(options, field=f"{field.removesuffix('_type')}_kwargs")
+    if options is None and schedule == SchedulerType.COSINE_WITH_MIN_LR:
+        options = {"min_lr_rate": _MIN_LR_RATE}
+    level_schedule(schedule, num_steps=1, options=options, field=field)
+    return options
+
+
+@dataclass
+class KeyedTrainingArguments(TrainingArguments):
+    """Arguments shared by the trainers of this package.
+
+    They differ from `transformers.TrainingArguments` in this: `optim` takes `"lars"` and any optimizer of `torch.optim`
+    by name; weight decay applies to all parameters; `optim_args` reaches every optimizer; momentum is 0.9 where
+    `optim_args` does not say otherwise; a loss that is not finite is shown instead of hidden.
+    """
+
+    optim: str = field(default="sgd", metadata={"help": "Optimizer: lars or one of torch.optim by name."})
+    lr_scheduler_type: str = field(
+        default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule of transformers, by name."}
+    )
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave losses that are not finite out of logs."})
+
+    def __post_init__(self) -> None:
+        self._refuse_unsupported()
+        optim = getattr(self.optim, "value", self.optim)
+        resolve_optimizer(optim, field="optim")
+        options = parse_optimizer_options(self.optim_args, field="optim_args")
+        if takes_momentum(optim, field="optim") and "momentum" not in options:
+            options["momentum"] = 0.9
+        self.optimizer_options = options
+        self.lr_scheduler_kwargs = _checked_options(
+            self.lr_scheduler_type, self.lr_scheduler_kwargs, field="lr_scheduler_type"
+        )
+        # The base class knows fewer names.
+        self.optim = OptimizerNames.SGD
+        super().__post_init__()
+        self.optim = optim
+
+    def _refuse_unsupported(self) -> None:
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token would be written in clear beside the checkpoints; set the environment variable HF_TOKEN instead."
+            )
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; it must be 1. To save memory set "
+                "lower_micro_batch_size and upper_micro_batch_size, which split a batch inside its step."
+            )
+        if self.fp16:
+            raise ValueError("fp16 needs a loss scale that hand-written gradients do not have; use bf16=True instead.")
+        for name in ("torch_compile", "fsdp", "deepspeed", "auto_find_batch_size"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: leave it out. Data parallelism (DDP) is.")
+
+    @property
+    def key_seed(self) -> int:
+        """The seed of everything that is random in a run: `data_seed`, or else `seed`."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+
+@dataclass
+class PretextTrainingArguments(KeyedTrainingArguments):
+    """Arguments of self-supervised pre-training, with the paper's values (section 4) as defaults."""
+
+    learning_rate: float = field(default=4.8, metadata={"help": "Learning rate, not scaled by the batch."})
+    weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay, on all parameters."})
+    optim: str = field(default="lars", metadata={"help": "Optimizer: lars or one of torch.optim by name."})
+    per_device_train_batch_size: int = field(default=1024, metadata={"help": "Pairs of views per device and step."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Bound on the gradient norm; 0 for none."})
+
+
+def _parse_dict(text: str, *, field: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{field} is {text!r}; it must be a JSON object.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{field} is {text!r}; it must be a JSON object.")
+    return value
+
+
+@dataclass
+class BiSSLTrainingArguments(KeyedTrainingArguments):
+    """Arguments of [`BiSSLTrainer`]. Fields of `transformers.TrainingArguments` govern the upper level; the defaults are
+    the paper's (arXiv 2410.02387v2, section 4 and appendix). One epoch of the Trainer is one alternation.
+
+    Args:
+        num_alternations (`int`, *optional*, defaults to 500): T.
+        lower_steps (`int`, *optional*, defaults to 20): N_L, lower steps per alternation.
+        upper_steps (`int`, *optional*, defaults to 8): N_U, upper steps per alternation.
+        proximal_weight (`float`, *optional*, defaults to 0.001): lambda, the pull of theta_P towards theta_D.
+        damping (`float`, *optional*, defaults to 10.0): delta, added to lambda in the linear solve only.
+        direct_weight (`float`, *optional*, defaults to 0.01): gamma, weight of the upper loss at theta_D itself.
+        solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"blockwise_cg"` or `"identity"`.
+        solver_max_iterations (`int`, *optional*, defaults to 5): Hessian-vector products per upper step, at most.
+        solver_tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which a solve stops.
+        curvature_mode (`str`, *optional*, defaults to `"cached"`): `"cached"` keeps the graph of the lower gradient for an
+            upper phase; `"recompute"` builds it for each product, slower and with less memory.
+        curvature_batch_size (`int`, *optional*): global batch that fixes H; the lower batch if not given.
+        head_warmup_epochs (`int`, *optional*, defaults to 20): passes over the labelled data that train the head alone.
+        bn_recalibration_images (`int`, *optional*, defaults to 1024): training images for the batch-norm statistics of the
+            aligned model in evaluation and export; 0 keeps the pretext statistics.
+        upper_adaptation_every (`int`, *optional*, defaults to 0): every so many alternations
+            theta_D <- (1 - s) theta_D + s theta_P; 0 for never.
+        upper_adaptation_strength (`float`, *optional*, defaults to 0.1): s.
+        lower_learning_rate (`float`, *optional*, defaults to 1.0)
+        lower_optim (`str`, *optional*, defaults to `"lars"`): `"lars"` or an optimizer of `torch.optim` by name.
+        lower_optim_args (`str`, *optional*): its further arguments, such as `"exclude_bias_and_norm=True"`.
+        lower_weight_decay (`float`, *optional*, defaults to 1e-6)
+        lower_momentum (`float`, *optional*, defaults to 0.9): for optimizers that have one.
+        lower_warmup_steps (`float`, *optional*, defaults to 0.1): steps, or below 1 the fraction of all lower steps.
+        lower_lr_scheduler_type (`str`, *optional*, defaults to `"cosine_with_min_lr"`)
+        lower_lr_scheduler_kwargs (`dict`, *optional*): its arguments; a cosine ends at a thousandth if not given.
+        per_device_lower_batch_size (`int`, *optional*, defaults to 1024)
+        lower_micro_batch_size (`int`, *optional*): split a lower batch into parts of this size. A contrastive loss then
+            takes its negatives from the part.
+        upper_micro_batch_size (`int`, *optional*): likewise for an upper batch; there is still one solve per step.
+        lower_max_grad_norm (`float`, *optional*, defaults to 10.0): bound on the lower gradient norm; 0 for none.
+
+    Raises:
+        `ValueError`: for a value out of range, or a field of the base class that does not apply here.
+    """
+
+    num_alternations: int = field(default=500, metadata={"help": "Alternations of lower and upper phases (T)."})
+    lower_steps: int = field(default=20, metadata={"help": "Lower steps per alternation (N_L)."})
+    upper_steps: int = field(default=8, metadata={"help": "Upper steps per alternation (N_U)."})
+    proximal_weight: float = field(default=0.001, metadata={"help": "Pull of theta_P towards theta_D (lambda)."})
+    damping: float = field(default=10.0, metadata={"help": "Added to lambda in the linear solve only (delta)."})
+    direct_weight: float = field(default=0.01, metadata={"help": "Weight of the upper loss at theta_D (gamma)."})
+    solver: str = field(default="cg", metadata={"help": f"Linear solver: {', '.join(SOLVERS)}."})
+    solver_max_iterations: int = field(default=5, metadata={"help": "Hessian-vector products per upper step at most."})
+    solver_tolerance: float = field(default=0.0, metadata={"help": "Relative residual at which a solve stops."})
+    curvature_mode: str = field(default="cached", metadata={"help": f"One of {', '.join(CURVATURE_MODES)}."})
+    curvature_batch_size: int | None = field(
+        default=None, metadata={"help": "Global batch that fixes H; the lower batch if not given."}
+    )
+    head_warmup_epochs: int = field(default=20, metadata={"help": "Passes that train the head on a frozen backbone."})
+    bn_recalibration_images: int = field(
+        default=1024, metadata={"help": "Training images for the aligned model's batch-norm statistics; 0 for none."}
+    )
+    upper_adaptation_every: int = field(
+        default=0, metadata={"help": "Alternations between moves of theta_D towards theta_P; 0 for none."}
+    )
+    upper_adaptation_strength: float = field(default=0.1, metadata={"help": "How far theta_D moves towards theta_P."})
+
+    lower_learning_rate: float = field(default=1.0, metadata={"help": "Learning rate of the lower level."})
+    lower_optim: str = field(default="lars", metadata={"help": "Lower optimizer: lars or one of torch.optim."})
+    lower_optim_args: str | None = field(default=None, metadata={"help": "Its further arguments: name=value,..."})
+    lower_weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of the lower level."})
+    lower_momentum: float = field(default=0.9, metadata={"help": "Momentum of the lower level."})
+    lower_warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1 a fraction of all."})
+    lower_lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Lower schedule, by name."})
+    lower_lr_scheduler_kwargs: dict | str | None = field(default=None, metadata={"help": "Its arguments, as JSON."})
+    per_device_lower_batch_size: int = field(default=1024, metadata={"help": "Lower batch per device."})
+    lower_micro_batch_size: int | None = field(default=None, metadata={"help": "Split lower batches into such parts."})
+    upper_micro_batch_size: int | None = field(default=None, metadata={"help": "Split upper batches into such parts."})
+    lower_max_grad_norm: float = field(default=10.0, metadata={"help": "Bound on the lower gradient norm; 0: none."})
+
+    learning_rate: float = field(default=0.015, metadata={"help": "Learning rate of the upper level."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the upper level, on all parameters."})
+    max_grad_norm: float = field(default=10.0, metadata={"help": "Bound on the upper gradient norm; 0 for none."})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Upper batch per device."})
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Set from num_alternations; leave it out."}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        self._set_epochs()
+        self._check_lower_optimization()
+        super().__post_init__()
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "num_alternations": 1, "lower_steps": 1, "upper_steps": 1, "solver_max_iterations": 1, "curvature_batch_size": 1,
+            "per_device_lower_batch_size": 1, "per_device_train_batch_size": 1, "lower_micro_batch_size": 1,
+            "upper_micro_batch_size": 1, "damping": 0, "direct_weight": 0, "solver_tolerance": 0, "head_warmup_epochs": 0,
+            "bn_recalibration_images": 0, "upper_adaptation_every": 0, "lower_warmup_steps": 0, "lower_max_grad_norm": 0,
+            "max_grad_norm": 0, "lower_weight_decay": 0, "weight_decay": 0,
+        }  # fmt: skip
+        for name, bound in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not bound <= value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be a finite number of at least {bound}.")
+        for name in ("proximal_weight", "learning_rate", "lower_learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number above 0.")
+        for name in ("lower_momentum", "upper_adaptation_strength"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
+        for name, allowed in (("solver", SOLVERS), ("curvature_mode", CURVATURE_MODES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if self.solver == "blockwise_cg" and self.solver_tolerance > 0:
+            raise ValueError(
+                f"solver_tolerance is {self.solver_tolerance}, and solver 'blockwise_cg' has no stopping rule: its recursion "
+                "does not follow the residual. Set solver_tolerance to 0 or solver to 'cg'."
+            )
+
+    def _set_epochs(self) -> None:
+        if self.num_train_epochs is not None and self.num_train_epochs != self.num_alternations:
+            raise ValueError(
+                f"num_train_epochs is {self.num_train_epochs} and num_alternations {self.num_alternations}; one epoch is one "
+                "alternation. Leave num_train_epochs out."
+            )
+        if self.max_steps > 0:
+            raise ValueError(
+                f"max_steps is {self.max_steps}; the length of a run is num_alternations x (lower_steps + upper_steps). "
+                "Leave max_steps out."
+            )
+        self.num_train_epochs = float(self.num_alternations)
+
+    def _check_lower_optimization(self) -> None:
+        options = parse_optimizer_options(self.lower_optim_args, field="lower_optim_args")
+        if takes_momentum(self.lower_optim, field="lower_optim"):
+            options.setdefault("momentum", self.lower_momentum)
+        self.lower_optimizer_options = options
+        self.lower_lr_scheduler_kwargs = _checked_options(
+            self.lower_lr_scheduler_type, self.lower_lr_scheduler_kwargs, field="lower_lr_scheduler_type"
+        )
+        if self.get_lower_warmup_steps() > self.num_alternations * self.lower_steps:
+            raise ValueError(
+                f"lower_warmup_steps is {self.lower_warmup_steps}; a run has {self.num_alternations * self.lower_steps} lower "
+                "steps (num_alternations x lower_steps)."
+            )
+
+    def get_lower_warmup_steps(self) -> int:
+        """Number of warm-up steps of the lower level."""
+        total = self.num_alternations * self.lower_steps
+        return round(self.lower_warmup_steps * total) if self.lower_warmup_steps < 1 else int(self.lower_warmup_steps)

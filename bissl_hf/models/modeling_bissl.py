@@ -49,6 +49,7 @@ class BiSSLModel(PreTrainedModel):
         super().__init__(config)
         self.lower: PreTrainedModel = resolve_class(config.lower_class)(config.lower_config)
         self.upper: PreTrainedModel = resolve_class(config.upper_class)(config.upper_config)
+        self._shared_names: tuple[str, ...] | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -96,6 +97,7 @@ class BiSSLModel(PreTrainedModel):
             for target, parameter in zip(own.parameters(), source.parameters(), strict=True):
                 target.data = parameter.detach().clone()
                 target.requires_grad_(parameter.requires_grad)
+        model._shared_names = shared
         model._copy_backbone(model.lower.base_model, model.upper.base_model, shared)
         return model
 
@@ -119,8 +121,11 @@ class BiSSLModel(PreTrainedModel):
 
     @property
     def shared_parameter_names(self) -> tuple[str, ...]:
-        """Names of the backbone's parameters below the base models, in their order."""
-        return find_shared_parameters(self.lower, self.upper, self.config.unshared_parameters)
+        """Names of the backbone's parameters below the base models, in their order. Found once: freezing a parameter later
+        does not move it out of the backbone."""
+        if self._shared_names is None:
+            self._shared_names = find_shared_parameters(self.lower, self.upper, self.config.unshared_parameters)
+        return self._shared_names
 
     def _shared_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
         parameters = dict(getattr(self, level).base_model.named_parameters())

@@ -98,8 +98,12 @@ class BiSSLModel(PreTrainedModel):
                 target.data = parameter.detach().clone()
                 target.requires_grad_(parameter.requires_grad)
         model._shared_names = shared
-        model._copy_backbone(model.lower.base_model, model.upper.base_model, shared)
+        model.start_upper_from_lower()
         return model
+
+    def start_upper_from_lower(self) -> None:
+        """Sets theta_D to theta_P, and copies the frozen parameters and the buffers that both base models have."""
+        self._copy_backbone(self.lower.base_model, self.upper.base_model, self.shared_parameter_names)
 
     @staticmethod
     @torch.no_grad()

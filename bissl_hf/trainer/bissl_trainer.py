@@ -112,7 +112,7 @@ class BiSSLTrainer(KeyedTrainer):
             # The transform may need columns that forward does not name.
             self.args.remove_unused_columns = False
         self.sources = {} if train_dataset is None and lower_dataset is None else self._make_sources()
-        self._start = tuple(p.detach().clone() for p in model.lower_shared_parameters())
+        self._start: Vector | None = None
         self._pull = 0.0
         self._current_level = "lower"
         self._curvature: tuple[int, Curvature] | None = None
@@ -405,6 +405,16 @@ class BiSSLTrainer(KeyedTrainer):
 
     # Before the first alternation
 
+    def remember_start(self) -> None:
+        """Keeps theta_P as it is before the first alternation, for the figure of how far it has moved."""
+        if self._start is None:
+            self._start = tuple(p.detach().clone() for p in self.model.lower_shared_parameters())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """A resumed run starts from the weights that the trainer was given, too."""
+        self.remember_start()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def warm_up_head(self) -> None:
         """Trains phi_D alone on the frozen backbone, which stays in train mode: the upper optimizer at a constant learning
         rate, without clipping. Runs once; `train` calls it before the first alternation."""
@@ -496,7 +506,7 @@ class BiSSLTrainer(KeyedTrainer):
             **super().collect_logs(),
             "levels/pull": float(self._pull),
             "levels/distance": float(norm(subtract(theta_p, self.model.upper_shared_parameters())).detach() / size),
-            "levels/moved": float(norm(subtract(theta_p, self._start)) / size),
+            "levels/moved": float(norm(subtract(theta_p, self._start or theta_p)) / size),
             "lower/learning_rate": rates["lower"],
             "upper/learning_rate": rates["upper"],
         }
@@ -591,5 +601,6 @@ class _BeforeFirstAlternation(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
+            self.trainer.remember_start()
             self.trainer.warm_up_head()
             self.trainer.warn_about_pull()

@@ -1,0 +1,163 @@
+"""What recipes share: arguments from YAML and the command line, bad input as one sentence, folders, closing summaries."""
+
+import difflib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from .trainer.checkpoints import find_last_checkpoint, list_checkpoints
+
+EXIT_BAD_INPUT = 2
+RESULTS_NAME = "all_results.json"
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends the process with one sentence on stderr and the exit code for bad input."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+@contextmanager
+def refusing_bad_input() -> Iterator[None]:
+    """Turns errors about what the user gave into one sentence. Used around everything that precedes training, and
+    nothing else, so that later errors keep their traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        refuse(str(error) or type(error).__name__)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{message}; see --help.")
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type], arguments: Sequence[str] | None = None, *, description: str
+) -> tuple[Any, ...]:
+    """Reads arguments from `--config FILE.yaml` and the command line, which wins.
+
+    Args:
+        dataclass_types (`Sequence[type]`): dataclasses whose fields are the arguments.
+        arguments (`Sequence[str]`, *optional*): those of the process if not given.
+        description (`str`): what `--help` says first.
+
+    Returns:
+        `tuple`: one object per dataclass.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with any of these arguments; the command line wins.")
+    known = sorted({action.dest for action in parser._actions} - {"help", "config"})
+    config, rest = _take_config(arguments)
+    from_file = _arguments_of_yaml(config, known) if config is not None else []
+    with refusing_bad_input():
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(
+            [*from_file, *rest], return_remaining_strings=True, look_for_args_file=False
+        )
+    if unknown:
+        refuse(f"Unknown argument {unknown[0]}{_close_matches(unknown[0].lstrip('-').split('=')[0], known)}.")
+    return tuple(parsed)
+
+
+def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Splits `--config FILE` off."""
+    config, rest, remaining = None, [], iter(arguments)
+    for argument in remaining:
+        if argument == "--config":
+            config = next(remaining, None)
+            if config is None:
+                refuse("--config needs a YAML file.")
+        elif argument.startswith("--config="):
+            config = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    return config, rest
+
+
+def _arguments_of_yaml(path: str, known: Sequence[str]) -> list[str]:
+    """Returns the content of a YAML file as arguments of a command line."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        refuse(f"The configuration {path} cannot be read: {error.strerror or error}.")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        refuse(f"The configuration {path} is not valid YAML: {error}")
+    if not isinstance(content, dict):
+        refuse(f"The configuration {path} must hold `field: value` lines; it holds {type(content).__name__}.")
+    arguments: list[str] = []
+    for name, value in content.items():
+        if name not in known:
+            refuse(f"Unknown field {name!r} in {path}{_close_matches(str(name), known)}.")
+        if value is None:
+            continue
+        if isinstance(value, list):
+            arguments += [f"--{name}", *(str(item) for item in value)]
+        elif isinstance(value, dict):
+            arguments.append(f"--{name}={json.dumps(value)}")
+        else:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def _close_matches(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(matches)}?" if matches else "; see --help for those that exist"
+
+
+def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
+    """Checks that a run may use its folder, and finds the checkpoint to go on from.
+
+    Args:
+        output_dir (`str`): created if need be.
+        resume (`str` or `bool`, *optional*): a checkpoint, or true for the newest whole one.
+
+    Returns:
+        `Path | None`: the checkpoint.
+
+    Raises:
+        `ValueError`: if the folder holds a run and `resume` is not given, or the checkpoint is missing.
+        `OSError`: if the folder cannot be written to.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"output_dir {folder} cannot be written to ({error.strerror or error}); choose another.") from error
+    wants = resume if isinstance(resume, bool) else str(resume or "").lower()
+    if wants in (False, "", "false", "none"):
+        finished, started = (folder / RESULTS_NAME).is_file(), bool(list_checkpoints(folder)) or any(folder.iterdir())
+        if finished or started:
+            state = "a finished run" if finished else "files, maybe of an unfinished run"
+            raise ValueError(
+                f"output_dir {folder} holds {state}; pass --resume_from_checkpoint true to go on with it, or choose another."
+            )
+        return None
+    if wants not in (True, "true"):
+        if not Path(str(resume)).is_dir():
+            raise ValueError(f"resume_from_checkpoint is {resume}; there is no such folder. Pass true for the newest one.")
+        return Path(str(resume))
+    checkpoint, passed_over = find_last_checkpoint(folder)
+    for path, defect in passed_over.items():
+        print(f"Passing over {path}, which is not whole: {defect}.", file=sys.stderr)
+    return checkpoint
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lays rows out as a table of text, one column per key."""
+    columns = list(rows[0])
+    cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,52 @@
+"""Features of a backbone, and their layout in the plane."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.manifold import TSNE
+from torch import nn
+
+from ..models.modeling_simclr import pool_features
+
+
+@torch.no_grad()
+def extract_features(model: Any, batches: Iterable[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Runs the backbone of a vision model in evaluation mode.
+
+    Args:
+        model (`PreTrainedModel`): its base model is run.
+        batches (`Iterable[dict]`): with `pixel_values` and `labels`, on the device of the model.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: features of shape `(rows, width)` and labels of shape `(rows,)`.
+    """
+    backbone: nn.Module = model.base_model
+    was_training = backbone.training
+    backbone.eval()
+    features, labels = [], []
+    for batch in batches:
+        features.append(pool_features(backbone(pixel_values=batch["pixel_values"])).float().cpu().numpy())
+        labels.append(batch["labels"].cpu().numpy())
+    backbone.train(was_training)
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def tsne_layout(features: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Lays features out in the plane by t-SNE (van der Maaten and Hinton, 2008).
+
+    Args:
+        features (`np.ndarray`): shape `(rows, width)`, at least 4 rows.
+        seed (`int`, *optional*, defaults to 0)
+
+    Returns:
+        `np.ndarray`: shape `(rows, 2)`.
+
+    Raises:
+        `ValueError`: for fewer than 4 rows.
+    """
+    if len(features) < 4:
+        raise ValueError(f"There are {len(features)} rows; t-SNE needs at least 4.")
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features)

@@ -1,0 +1,31 @@
+"""Callbacks that only observe."""
+
+from typing import Any
+
+from transformers import ProgressCallback
+
+_SHOWN = {
+    "loss": "loss",
+    "lower/loss": "lower loss",
+    "upper/loss": "upper loss",
+    "solver/residual": "residual",
+    "levels/pull": "pull",
+    "eval_loss": "eval loss",
+    "eval_accuracy": "eval accuracy",
+}
+
+
+class ShortProgressCallback(ProgressCallback):
+    """Trainer's progress bar, with one short line per log in the place of all its figures (which trackers, the state
+    and `all_results.json` still get)."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Writes the figures that a person wants to watch."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        shown = {title: logs[name] for name, title in _SHOWN.items() if name in logs}
+        if "lower/loss" in logs:
+            shown.pop("loss", None)  # the mean over steps of both levels, which says little
+        if shown:
+            figures = "  ".join(f"{title} {float(value):.4g}" for title, value in shown.items())
+            self.training_bar.write(f"epoch {logs.get('epoch', 0):.4g}/{state.num_train_epochs}  {figures}")

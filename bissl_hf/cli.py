@@ -134,7 +134,9 @@ def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"output_dir {folder} cannot be written to ({error.strerror or error}); choose another.") from error
+        raise OSError(
+            f"output_dir {folder} cannot be written to ({error.strerror or error}); choose another."
+        ) from error
     wants = resume if isinstance(resume, bool) else str(resume or "").lower()
     if wants in (False, "", "false", "none"):
         finished, started = (folder / RESULTS_NAME).is_file(), bool(list_checkpoints(folder)) or any(folder.iterdir())
@@ -146,7 +148,9 @@ def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
         return None
     if wants not in (True, "true"):
         if not Path(str(resume)).is_dir():
-            raise ValueError(f"resume_from_checkpoint is {resume}; there is no such folder. Pass true for the newest one.")
+            raise ValueError(
+                f"resume_from_checkpoint is {resume}; there is no such folder. Pass true for the newest one."
+            )
         return Path(str(resume))
     checkpoint, passed_over = find_last_checkpoint(folder)
     for path, defect in passed_over.items():

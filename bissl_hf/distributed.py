@@ -77,7 +77,9 @@ def average_flat(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tensors
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
-        raise ValueError(f"The tensors have dtypes {sorted(map(str, dtypes))}; one flat all-reduce takes a single dtype.")
+        raise ValueError(
+            f"The tensors have dtypes {sorted(map(str, dtypes))}; one flat all-reduce takes a single dtype."
+        )
     flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()

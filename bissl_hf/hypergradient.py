@@ -71,7 +71,9 @@ class Curvature:
             raise ValueError("parameters is empty; the curvature needs at least one tensor to differentiate in.")
         frozen = sum(not parameter.requires_grad for parameter in self.parameters)
         if frozen:
-            raise ValueError(f"{frozen} of {len(self.parameters)} parameters do not require gradients; leave them out.")
+            raise ValueError(
+                f"{frozen} of {len(self.parameters)} parameters do not require gradients; leave them out."
+            )
         self.mode = mode
         self._loss_fn = loss_fn
         self._reduce = reduce

@@ -80,7 +80,8 @@ class ModelArguments:
         default=None, metadata={"help": "Backbone to start from: a folder or Hub id; a ResNet-18 if not given."}
     )
     backbone_init: str = field(
-        default="pretrained", metadata={"help": "pretrained: load --backbone's weights; random: its architecture only."}
+        default="pretrained",
+        metadata={"help": "pretrained: load --backbone's weights; random: its architecture only."},
     )
     upper_model: str | None = field(default=None, metadata={"help": "Image classifier whose head is kept."})
     projection_dims: list[int] = field(
@@ -260,7 +261,9 @@ def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]
         yield trainer.eval_transform(batch, (0,))
 
 
-def write_outputs(trainer: BiSSLTrainer, before: dict[str, Any], after: dict[str, Any], class_names: list[str]) -> None:
+def write_outputs(
+    trainer: BiSSLTrainer, before: dict[str, Any], after: dict[str, Any], class_names: list[str]
+) -> None:
     output = Path(trainer.args.output_dir)
     trainer.model.export(
         output, processing_class=trainer.processing_class, recalibrate_on=list(trainer.recalibration_batches())
@@ -268,7 +271,11 @@ def write_outputs(trainer: BiSSLTrainer, before: dict[str, Any], after: dict[str
     trainer.model.save_pretrained(output / "bilevel")
     plot_run(trainer.state.log_history, output / "figures" / "training.png")
     layouts = [
-        (f"{title}: accuracy {100 * stage['metrics'][f'{prefix}_accuracy']:.1f} %", np.array(stage["layout"]), stage["labels"])
+        (
+            f"{title}: accuracy {100 * stage['metrics'][f'{prefix}_accuracy']:.1f} %",
+            np.array(stage["layout"]),
+            stage["labels"],
+        )
         for title, prefix, stage in (("Before BiSSL", "before", before), ("After BiSSL", "test", after))
     ]
     plot_layouts(

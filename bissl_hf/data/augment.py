@@ -183,7 +183,9 @@ class EvalTransform:
         images = inputs["pixel_values"].float()
         short = min(images.shape[-2:])
         if short != self._side:
-            size = [self._side if length == short else int(self._side * length / short) for length in images.shape[-2:]]
+            size = [
+                self._side if length == short else int(self._side * length / short) for length in images.shape[-2:]
+            ]
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
             images = images.round().clamp(0, 255)  # as an image library would return them
         top, left = ((length - self._size) // 2 for length in images.shape[-2:])

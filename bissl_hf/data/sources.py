@@ -135,9 +135,13 @@ def _load_folder(path: Path) -> DatasetDict:
     if parquet:
         files: dict[str, list[str]] = {}
         for file in parquet:
-            files.setdefault(_split_of(file.stem.split("-")[0]) or _split_of(file.parent.name) or "train", []).append(str(file))
+            files.setdefault(_split_of(file.stem.split("-")[0]) or _split_of(file.parent.name) or "train", []).append(
+                str(file)
+            )
         return DatasetDict({split: Dataset.from_parquet(paths) for split, paths in files.items()})
-    split_folders = {split: child for child in sorted(path.iterdir()) if child.is_dir() and (split := _split_of(child.name))}
+    split_folders = {
+        split: child for child in sorted(path.iterdir()) if child.is_dir() and (split := _split_of(child.name))
+    }
     folders = split_folders if "train" in split_folders else {"train": path}
     return DatasetDict({split: _images_below(folder) for split, folder in folders.items()})
 
@@ -146,7 +150,9 @@ def _images_below(folder: Path) -> Dataset:
     """Reads a folder with a folder of images per class; images that lie in no such folder have no label."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"The folder {folder} holds no images (looked for {', '.join(sorted(_IMAGE_SUFFIXES))}) and no Parquet file.")
+        raise ValueError(
+            f"The folder {folder} holds no images (looked for {', '.join(sorted(_IMAGE_SUFFIXES))}) and no Parquet file."
+        )
     rows: dict[str, list[Any]] = {"image": [str(file) for file in files]}
     if all(file.parent != folder for file in files):
         rows["label"] = [file.relative_to(folder).parts[0] for file in files]

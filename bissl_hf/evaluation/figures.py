@@ -63,9 +63,7 @@ def plot_layouts(
     """
     figure = _new_figure(4.2 * len(layouts) + 1.2, 4.2)
     palette = matplotlib.colormaps["tab10" if len(class_names) <= 10 else "tab20"]
-    for axes, (title, points, labels) in zip(
-        np.atleast_1d(figure.subplots(1, len(layouts))), layouts, strict=True
-    ):
+    for axes, (title, points, labels) in zip(np.atleast_1d(figure.subplots(1, len(layouts))), layouts, strict=True):
         for number, name in enumerate(class_names):
             mine = points[labels == number]
             label = name if number < 20 else None

@@ -8,9 +8,7 @@ from transformers import AutoConfig, PretrainedConfig, ResNetConfig
 
 def resnet18_config() -> ResNetConfig:
     """Returns the configuration of a ResNet-18 (He et al., arXiv 1512.03385)."""
-    return ResNetConfig(
-        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic"
-    )
+    return ResNetConfig(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic")
 
 
 def as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
@@ -18,7 +16,9 @@ def as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
     if isinstance(config, dict):
         settings = dict(config)
         if "model_type" not in settings:
-            raise ValueError("The configuration of a sub-model has no `model_type`; it must name one of transformers' types.")
+            raise ValueError(
+                "The configuration of a sub-model has no `model_type`; it must name one of transformers' types."
+            )
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     return config
 

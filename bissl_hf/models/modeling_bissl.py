@@ -298,7 +298,9 @@ def find_shared_parameters(
         ]
         if others:
             more = f" and {len(others) - 6} more" if len(others) > 6 else ""
-            differences.append(f"only in the {level} model, or frozen or shaped differently in one: {', '.join(others[:6])}{more}")
+            differences.append(
+                f"only in the {level} model, or frozen or shaped differently in one: {', '.join(others[:6])}{more}"
+            )
     if differences:
         raise ValueError(
             f"The two backbones are not the same; {'; '.join(differences)}. Use models on the same backbone, freeze common "

@@ -73,9 +73,7 @@ def load_backbone(source: str | PreTrainedModel) -> PreTrainedModel:
     finally:
         logging.set_verbosity(verbosity)
     backbone_keys = set(model.base_model.state_dict())
-    missing = sorted(
-        name for key in report["missing_keys"] if (name := _below_base(model, key)) in backbone_keys
-    )
+    missing = sorted(name for key in report["missing_keys"] if (name := _below_base(model, key)) in backbone_keys)
     if missing:
         raise ValueError(f"{source} lacks {len(missing)} of the backbone's parameters: {', '.join(missing[:5])}.")
     return model.base_model

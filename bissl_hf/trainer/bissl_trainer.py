@@ -88,7 +88,9 @@ class BiSSLTrainer(KeyedTrainer):
         **trainer_kwargs: Any,
     ) -> None:
         if not isinstance(model, BiSSLModel):
-            raise TypeError(f"model is a {type(model).__name__}; it must be a BiSSLModel (see BiSSLModel.from_models).")
+            raise TypeError(
+                f"model is a {type(model).__name__}; it must be a BiSSLModel (see BiSSLModel.from_models)."
+            )
         if eval_dataset is None and args.eval_strategy != "no":
             logger.info("No eval_dataset was given, so nothing is evaluated during training.")
             args.eval_strategy = type(args.eval_strategy)("no")
@@ -322,10 +324,7 @@ class BiSSLTrainer(KeyedTrainer):
 
             def lower_loss() -> Tensor:
                 with self.accelerator.autocast():
-                    losses = [
-                        share * self.compute_lower_loss(self.model.pure("lower"), part)
-                        for part, share in parts
-                    ]
+                    losses = [share * self.compute_lower_loss(self.model.pure("lower"), part) for part, share in parts]
                 return torch.stack(losses).sum()
 
             with self.model_randomness(batch_key):

@@ -75,7 +75,9 @@ class KeyedTrainer(Trainer):
 
     # Batches
 
-    def keyed_loader(self, sources: dict[Stream, KeyedSource], phases: list[tuple[Stream, int]]) -> AlternatingDataLoader:
+    def keyed_loader(
+        self, sources: dict[Stream, KeyedSource], phases: list[tuple[Stream, int]]
+    ) -> AlternatingDataLoader:
         """Returns a loader of tagged batches, already divided between the processes (so not to be prepared again)."""
         sampler = AlternationSampler(phases, seed=self.args.key_seed, rank=self.args.process_index)
         num_examples = sum(sources[stream].batch_size * steps for stream, steps in phases)
@@ -208,7 +210,9 @@ def batch_rows(inputs: dict[str, Any]) -> int:
     for value in inputs.values():
         if isinstance(value, torch.Tensor) and value.ndim > 0:
             return value.shape[0]
-    raise ValueError(f"A batch must hold at least one tensor with rows; this one has {', '.join(inputs) or 'nothing'}.")
+    raise ValueError(
+        f"A batch must hold at least one tensor with rows; this one has {', '.join(inputs) or 'nothing'}."
+    )
 
 
 def split_rows(inputs: dict[str, Any], part_size: int | None) -> list[tuple[dict[str, Any], float]]:

@@ -41,7 +41,9 @@ class KeyedTrainingArguments(TrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave losses that are not finite out of logs."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not finite out of logs."}
+    )
 
     def __post_init__(self) -> None:
         self._refuse_unsupported()

@@ -1,0 +1,49 @@
+"""Tiny models and data for all tests."""
+
+import os
+
+# Set before anything of Hugging Face is imported: no test may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
+
+NUM_LABELS = 3
+
+
+def tiny_resnet_config() -> ResNetConfig:
+    return ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], layer_type="basic", num_labels=NUM_LABELS
+    )
+
+
+def tiny_model(seed: int = 0) -> BiSSLModel:
+    torch.manual_seed(seed)
+    lower = SimCLRForPreTraining(SimCLRConfig(backbone_config=tiny_resnet_config(), projection_dims=(6, 5)))
+    return BiSSLModel.from_models(lower, ResNetForImageClassification(tiny_resnet_config()))
+
+
+class TinyImages(torch.utils.data.Dataset):
+    """Random images, with labels or as pairs of views."""
+
+    def __init__(self, rows: int, *, pairs: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed + rows)
+        shape = (rows, 2, 1, 8, 8) if pairs else (rows, 1, 8, 8)
+        self.images = torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+        self.labels = None if pairs else torch.randint(0, NUM_LABELS, (rows,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        row = {"pixel_values": self.images[index]}
+        return row if self.labels is None else {**row, "labels": int(self.labels[index])}
+
+
+@pytest.fixture
+def model() -> BiSSLModel:
+    return tiny_model()

@@ -1,4 +1,5 @@
-"""What recipes share: arguments from YAML and the command line, bad input as one sentence, folders, closing summaries."""
+"""What recipes share: arguments from YAML and the command line, bad input as one sentence, folders, closing
+summaries."""
 
 import difflib
 import json
@@ -42,12 +43,12 @@ class _Parser(HfArgumentParser):
 
 
 def parse_arguments(
-    dataclass_types: Sequence[type], arguments: Sequence[str] | None = None, *, description: str
+    dataclass_types: Sequence[Any], arguments: Sequence[str] | None = None, *, description: str
 ) -> tuple[Any, ...]:
     """Reads arguments from `--config FILE.yaml` and the command line, which wins.
 
     Args:
-        dataclass_types (`Sequence[type]`): dataclasses whose fields are the arguments.
+        dataclass_types (`Sequence`): dataclasses whose fields are the arguments.
         arguments (`Sequence[str]`, *optional*): those of the process if not given.
         description (`str`): what `--help` says first.
 
@@ -143,7 +144,8 @@ def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
         if finished or started:
             state = "a finished run" if finished else "files, maybe of an unfinished run"
             raise ValueError(
-                f"output_dir {folder} holds {state}; pass --resume_from_checkpoint true to go on with it, or choose another."
+                f"output_dir {folder} holds {state}; pass --resume_from_checkpoint true to go on with it, or choose "
+                "another."
             )
         return None
     if wants not in (True, "true"):

@@ -28,7 +28,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _SumOwnRows.apply(gradient)
 
 
@@ -43,13 +43,13 @@ class _SumOwnRows(torch.autograd.Function):
         return total.chunk(world_size())[rank()].clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _GatherRows.apply(gradient)
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """Concatenates the rows of all processes, in the order of their ranks. Differentiable twice: the derivatives are those
-    of the sum over processes of whatever each of them computes from the result.
+    """Concatenates the rows of all processes, in the order of their ranks. Differentiable twice: the derivatives are
+    those of the sum over processes of whatever each of them computes from the result.
 
     Args:
         tensor (`torch.Tensor`): shape `(rows, ...)`, the same on each process.

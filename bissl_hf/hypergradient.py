@@ -5,7 +5,8 @@ With the lower level stationary in theta_P, phi_P held fixed (paper, section 3 a
     grad L_P(theta_P, phi_P) + lambda (theta_P - theta_D) = 0,
 
 differentiating in theta_D gives the implicit Jacobian  d theta_P* / d theta_D = (I + H / lambda)^-1,  where
-H = d2 L_P / d theta_P^2 leaves the proximal term out. It is symmetric, so the upper level's gradient reaches theta_D as
+H = d2 L_P / d theta_P^2 leaves the proximal term out. It is symmetric, so the upper level's gradient reaches theta_D
+as
 
     x = (I + H / (lambda + delta))^-1 grad_theta L_D(theta_P, phi_D),   with the damping delta for the solve alone.
 """
@@ -34,8 +35,8 @@ class Curvature:
     random state found at construction, so dropout draws the same masks in every product.
 
     Args:
-        loss_fn (`Callable`): returns the lower loss, a tensor of shape `()`. It must not have side effects: in particular
-            it must leave the running statistics of batch norm alone (see [`BiSSLModel.pure`]).
+        loss_fn (`Callable`): returns the lower loss, a tensor of shape `()`. It must not have side effects: in
+            particular it must leave the running statistics of batch norm alone (see [`BiSSLModel.pure`]).
         parameters (`Sequence[torch.Tensor]`): the leaves to differentiate in. Everything else is a constant.
         mode (`str`, *optional*, defaults to `"cached"`): `"cached"` keeps the graph of the gradient for all products;
             `"recompute"` builds it anew for each, which takes longer and holds no memory in between.
@@ -159,7 +160,8 @@ def implicit_gradient(
         max_iterations (`int`): largest number of products.
         tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which to stop.
         solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"blockwise_cg"` (the authors' published variant) or
-            `"identity"` (`x = rhs`: the implicit Jacobian is left out; no product is taken and the residual is not known).
+            `"identity"` (`x = rhs`: the implicit Jacobian is left out; no product is taken and the residual is not
+            known).
 
     Returns:
         `tuple[tuple[torch.Tensor, ...], SolveInfo]`: x and an account of the solve.

@@ -79,9 +79,9 @@ def conjugate_gradient(
         max_iterations (`int`): largest number of iterations, each of which takes one product.
         tolerance (`float`, *optional*, defaults to 0.0): stop once `||rhs - A x|| <= tolerance * ||rhs||`, with the
             residual of the recursion. A positive value reads one number per iteration from the device.
-        blockwise (`bool`, *optional*, defaults to `False`): the variant of the BiSSL authors' published code, with step
-            lengths of their own for each tensor. It is not conjugate gradient where `A` couples the tensors and its
-            residual may grow. It always takes `max_iterations` steps, stops on non-finite numbers only, and spends
+        blockwise (`bool`, *optional*, defaults to `False`): the variant of the BiSSL authors' published code, with
+            step lengths of their own for each tensor. It is not conjugate gradient where `A` couples the tensors and
+            its residual may grow. It always takes `max_iterations` steps, stops on non-finite numbers only, and spends
             one more product to report its true residual.
 
     Returns:
@@ -129,8 +129,8 @@ def _check_arguments(rhs: Vector, max_iterations: int, tolerance: float) -> None
 def _iterate(
     matvec: MatVec, rhs: Vector, max_iterations: int, tolerance: float, blockwise: bool
 ) -> tuple[Vector, SolveInfo]:
-    """The recursion. A scalar of the method is a tensor with one entry per tensor of the vector: equal entries in plain
-    conjugate gradient, an entry of its own for each tensor in the blockwise variant."""
+    """The recursion. A scalar of the method is a tensor with one entry per tensor of the vector: equal entries in
+    plain conjugate gradient, an entry of its own for each tensor in the blockwise variant."""
 
     def products(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
         dots = block_dots(x, y)

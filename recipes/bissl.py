@@ -27,6 +27,7 @@ from bissl_hf import (
     load_image_dataset,
 )
 from bissl_hf.cli import RESULTS_NAME, format_table, open_output_dir, parse_arguments, refusing_bad_input
+from bissl_hf.data.alternation import StepKey, Stream
 from bissl_hf.data.augment import EvalTransform, TrainTransform, image_processor
 from bissl_hf.data.decoded import DecodedImages
 from bissl_hf.evaluation.features import extract_features, tsne_layout
@@ -112,7 +113,7 @@ class Images:
 
 
 def load_images(arguments: DataArguments, seed: int) -> Images:
-    columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+    columns: dict[str, Any] = {"image_column": arguments.image_column, "label_column": arguments.label_column}
     labelled = load_image_dataset(arguments.dataset, seed=seed, **columns)
     if arguments.lower_dataset:
         source = load_image_dataset(arguments.lower_dataset, seed=seed, image_column=arguments.image_column)
@@ -135,7 +136,7 @@ def load_images(arguments: DataArguments, seed: int) -> Images:
 
 
 def build_lower(arguments: ModelArguments) -> SimCLRForPreTraining:
-    heads = {"projection_dims": arguments.projection_dims, "temperature": arguments.temperature}
+    heads: dict[str, Any] = {"projection_dims": arguments.projection_dims, "temperature": arguments.temperature}
     if arguments.backbone_init not in ("pretrained", "random"):
         raise ValueError(f"backbone_init is {arguments.backbone_init!r}; it must be pretrained or random.")
     if arguments.lower_model and arguments.backbone:
@@ -144,7 +145,8 @@ def build_lower(arguments: ModelArguments) -> SimCLRForPreTraining:
         config = AutoConfig.from_pretrained(arguments.lower_model)
         if not isinstance(config, SimCLRConfig):
             raise ValueError(
-                f"lower_model {arguments.lower_model} is a {config.model_type!r} model; it must be a SimCLR one. To put a "
+                f"lower_model {arguments.lower_model} is a {config.model_type!r} model; it must be a SimCLR one. To "
+                "put a "
                 "SimCLR head on it pass it as --backbone."
             )
         return SimCLRForPreTraining.from_pretrained(arguments.lower_model)
@@ -159,7 +161,8 @@ def build_upper(arguments: ModelArguments, lower: SimCLRForPreTraining, class_na
         upper = AutoModelForImageClassification.from_pretrained(arguments.upper_model)
         if upper.config.num_labels != len(class_names):
             raise ValueError(
-                f"upper_model {arguments.upper_model} tells {upper.config.num_labels} classes apart and the data set has "
+                f"upper_model {arguments.upper_model} tells {upper.config.num_labels} classes apart and the data set "
+                "has "
                 f"{len(class_names)}; leave upper_model out for a new head."
             )
         return upper
@@ -209,7 +212,7 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
     return PretextTrainer(
         trainer.model.lower,
         PretextTrainingArguments(
-            output_dir=str(Path(args.output_dir) / "pretraining"),
+            output_dir=str(Path(str(args.output_dir)) / "pretraining"),
             max_steps=steps,
             per_device_train_batch_size=arguments.pretrain_batch_size or args.per_device_lower_batch_size,
             learning_rate=arguments.pretrain_learning_rate,
@@ -232,7 +235,7 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
 
 def pretrain(pretrainer: PretextTrainer, model: BiSSLModel) -> None:
     """Pre-trains the lower model, or takes over what an earlier start of this run has finished."""
-    folder = Path(pretrainer.args.output_dir)
+    folder = Path(str(pretrainer.args.output_dir))
     finished = folder / "model"
     if pretrainer.args.max_steps > 0 and not finished.is_dir():
         checkpoint, _ = find_last_checkpoint(folder)
@@ -257,14 +260,15 @@ def evaluate_on_test(trainer: BiSSLTrainer, test: DecodedImages, prefix: str) ->
 
 
 def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]:
+    key = StepKey(trainer.args.key_seed, int(Stream.EVALUATION), 0, 0, 0)
     for batch in trainer.get_test_dataloader(rows):
-        yield trainer.eval_transform(batch, (0,))
+        yield trainer.move_and_transform(batch, key, trainer.eval_transform)
 
 
 def write_outputs(
     trainer: BiSSLTrainer, before: dict[str, Any], after: dict[str, Any], class_names: list[str]
 ) -> None:
-    output = Path(trainer.args.output_dir)
+    output = Path(str(trainer.args.output_dir))
     trainer.model.export(
         output, processing_class=trainer.processing_class, recalibrate_on=list(trainer.recalibration_batches())
     )
@@ -321,7 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
         pretrainer = build_pretrainer(models, args, trainer)
 
     pretrain(pretrainer, model)
-    output = Path(args.output_dir)
+    output = Path(str(args.output_dir))
     before_file = output / "before.json"
     if checkpoint is None or not before_file.is_file():
         trainer.warm_up_head()

@@ -5,7 +5,7 @@ interrupted reads on exactly as if it had not been.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -113,12 +113,12 @@ def batch_indices(
     return _permutation(num_examples, seed, level, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
-def read_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
+def read_rows(dataset: Any, indices: Iterable[int]) -> list[Any]:
     """Reads rows of a map-style data set, in one call where it offers one."""
-    indices = [int(index) for index in indices]
+    rows = [int(index) for index in indices]
     if hasattr(dataset, "__getitems__"):
-        return dataset.__getitems__(indices)
-    return [dataset[index] for index in indices]
+        return dataset.__getitems__(rows)
+    return [dataset[row] for row in rows]
 
 
 @dataclass
@@ -199,7 +199,8 @@ class AlternationSampler(Sampler[list[StepKey]]):
 class AlternatingDataLoader(DataLoader):
     """A loader of tagged batches. Its workers, if any, live as long as the loader does.
 
-    `accelerate.skip_first_batches` finds the sampler inside, which is what a resume in the middle of an alternation uses.
+    `accelerate.skip_first_batches` finds the sampler inside, which is what a resume in the middle of an alternation
+    uses.
     """
 
     def __init__(

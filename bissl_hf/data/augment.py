@@ -1,7 +1,7 @@
 """Views of images, made on the device. A transform is `transform(inputs, key) -> inputs`, deterministic in its key.
 
-Inputs hold `pixel_values`, uint8 of shape (batch, 3, height, width). Outputs are float32, normalised with ImageNet's mean
-and deviation. Random transforms are kornia's; they draw from the global random state, which is seeded by the key and
+Inputs hold `pixel_values`, uint8 of shape (batch, 3, height, width). Outputs are float32, normalised with ImageNet's
+mean and deviation. Random transforms are kornia's; they draw from the global random state, which is seeded by the key and
 given back as it was.
 """
 
@@ -46,7 +46,8 @@ def _check_pair(name: str, values: Sequence[float]) -> tuple[float, float]:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Subtracts ImageNet's mean and divides by its deviation, for images in [0, 1], shape `(batch, 3, height, width)`."""
+    """Subtracts ImageNet's mean and divides by its deviation, for images in [0, 1], shape `(batch, 3, height,
+    width)`."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
     return (images - mean) / std
@@ -77,19 +78,19 @@ def _random_views(operations: list[nn.Module], images: Tensor) -> Tensor:
 
 
 class TwoViewTransform:
-    """Two random views of each image, with the paper's values as defaults (section 4). An operation of probability 0 is
-    not built.
+    """Two random views of each image, with the paper's values as defaults (section 4). An operation of probability 0
+    is not built.
 
     Args:
         image_size (`int`): side of a view in pixels.
         crop_scale (`Sequence[float]`, *optional*, defaults to `(0.08, 1.0)`): smallest and largest area of a crop.
-        crop_ratio (`Sequence[float]`, *optional*, defaults to `(0.5, 1.0)`): smallest and largest aspect ratio, as in the
-            authors' published code.
+        crop_ratio (`Sequence[float]`, *optional*, defaults to `(0.5, 1.0)`): smallest and largest aspect ratio, as in
+            the authors' published code.
         horizontal_flip (`float`, *optional*, defaults to 0.5): probability.
         color_jitter (`float`, *optional*, defaults to 0.8): probability of jitter of (0.4, 0.4, 0.2, 0.1).
         grayscale (`float`, *optional*, defaults to 0.2): probability.
-        blur (`Sequence[float]`, *optional*, defaults to `(1.0, 0.1)`): probabilities in the two views of a Gaussian blur of
-            sigma 0.1 to 2.0, whose kernel spans about a tenth of the image.
+        blur (`Sequence[float]`, *optional*, defaults to `(1.0, 0.1)`): probabilities in the two views of a Gaussian
+            blur of sigma 0.1 to 2.0, whose kernel spans about a tenth of the image.
         solarize (`Sequence[float]`, *optional*, defaults to `(0.0, 0.2)`): probabilities in the two views.
 
     Raises:
@@ -135,7 +136,8 @@ class TwoViewTransform:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any], key: tuple[int, ...]) -> dict[str, Any]:
-        """Returns `pixel_values` of shape `(batch, 2, 3, size, size)` and nothing else: a pretext task has no labels."""
+        """Returns `pixel_values` of shape `(batch, 2, 3, size, size)` and nothing else: a pretext task has no
+        labels."""
         with keyed_random_state(key):
             views = [_random_views(operations, inputs["pixel_values"]) for operations in self._views]
         return {"pixel_values": torch.stack(views, dim=1)}
@@ -167,8 +169,9 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Images for evaluation: short side to `image_size * 256 / 224`, centre crop (paper, section 4). Images stored with that
-    short side ([`DecodedImages`] for evaluation) are only cropped; they then agree with `image_processor` to rounding.
+    """Images for evaluation: short side to `image_size * 256 / 224`, centre crop (paper, section 4). Images stored
+    with that short side ([`DecodedImages`] for evaluation) are only cropped; they then agree with `image_processor` to
+    rounding.
 
     Args:
         image_size (`int`): side of the result in pixels.
@@ -194,8 +197,8 @@ class EvalTransform:
 
 
 def image_processor(image_size: int) -> Any:
-    """Returns the image processor of transformers that prepares a raw image as the evaluation does, to be saved beside a
-    model.
+    """Returns the image processor of transformers that prepares a raw image as the evaluation does, to be saved beside
+    a model.
 
     Args:
         image_size (`int`): side of the images that the model sees, in pixels.

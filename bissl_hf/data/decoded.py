@@ -122,8 +122,8 @@ class DecodedImages(torch.utils.data.Dataset):
     ) -> "DecodedImages":
         """Decodes every image of a split to RGB, once.
 
-        Images are read as pipelines of `transformers` read them: the EXIF orientation is applied, and every mode becomes
-        RGB by `PIL.Image.convert`, which drops transparency and clips values above 255 (logged as a warning).
+        Images are read as pipelines of `transformers` read them: the EXIF orientation is applied, and every mode
+        becomes RGB by `PIL.Image.convert`, which drops transparency and clips values above 255 (logged as a warning).
 
         Args:
             dataset (`datasets.Dataset`): split with a column `image` and maybe `label`, as

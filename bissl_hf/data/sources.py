@@ -57,16 +57,16 @@ def load_image_dataset(
     revision: str | None = None,
     **load_kwargs: Any,
 ) -> DatasetDict:
-    """Loads images with labels under one schema: columns `image` and `label` (a `ClassLabel`), splits `train`, `validation`
-    and `test`, and `unlabeled` (`image` only) where the source has one. A test or validation split that is missing is
-    carved out of the training one, stratified and seeded.
+    """Loads images with labels under one schema: columns `image` and `label` (a `ClassLabel`), splits `train`,
+    `validation` and `test`, and `unlabeled` (`image` only) where the source has one. A test or validation split that is
+    missing is carved out of the training one, stratified and seeded.
 
     Args:
         name (`str`): `"digits"`, a folder of images (a folder per class, maybe below one per split), a Parquet file, a
             folder of Parquet files, or a data set on the Hub.
         image_column, label_column (`str`, *optional*): names of the columns; usual ones are found by themselves.
-        validation_fraction, test_fraction (`float`, *optional*, defaults to 0.1 and 0.2): share of the training split that
-            a missing split takes.
+        validation_fraction, test_fraction (`float`, *optional*, defaults to 0.1 and 0.2): share of the training split
+            that a missing split takes.
         seed (`int`, *optional*, defaults to 0): of the division.
         revision (`str`, *optional*): revision of a data set on the Hub.
         **load_kwargs: further arguments of `datasets.load_dataset` for a data set on the Hub.
@@ -75,8 +75,8 @@ def load_image_dataset(
         `datasets.DatasetDict`
 
     Raises:
-        `ValueError`: if the name is not known, a column or all labels are missing, a split is empty, or a label is out of
-            range.
+        `ValueError`: if the name is not known, a column or all labels are missing, a split is empty, or a label is out
+            of range.
         `ConnectionError`: if the Hub cannot be reached.
 
     Example:
@@ -125,7 +125,8 @@ def _load(name: str, revision: str | None, load_kwargs: dict[str, Any]) -> Datas
     near = difflib.get_close_matches(name, _NAMED, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise ValueError(
-        f"There is no data set {name!r}: it is no existing folder or file, no Hub id (user/name), and none of the known names "
+        f"There is no data set {name!r}: it is no existing folder or file, no Hub id (user/name), and none of the "
+        "known names "
         f"({', '.join(_NAMED)}){hint}"
     )
 
@@ -151,7 +152,8 @@ def _images_below(folder: Path) -> Dataset:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
     if not files:
         raise ValueError(
-            f"The folder {folder} holds no images (looked for {', '.join(sorted(_IMAGE_SUFFIXES))}) and no Parquet file."
+            f"The folder {folder} holds no images (looked for {', '.join(sorted(_IMAGE_SUFFIXES))}) and no Parquet "
+            "file."
         )
     rows: dict[str, list[Any]] = {"image": [str(file) for file in files]}
     if all(file.parent != folder for file in files):
@@ -243,7 +245,8 @@ def _numbers(labels: Sequence[Any], names: Sequence[str], split: str, name: str)
     for row, (number, label) in enumerate(zip(numbers, labels, strict=True)):
         if not 0 <= number < len(names):
             raise ValueError(
-                f"The label in row {row} of the split {split!r} of {name} is {label!r}, out of range: there are {len(names)} "
+                f"The label in row {row} of the split {split!r} of {name} is {label!r}, out of range: there are "
+                f"{len(names)} "
                 f"classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})."
             )
     return numbers
@@ -256,7 +259,8 @@ def _carve(rows: Dataset, fraction: float, seed: int, name: str) -> tuple[Datase
     smallest = round(fraction * len(rows))
     if present.min() < 2 or smallest < len(present) or len(rows) - smallest < len(present):
         raise ValueError(
-            f"{name} is too small to set {fraction:.0%} of its {len(rows)} training images aside with every one of its "
+            f"{name} is too small to set {fraction:.0%} of its {len(rows)} training images aside with every one of "
+            "its "
             f"{len(present)} classes in both parts (the rarest has {present.min()}); provide the split."
         )
     parts = rows.train_test_split(test_size=smallest, stratify_by_column="label", seed=seed)

@@ -22,7 +22,7 @@ class Accuracy(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:  # type: ignore[override]
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
@@ -31,7 +31,9 @@ def classification_metrics() -> Callable[[EvalPrediction], dict[str, float]]:
     accuracy = Accuracy(keep_in_memory=True)
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        result = accuracy.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+        result = accuracy.compute(
+            predictions=np.asarray(prediction.predictions).argmax(-1), references=prediction.label_ids
+        )
         return result or {}
 
     return compute

@@ -20,8 +20,8 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
-    """Replaces the running statistics of a model by their cumulative average over batches. Labels are not used, dropout is
-    off, and the modes and momenta of all layers are as before when it returns.
+    """Replaces the running statistics of a model by their cumulative average over batches. Labels are not used,
+    dropout is off, and the modes and momenta of all layers are as before when it returns.
 
     Args:
         model (`torch.nn.Module`): changed in place.

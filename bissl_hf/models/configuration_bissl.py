@@ -1,7 +1,7 @@
 """Configuration of the model that holds both levels."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -14,12 +14,12 @@ class BiSSLConfig(PretrainedConfig):
     Args:
         lower_config, upper_config (`PretrainedConfig` or `dict`): of the pretext and the downstream model.
         lower_class, upper_class (`str`): their class names, looked up in `transformers` and `bissl_hf` only.
-        unshared_parameters (`Sequence[str]`, *optional*, defaults to `("pooler.",)`): patterns of parameters of the base
-            models that need not be common to both.
+        unshared_parameters (`Sequence[str]`, *optional*, defaults to `("pooler.",)`): patterns of parameters of the
+            base models that need not be common to both.
     """
 
     model_type = "bissl"
-    sub_configs = {"lower_config": AutoConfig, "upper_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"lower_config": AutoConfig, "upper_config": AutoConfig}
     has_no_defaults_at_init = True
 
     lower_config: Any = None

@@ -1,7 +1,7 @@
 """Configuration of SimCLR pre-training."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig, ResNetConfig
 
@@ -37,13 +37,13 @@ class SimCLRConfig(PretrainedConfig):
     """
 
     model_type = "simclr"
-    sub_configs = {"backbone_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
     has_no_defaults_at_init = False
 
     backbone_config: Any = None
     projection_dims: Any = (256, 256, 256)
     temperature: float = 0.5
-    feature_size: int | None = None
+    feature_size: Any = None
 
     def __init__(
         self,
@@ -75,7 +75,8 @@ def infer_feature_size(config: PretrainedConfig) -> int:
     size = sizes[-1] if sizes else getattr(config, "hidden_size", None)
     if not isinstance(size, int):
         raise ValueError(
-            f"The configuration of a {config.model_type!r} backbone has neither hidden_sizes nor hidden_size; pass feature_size."
+            f"The configuration of a {config.model_type!r} backbone has neither hidden_sizes nor hidden_size; pass "
+            "feature_size."
         )
     return size
 

@@ -27,8 +27,8 @@ class BiSSLModel(PreTrainedModel):
     (theta_D, phi_D).
 
     The backbone theta is what their base models have in common: the parameters of the same name and shape that are
-    trainable in both. Heads are everything else that is trainable; a head's tensor that is tied to the backbone belongs to
-    the backbone. Build one with [`BiSSLModel.from_models`].
+    trainable in both. Heads are everything else that is trainable; a head's tensor that is tied to the backbone
+    belongs to the backbone. Build one with [`BiSSLModel.from_models`].
 
     Args:
         config ([`BiSSLConfig`])
@@ -63,14 +63,14 @@ class BiSSLModel(PreTrainedModel):
         *,
         unshared_parameters: Sequence[str] = ("pooler.",),
     ) -> "BiSSLModel":
-        """Joins a pretext and a downstream model; theta_D starts from theta_P. Frozen parameters and buffers that both base
-        models have are copied to the upper one too. The weights are copied: neither argument is changed.
+        """Joins a pretext and a downstream model; theta_D starts from theta_P. Frozen parameters and buffers that both
+        base models have are copied to the upper one too. The weights are copied: neither argument is changed.
 
         Args:
             lower (`PreTrainedModel`): pretext model; `lower(**inputs).loss` is L_P.
             upper (`PreTrainedModel`): downstream model; `upper(**inputs).loss` is L_D.
-            unshared_parameters (`Sequence[str]`, *optional*, defaults to `("pooler.",)`): patterns (a prefix or a shell
-                pattern) of names below the base models of parameters that only one of them has or trains.
+            unshared_parameters (`Sequence[str]`, *optional*, defaults to `("pooler.",)`): patterns (a prefix or a
+                shell pattern) of names below the base models of parameters that only one of them has or trains.
 
         Raises:
             `TypeError`: if an argument is not a `PreTrainedModel`.
@@ -87,8 +87,8 @@ class BiSSLModel(PreTrainedModel):
             upper_class=type(upper).__name__,
             unshared_parameters=unshared_parameters,
         )
-        for name in (config.lower_class, config.upper_class):
-            resolve_class(name)
+        for class_name in (config.lower_class, config.upper_class):
+            resolve_class(class_name)
         model = cls(config)
         for level, source in (("lower", lower), ("upper", upper)):
             own = getattr(model, level)
@@ -125,8 +125,8 @@ class BiSSLModel(PreTrainedModel):
 
     @property
     def shared_parameter_names(self) -> tuple[str, ...]:
-        """Names of the backbone's parameters below the base models, in their order. Found once: freezing a parameter later
-        does not move it out of the backbone."""
+        """Names of the backbone's parameters below the base models, in their order. Found once: freezing a parameter
+        later does not move it out of the backbone."""
         if self._shared_names is None:
             self._shared_names = find_shared_parameters(self.lower, self.upper, self.config.unshared_parameters)
         return self._shared_names
@@ -161,9 +161,9 @@ class BiSSLModel(PreTrainedModel):
         """Runs one of the models on its inputs, given as keywords.
 
         Args:
-            level (`str`, *optional*, defaults to `"aligned"`): `"lower"`, `"upper"`, or `"aligned"`, the upper model with
-                theta_P in the place of theta_D. The first two move their running statistics in train mode, the last
-                works on copies of the lower model's.
+            level (`str`, *optional*, defaults to `"aligned"`): `"lower"`, `"upper"`, or `"aligned"`, the upper model
+                with theta_P in the place of theta_D. The first two move their running statistics in train mode, the
+                last works on copies of the lower model's.
 
         Raises:
             `ValueError`: for another level.
@@ -207,14 +207,14 @@ class BiSSLModel(PreTrainedModel):
         processing_class: Any = None,
         recalibrate_on: Iterable[dict[str, Any]] | None = None,
     ) -> PreTrainedModel:
-        """Writes the aligned model as a checkpoint of the upper model's class, which needs this package no more. Files are
-        written aside first, so that a failure leaves what lies in `directory` as it was.
+        """Writes the aligned model as a checkpoint of the upper model's class, which needs this package no more. Files
+        are written aside first, so that a failure leaves what lies in `directory` as it was.
 
         Args:
             directory (`str` or `Path`): created if need be.
             processing_class (*optional*): image processor or tokenizer to write beside the model.
-            recalibrate_on (`Iterable[dict]`, *optional*): inputs of the upper model (evaluation transform, on its device)
-                from which batch-norm statistics are estimated; labels in them are not used.
+            recalibrate_on (`Iterable[dict]`, *optional*): inputs of the upper model (evaluation transform, on its
+                device) from which batch-norm statistics are estimated; labels in them are not used.
 
         Returns:
             `PreTrainedModel`: the model that was written, in evaluation mode.
@@ -224,7 +224,8 @@ class BiSSLModel(PreTrainedModel):
             recalibrate_batch_norm(model, recalibrate_on)
         elif has_batch_norm(model):
             warnings.warn(
-                "The aligned model has batch norm and is exported with the statistics of pretext views; pass recalibrate_on "
+                "The aligned model has batch norm and is exported with the statistics of pretext views; pass "
+                "recalibrate_on "
                 "to estimate them on downstream images.",
                 stacklevel=2,
             )
@@ -265,7 +266,8 @@ def base_prefix(model: PreTrainedModel) -> str:
 def find_shared_parameters(
     lower: PreTrainedModel, upper: PreTrainedModel, unshared_parameters: Sequence[str]
 ) -> tuple[str, ...]:
-    """Returns the names, below the base models, of the parameters that both have, with the same shape, trainable in both.
+    """Returns the names, below the base models, of the parameters that both have, with the same shape, trainable in
+    both.
 
     Raises:
         `ValueError`: if there are none, or if another trainable parameter of either base model matches no pattern of
@@ -285,8 +287,10 @@ def find_shared_parameters(
                 frozen.add(name)
     if not shared:
         raise ValueError(
-            f"{type(lower).__name__} and {type(upper).__name__} share no backbone: no trainable parameter of their base models "
-            f"({type(lower.base_model).__name__} and {type(upper.base_model).__name__}) has the same name and shape. Use two "
+            f"{type(lower).__name__} and {type(upper).__name__} share no backbone: no trainable parameter of their "
+            "base models "
+            f"({type(lower.base_model).__name__} and {type(upper.base_model).__name__}) has the same name and shape. "
+            "Use two "
             "models on the same backbone."
         )
     differences = []
@@ -303,7 +307,8 @@ def find_shared_parameters(
             )
     if differences:
         raise ValueError(
-            f"The two backbones are not the same; {'; '.join(differences)}. Use models on the same backbone, freeze common "
+            f"The two backbones are not the same; {'; '.join(differences)}. Use models on the same backbone, freeze "
+            "common "
             "parameters in both or neither, or name what may differ in unshared_parameters."
         )
     return tuple(shared)

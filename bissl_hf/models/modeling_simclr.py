@@ -50,14 +50,14 @@ def _classifies_images(config: PretrainedConfig) -> bool:
 
 
 def build_backbone(config: PretrainedConfig) -> PreTrainedModel:
-    """Builds the base model of the image classifier of this configuration, so that both hold the same parameters: a ViT
-    classifier, say, has no pooler while a plain `ViTModel` has one."""
+    """Builds the base model of the image classifier of this configuration, so that both hold the same parameters: a
+    ViT classifier, say, has no pooler while a plain `ViTModel` has one."""
     if _classifies_images(config):
         return AutoModelForImageClassification.from_config(config).base_model
     return AutoModel.from_config(config)
 
 
-def load_backbone(source: str | PreTrainedModel) -> PreTrainedModel:
+def load_backbone(source: str | PreTrainedModel) -> Any:
     """Returns the base model behind a folder, a Hub id or a model."""
     if isinstance(source, PreTrainedModel):
         return source.base_model
@@ -65,7 +65,8 @@ def load_backbone(source: str | PreTrainedModel) -> PreTrainedModel:
     if isinstance(config, SimCLRConfig):
         return SimCLRForPreTraining.from_pretrained(source).backbone
     auto_class = AutoModelForImageClassification if _classifies_images(config) else AutoModel
-    # A head that is missing is expected here and would be reported at length; a backbone that is not whole is an error.
+    # A head that is missing is expected here and would be reported at length; a backbone that is not whole is an
+    # error.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -84,8 +85,8 @@ def _below_base(model: PreTrainedModel, key: str) -> str:
 
 
 def pool_features(outputs: Any) -> Tensor:
-    """Returns one feature vector per image, shape `(batch, width)`, from the outputs of a backbone: those that it pooled
-    itself, else the class token of a sequence, else the mean over a map."""
+    """Returns one feature vector per image, shape `(batch, width)`, from the outputs of a backbone: those that it
+    pooled itself, else the class token of a sequence, else the mean over a map."""
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is not None:
         return pooled.flatten(1)
@@ -126,11 +127,11 @@ class SimCLRForPreTraining(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Only the head is initialised here; the layers of the backbone by the backbone itself. Both are torch's defaults
-        # (He for linear layers with the gain of their reset), as in the authors' SimCLR.
+        # Only the head is initialised here; the layers of the backbone by the backbone itself. Both are torch's
+        # defaults (He for linear layers with the gain of their reset), as in the authors' SimCLR.
         if isinstance(module, SimCLRProjectionHead):
             for layer in module:
-                if hasattr(layer, "reset_parameters") and not getattr(layer, "_is_hf_initialized", False):
+                if isinstance(layer, nn.Linear | nn.BatchNorm1d) and not getattr(layer, "_is_hf_initialized", False):
                     layer.reset_parameters()
 
     @classmethod
@@ -170,8 +171,8 @@ class SimCLRForPreTraining(PreTrainedModel):
         return model
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> SimCLROutput:
-        """Embeds both views and compares them. The views pass one after the other, so that batch-norm statistics are taken
-        per view (paper, section 4).
+        """Embeds both views and compares them. The views pass one after the other, so that batch-norm statistics are
+        taken per view (paper, section 4).
 
         Args:
             pixel_values (`torch.Tensor`): shape `(batch, 2, channels, height, width)`.
@@ -181,12 +182,14 @@ class SimCLRForPreTraining(PreTrainedModel):
         """
         if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; it must be (batch, 2, channels, height, width): two views."
+                f"pixel_values has shape {tuple(pixel_values.shape)}; it must be (batch, 2, channels, height, width): "
+                "two views."
             )
         first, second = (self.embed(pixel_values[:, view]) for view in range(2))
         loss = nt_xent_loss(first, second, temperature=self.config.temperature)
         return SimCLROutput(loss=loss, embeddings=torch.stack([first, second], dim=1))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Returns the embeddings of images `(batch, channels, height, width)`, shape `(batch, projection_dims[-1])`."""
+        """Returns the embeddings of images `(batch, channels, height, width)`, shape `(batch,
+        projection_dims[-1])`."""
         return self.projection_head(pool_features(self.backbone(pixel_values=images)))

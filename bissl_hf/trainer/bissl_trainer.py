@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, default_data_collator
+from transformers import ProgressCallback, TrainerCallback, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
@@ -23,6 +23,7 @@ from ..hypergradient import Curvature, implicit_gradient
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
 from ..models.modeling_bissl import BiSSLModel
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
+from .callbacks import ShortProgressCallback
 from .keyed_trainer import KeyedTrainer, Transform, split_rows
 from .optimizer import TwoLevelOptimizer, build_optimizer, step_length
 from .schedule import Schedule, level_schedule, two_level_scheduler
@@ -46,8 +47,8 @@ class BiSSLTrainer(KeyedTrainer):
         train_dataset, eval_dataset: labelled, map-style data sets of the upper level.
         lower_dataset: map-style data set of the lower level.
         data_collator, lower_data_collator (`Callable`, *optional*): stack rows into a dictionary of tensors.
-        train_transform, eval_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run
-            on the device and deterministic in the key.
+        train_transform, eval_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`,
+            run on the device and deterministic in the key.
         callbacks (`list`, *optional*): as in `transformers.Trainer`.
         **trainer_kwargs: further arguments of `transformers.Trainer` (`processing_class`, `compute_metrics`, ...).
 
@@ -70,6 +71,7 @@ class BiSSLTrainer(KeyedTrainer):
     """
 
     args: BiSSLTrainingArguments
+    model: BiSSLModel
 
     def __init__(
         self,
@@ -109,10 +111,18 @@ class BiSSLTrainer(KeyedTrainer):
         )
         if args.label_names is None:
             self.label_names = find_labels(type(model.upper))
-        self._signature_columns = [*inspect.signature(model.upper.forward).parameters, "label", "label_ids"]
+        # Columns that the upper model takes; Trainer would look at the signature of BiSSLModel.
+        self._signature_columns = [  # type: ignore[assignment]
+            *inspect.signature(model.upper.forward).parameters,
+            "label",
+            "label_ids",
+        ]
         if eval_transform is not None:
             # The transform may need columns that forward does not name.
             self.args.remove_unused_columns = False
+        if not args.disable_tqdm:
+            self.pop_callback(ProgressCallback)
+            self.add_callback(ShortProgressCallback)
         self.sources = {} if train_dataset is None and lower_dataset is None else self._make_sources()
         self._start: Vector | None = None
         self._pull = 0.0
@@ -124,8 +134,8 @@ class BiSSLTrainer(KeyedTrainer):
     # What to override for another pair of tasks
 
     def compute_lower_loss(self, model: LossModel, inputs: dict[str, Any]) -> Tensor:
-        """Returns the pretext loss L_P, the mean over this process's rows, shape `()`. It may be called several times per
-        step and must not have side effects.
+        """Returns the pretext loss L_P, the mean over this process's rows, shape `()`. It may be called several times
+        per step and must not have side effects.
 
         Args:
             model (`Callable`): the lower model; takes the inputs as keyword arguments.
@@ -134,8 +144,8 @@ class BiSSLTrainer(KeyedTrainer):
         return model(**inputs).loss
 
     def compute_upper_loss(self, model: LossModel, inputs: dict[str, Any]) -> Tensor:
-        """Returns the downstream loss L_D, the mean over this process's rows, shape `()`. It is called with two models: that
-        of (theta_D, phi_D) and the aligned one of (theta_P, phi_D).
+        """Returns the downstream loss L_D, the mean over this process's rows, shape `()`. It is called with two
+        models: that of (theta_D, phi_D) and the aligned one of (theta_P, phi_D).
 
         Args:
             model (`Callable`): takes the inputs as keyword arguments.
@@ -156,7 +166,8 @@ class BiSSLTrainer(KeyedTrainer):
         for name, batch in (("per_device_lower_batch_size", lower_batch), ("curvature_batch_size", curvature_batch)):
             if batch > len(self.lower_dataset):
                 raise ValueError(
-                    f"{name} makes a batch of {batch}, and lower_dataset has {len(self.lower_dataset)} examples; choose a "
+                    f"{name} makes a batch of {batch}, and lower_dataset has {len(self.lower_dataset)} examples; "
+                    "choose a "
                     "batch that is not larger."
                 )
         upper_batch = args.per_device_train_batch_size * world
@@ -164,7 +175,8 @@ class BiSSLTrainer(KeyedTrainer):
         if upper_batch > labelled:
             cut = labelled // world * world
             logger.warning(
-                f"The upper batch of {upper_batch} (per_device_train_batch_size x processes) is larger than the {labelled} "
+                f"The upper batch of {upper_batch} (per_device_train_batch_size x processes) is larger than the "
+                f"{labelled} "
                 f"labelled examples; it is cut to {cut}."
             )
             upper_batch = cut
@@ -203,7 +215,7 @@ class BiSSLTrainer(KeyedTrainer):
                 field="lower_optim",
             )
             upper = self._build_upper_optimizer(self._level_parameters("upper"))
-            self.optimizer = TwoLevelOptimizer(upper=upper, lower=lower)
+            self.optimizer = self.two_level_optimizer = TwoLevelOptimizer(upper=upper, lower=lower)
         return self.optimizer
 
     def _build_upper_optimizer(self, parameters: tuple[Tensor, ...]) -> Optimizer:
@@ -241,7 +253,7 @@ class BiSSLTrainer(KeyedTrainer):
         """Returns the schedule that follows each level's own steps."""
         if self.lr_scheduler is None:
             self.lr_scheduler = two_level_scheduler(
-                optimizer or self.optimizer,
+                optimizer or self.create_optimizer(),
                 self.level_schedules(),
                 lower_steps=self.args.lower_steps,
                 upper_steps=self.args.upper_steps,
@@ -339,8 +351,8 @@ class BiSSLTrainer(KeyedTrainer):
 
     def _upper_step(self, curvature: Curvature, inputs: dict[str, Any]) -> Tensor:
         """Hypergradient (section 2 of the paper):
-        g_theta = x + gamma grad_theta L_D(theta_D, phi_D)  with  (I + H/(lambda + delta)) x = grad_theta L_D(theta_P, phi_D),
-        g_phi = grad_phi L_D(theta_P, phi_D) + gamma grad_phi L_D(theta_D, phi_D).
+        g_theta = x + gamma grad_theta L_D(theta_D, phi_D)  with  (I + H/(lambda + delta)) x = grad_theta L_D(theta_P,
+        phi_D), g_phi = grad_phi L_D(theta_P, phi_D) + gamma grad_phi L_D(theta_D, phi_D).
         """
         args = self.args
         theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
@@ -381,8 +393,8 @@ class BiSSLTrainer(KeyedTrainer):
     def _upper_gradient(
         self, model: LossModel, inputs: dict[str, Any], parameters: tuple[Tensor, ...], *, differentiate: bool = True
     ) -> tuple[Tensor, Vector]:
-        """Returns the upper loss of a model and its gradient; no gradient (an empty vector) if not asked for. The gradient
-        is linear in the rows, so parts of a batch add up to it exactly."""
+        """Returns the upper loss of a model and its gradient; no gradient (an empty vector) if not asked for. The
+        gradient is linear in the rows, so parts of a batch add up to it exactly."""
         total = torch.zeros((), device=self.args.device)
         gradient: Vector = ()
         for part, share in split_rows(inputs, self.args.upper_micro_batch_size):
@@ -415,8 +427,8 @@ class BiSSLTrainer(KeyedTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def warm_up_head(self) -> None:
-        """Trains phi_D alone on the frozen backbone, which stays in train mode: the upper optimizer at a constant learning
-        rate, without clipping. Runs once; `train` calls it before the first alternation."""
+        """Trains phi_D alone on the frozen backbone, which stays in train mode: the upper optimizer at a constant
+        learning rate, without clipping. Runs once; `train` calls it before the first alternation."""
         if self._head_is_warm:
             return
         self._head_is_warm = True
@@ -455,16 +467,10 @@ class BiSSLTrainer(KeyedTrainer):
     @torch.no_grad()
     def _count_pull(self) -> None:
         """Adds this step's (effective step length) x lambda; the gradients are already clipped, so clipping counts."""
-        optimizer = self._inner_optimizer().lower
+        optimizer = self.two_level_optimizer.lower
         theta_p = self.model.lower_shared_parameters()
-        length = step_length(optimizer, theta_p, [p.grad for p in theta_p])
+        length = step_length(optimizer, theta_p, fill_missing([p.grad for p in theta_p], theta_p))
         self._pull = self._pull + optimizer.param_groups[0]["lr"] * self.args.proximal_weight * length
-
-    def _inner_optimizer(self) -> TwoLevelOptimizer:
-        optimizer = self.optimizer
-        while not isinstance(optimizer, TwoLevelOptimizer):
-            optimizer = optimizer.optimizer
-        return optimizer
 
     def estimate_pull(self) -> float:
         """Estimates the pull of the whole run, the sum over lower steps of (effective step length) x lambda, from the
@@ -480,7 +486,7 @@ class BiSSLTrainer(KeyedTrainer):
         lower_steps = self.args.num_alternations * self.args.lower_steps
         schedule = self.level_schedules()["lower"]
         self.create_optimizer()
-        length = step_length(self._inner_optimizer().lower, theta_p, gradient)
+        length = step_length(self.two_level_optimizer.lower, theta_p, gradient)
         rates = self.args.lower_learning_rate * sum(schedule(step) for step in range(lower_steps))
         return float(length) * rates * self.args.proximal_weight
 
@@ -490,7 +496,8 @@ class BiSSLTrainer(KeyedTrainer):
         logger.info(f"Estimated pull of the whole run: {pull:.3g}.")
         if pull < 0.5:
             logger.warning(
-                f"The lower level will hardly feel the upper one: the pull of the whole run is estimated at {pull:.2g}, below "
+                "The lower level will hardly feel the upper one: the pull of the whole run is estimated at "
+                f"{pull:.2g}, below "
                 f"0.5. proximal_weight={2 * self.args.proximal_weight / max(pull, 1e-30):.2g} would give about 2."
             )
 
@@ -500,7 +507,7 @@ class BiSSLTrainer(KeyedTrainer):
         """Adds what is measured at the moment of the log."""
         theta_p = [p.detach() for p in self.model.lower_shared_parameters()]
         size = norm(theta_p)
-        rates = {group["level"]: group["lr"] for group in self._inner_optimizer().param_groups}
+        rates = {group["level"]: group["lr"] for group in self.two_level_optimizer.param_groups}
         return {
             **super().collect_logs(),
             "levels/pull": float(self._pull),
@@ -523,7 +530,8 @@ class BiSSLTrainer(KeyedTrainer):
         ]
         if changed:
             raise ValueError(
-                f"The checkpoint belongs to another run: {'; '.join(changed)}. Resume with the settings it was made with."
+                f"The checkpoint belongs to another run: {'; '.join(changed)}. Resume with the settings it was made "
+                "with."
             )
         super().load_run_state(state)
         self._pull = state["pull"]
@@ -549,8 +557,8 @@ class BiSSLTrainer(KeyedTrainer):
         return model.eval()
 
     def recalibration_batches(self) -> Iterator[dict[str, Any]]:
-        """Yields the batches for `aligned_model`: the same training examples in each call and on each process, with the
-        evaluation transform."""
+        """Yields the batches for `aligned_model`: the same training examples in each call and on each process, with
+        the evaluation transform."""
         total = min(self.args.bn_recalibration_images, len(self.train_dataset))
         batch = min(self.args.per_device_eval_batch_size, total)
         for position in range(total // batch):

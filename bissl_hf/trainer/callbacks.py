@@ -19,6 +19,15 @@ class ShortProgressCallback(ProgressCallback):
     """Trainer's progress bar, with one short line per log in the place of all its figures (which trackers, the state
     and `all_results.json` still get)."""
 
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Starts the bar again for the second model of an evaluation."""
+        bar = self.prediction_bar
+        if bar is not None and bar.total is not None and bar.n >= bar.total:
+            bar.reset()
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Writes the figures that a person wants to watch."""
         if not state.is_world_process_zero or self.training_bar is None or not logs:

@@ -1,4 +1,5 @@
-"""What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without waiting."""
+"""What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without
+waiting."""
 
 import json
 import shutil
@@ -40,12 +41,13 @@ MODEL_RANDOMNESS = 1
 class KeyedTrainer(Trainer):
     """A `transformers.Trainer` whose runs can be interrupted anywhere.
 
-    Which rows a step reads, how they are augmented and which units dropout takes out follow from the step's key, not from
-    a random state that earlier steps have moved. A checkpoint appears under its name only when it is whole.
+    Which rows a step reads, how they are augmented and which units dropout takes out follow from the step's key, not
+    from a random state that earlier steps have moved. A checkpoint appears under its name only when it is whole.
 
     Args:
         args ([`KeyedTrainingArguments`])
-        eval_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, applied on the device in evaluation.
+        eval_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, applied on the device in
+            evaluation.
         **trainer_kwargs: arguments of `transformers.Trainer`.
 
     Raises:
@@ -53,13 +55,16 @@ class KeyedTrainer(Trainer):
     """
 
     args: KeyedTrainingArguments
+    train_dataset: Any
+    data_collator: Callable[[list[Any]], dict[str, Any]]
 
     def __init__(
         self, *, args: KeyedTrainingArguments, eval_transform: Transform | None = None, **trainer_kwargs: Any
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(
-                f"One process sees {args.n_gpu} GPUs and would split batches by DataParallel, which is not supported. Start "
+                f"One process sees {args.n_gpu} GPUs and would split batches by DataParallel, which is not supported. "
+                "Start "
                 f"with `accelerate launch --multi_gpu --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0."
             )
         if trainer_kwargs.get("optimizers", (None, None)) != (None, None):

@@ -22,8 +22,8 @@ def trust_ratio(parameter: Tensor, update: Tensor, trust_coefficient: float) -> 
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as used for SimCLR in the BiSSL paper.
 
-    For each tensor `w` with gradient `g`:  `d = g + weight_decay * w`,  `q = trust_coefficient * ||w|| / ||d||` (1 where a
-    norm is 0),  `m = momentum * m + q * d`,  `w = w - lr * m`.
+    For each tensor `w` with gradient `g`:  `d = g + weight_decay * w`,  `q = trust_coefficient * ||w|| / ||d||` (1
+    where a norm is 0),  `m = momentum * m + q * d`,  `w = w - lr * m`.
 
     Args:
         params: parameters or parameter groups.
@@ -63,14 +63,14 @@ class LARS(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, group)
+                    self._move(parameter, parameter.grad, group)
         return loss
 
-    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         if group["exclude_bias_and_norm"] and parameter.ndim <= 1:
-            update = parameter.grad
+            update = gradient
         else:
-            update = torch.add(parameter.grad, parameter, alpha=group["weight_decay"])
+            update = torch.add(gradient, parameter, alpha=group["weight_decay"])
             update = update * trust_ratio(parameter, update, group["trust_coefficient"])
         state = self.state[parameter]
         if "momentum_buffer" not in state:
@@ -156,7 +156,7 @@ def build_optimizer(
         )
     if weight_decay and "weight_decay" not in accepted:
         raise ValueError(f"{optimizer_class.__name__} (from {field}={name!r}) takes no weight decay; set it to 0.")
-    decay = {"weight_decay": weight_decay} if "weight_decay" in accepted else {}
+    decay: dict[str, Any] = {"weight_decay": weight_decay} if "weight_decay" in accepted else {}
     return optimizer_class(list(parameters), lr=learning_rate, **decay, **options)  # type: ignore[call-arg]
 
 
@@ -201,11 +201,11 @@ class TwoLevelOptimizer(Optimizer):
             if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
                 optimizer.step()
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Returns the states of both optimizers."""
         return {level: getattr(self, level).state_dict() for level in LEVELS}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the states of both optimizers."""
         for level in LEVELS:
             getattr(self, level).load_state_dict(state_dict[level])
@@ -220,9 +220,9 @@ def momentum_gain(optimizer: Optimizer) -> float:
 
 
 def step_length(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Returns the effective step length of one step at learning rate 1: by how much an entry moves per unit of gradient,
-    averaged over the entries of `parameters`. Counts momentum, the trust ratio of LARS, and the scaling of Adam-like
-    optimizers by the size of the gradient; it is 1 for plain SGD.
+    """Returns the effective step length of one step at learning rate 1: by how much an entry moves per unit of
+    gradient, averaged over the entries of `parameters`. Counts momentum, the trust ratio of LARS, and the scaling of
+    Adam-like optimizers by the size of the gradient; it is 1 for plain SGD.
 
     Args:
         optimizer (`torch.optim.Optimizer`): only its settings and its second moments are read.

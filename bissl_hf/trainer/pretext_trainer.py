@@ -17,8 +17,8 @@ from .training_args import PretextTrainingArguments
 
 
 class PretextTrainer(KeyedTrainer):
-    """Trains a pretext model on unlabelled examples, the stage before BiSSL. One epoch is one pass over the data, without
-    the rows that do not fill a batch.
+    """Trains a pretext model on unlabelled examples, the stage before BiSSL. One epoch is one pass over the data,
+    without the rows that do not fill a batch.
 
     Args:
         model (`PreTrainedModel`): `model(**inputs).loss` is the pretext loss.
@@ -33,6 +33,7 @@ class PretextTrainer(KeyedTrainer):
     """
 
     args: PretextTrainingArguments
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class PretextTrainer(KeyedTrainer):
                 options=self.args.lr_scheduler_kwargs,
                 field="lr_scheduler_type",
             )
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), schedule)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

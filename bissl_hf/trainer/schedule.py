@@ -14,9 +14,7 @@ Schedule = Callable[[int], float]
 _METRIC_DRIVEN = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
-def level_schedule(
-    name: str, *, num_steps: int, warmup_steps: int = 0, options: dict[str, Any] | None = None, field: str
-) -> Schedule:
+def level_schedule(name: str, *, num_steps: int, warmup_steps: int = 0, options: Any = None, field: str) -> Schedule:
     """Returns the factor on the learning rate as a function of a level's own step, counted from 0.
 
     The warm-up is linear and starts with the first step: step s of w has the factor (s + 1) / w. What follows is the
@@ -61,7 +59,8 @@ def level_schedule(
 
 
 def own_step(global_step: int, level: str, *, lower_steps: int, upper_steps: int) -> int:
-    """Returns how many steps of a level lie before a global step: an alternation is its lower steps, then its upper."""
+    """Returns how many steps of a level lie before a global step: an alternation is its lower steps, then its
+    upper."""
     alternation, place = divmod(global_step, lower_steps + upper_steps)
     if level == "lower":
         return alternation * lower_steps + min(place, lower_steps)

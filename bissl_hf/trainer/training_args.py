@@ -1,4 +1,5 @@
-"""Arguments of the trainers: those of `transformers.TrainingArguments` with the paper's values, and the lower level's."""
+"""Arguments of the trainers: those of `transformers.TrainingArguments` with the paper's values, and the lower
+level's."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,6 +12,15 @@ from ..hypergradient import CURVATURE_MODES, SOLVERS
 from .optimizer import parse_optimizer_options, resolve_optimizer, takes_momentum
 from .schedule import level_schedule
 
+# Smallest values allowed.
+_AT_LEAST = {
+    **dict.fromkeys(("num_alternations", "lower_steps", "upper_steps", "solver_max_iterations"), 1),
+    **dict.fromkeys(("per_device_lower_batch_size", "per_device_train_batch_size", "curvature_batch_size"), 1),
+    **dict.fromkeys(("lower_micro_batch_size", "upper_micro_batch_size", "per_device_eval_batch_size"), 1),
+    **dict.fromkeys(("damping", "direct_weight", "solver_tolerance", "lower_weight_decay", "weight_decay"), 0),
+    **dict.fromkeys(("head_warmup_epochs", "bn_recalibration_images", "upper_adaptation_every"), 0),
+    **dict.fromkeys(("lower_warmup_steps", "warmup_steps", "lower_max_grad_norm", "max_grad_norm"), 0),
+}
 # The last learning rate of the paper's cosine, as a fraction of the first.
 _MIN_LR_RATE = 0.001
 
@@ -29,9 +39,9 @@ def _checked_options(schedule: str, options: dict[str, Any] | str | None, *, fie
 class KeyedTrainingArguments(TrainingArguments):
     """Arguments shared by the trainers of this package.
 
-    They differ from `transformers.TrainingArguments` in this: `optim` takes `"lars"` and any optimizer of `torch.optim`
-    by name; weight decay applies to all parameters; `optim_args` reaches every optimizer; momentum is 0.9 where
-    `optim_args` does not say otherwise; a loss that is not finite is shown instead of hidden.
+    They differ from `transformers.TrainingArguments` in this: `optim` takes `"lars"` and any optimizer of
+    `torch.optim` by name; weight decay applies to all parameters; `optim_args` reaches every optimizer; momentum is
+    0.9 where `optim_args` does not say otherwise; a loss that is not finite is shown instead of hidden.
     """
 
     optim: str = field(default="sgd", metadata={"help": "Optimizer: lars or one of torch.optim by name."})
@@ -64,7 +74,8 @@ class KeyedTrainingArguments(TrainingArguments):
     def _refuse_unsupported(self) -> None:
         if self.hub_token is not None:
             raise ValueError(
-                "hub_token would be written in clear beside the checkpoints; set the environment variable HF_TOKEN instead."
+                "hub_token would be written in clear beside the checkpoints; set the environment variable HF_TOKEN "
+                "instead."
             )
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
@@ -106,8 +117,8 @@ def _parse_dict(text: str, *, field: str) -> dict[str, Any]:
 
 @dataclass
 class BiSSLTrainingArguments(KeyedTrainingArguments):
-    """Arguments of [`BiSSLTrainer`]. Fields of `transformers.TrainingArguments` govern the upper level; the defaults are
-    the paper's (arXiv 2410.02387v2, section 4 and appendix). One epoch of the Trainer is one alternation.
+    """Arguments of [`BiSSLTrainer`]. Fields of `transformers.TrainingArguments` govern the upper level; the defaults
+    are the paper's (arXiv 2410.02387v2, section 4 and appendix). One epoch of the Trainer is one alternation.
 
     Args:
         num_alternations (`int`, *optional*, defaults to 500): T.
@@ -119,12 +130,13 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"blockwise_cg"` or `"identity"`.
         solver_max_iterations (`int`, *optional*, defaults to 5): Hessian-vector products per upper step, at most.
         solver_tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which a solve stops.
-        curvature_mode (`str`, *optional*, defaults to `"cached"`): `"cached"` keeps the graph of the lower gradient for an
-            upper phase; `"recompute"` builds it for each product, slower and with less memory.
+        curvature_mode (`str`, *optional*, defaults to `"cached"`): `"cached"` keeps the graph of the lower gradient
+            for an upper phase; `"recompute"` builds it for each product, slower and with less memory.
         curvature_batch_size (`int`, *optional*): global batch that fixes H; the lower batch if not given.
-        head_warmup_epochs (`int`, *optional*, defaults to 20): passes over the labelled data that train the head alone.
-        bn_recalibration_images (`int`, *optional*, defaults to 1024): training images for the batch-norm statistics of the
-            aligned model in evaluation and export; 0 keeps the pretext statistics.
+        head_warmup_epochs (`int`, *optional*, defaults to 20): passes over the labelled data that train the head
+            alone.
+        bn_recalibration_images (`int`, *optional*, defaults to 1024): training images for the batch-norm statistics of
+            the aligned model in evaluation and export; 0 keeps the pretext statistics.
         upper_adaptation_every (`int`, *optional*, defaults to 0): every so many alternations
             theta_D <- (1 - s) theta_D + s theta_P; 0 for never.
         upper_adaptation_strength (`float`, *optional*, defaults to 0.1): s.
@@ -137,8 +149,8 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         lower_lr_scheduler_type (`str`, *optional*, defaults to `"cosine_with_min_lr"`)
         lower_lr_scheduler_kwargs (`dict`, *optional*): its arguments; a cosine ends at a thousandth if not given.
         per_device_lower_batch_size (`int`, *optional*, defaults to 1024)
-        lower_micro_batch_size (`int`, *optional*): split a lower batch into parts of this size. A contrastive loss then
-            takes its negatives from the part.
+        lower_micro_batch_size (`int`, *optional*): split a lower batch into parts of this size. A contrastive loss
+            then takes its negatives from the part.
         upper_micro_batch_size (`int`, *optional*): likewise for an upper batch; there is still one solve per step.
         lower_max_grad_norm (`float`, *optional*, defaults to 10.0): bound on the lower gradient norm; 0 for none.
 
@@ -197,14 +209,7 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         super().__post_init__()
 
     def _check_ranges(self) -> None:
-        at_least = {
-            "num_alternations": 1, "lower_steps": 1, "upper_steps": 1, "solver_max_iterations": 1, "curvature_batch_size": 1,
-            "per_device_lower_batch_size": 1, "per_device_train_batch_size": 1, "lower_micro_batch_size": 1,
-            "upper_micro_batch_size": 1, "damping": 0, "direct_weight": 0, "solver_tolerance": 0, "head_warmup_epochs": 0,
-            "bn_recalibration_images": 0, "upper_adaptation_every": 0, "lower_warmup_steps": 0, "lower_max_grad_norm": 0,
-            "max_grad_norm": 0, "lower_weight_decay": 0, "weight_decay": 0,
-        }  # fmt: skip
-        for name, bound in at_least.items():
+        for name, bound in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and not bound <= value < float("inf"):
                 raise ValueError(f"{name} is {value}; it must be a finite number of at least {bound}.")
@@ -219,19 +224,22 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if self.solver == "blockwise_cg" and self.solver_tolerance > 0:
             raise ValueError(
-                f"solver_tolerance is {self.solver_tolerance}, and solver 'blockwise_cg' has no stopping rule: its recursion "
+                f"solver_tolerance is {self.solver_tolerance}, and solver 'blockwise_cg' has no stopping rule: its "
+                "recursion "
                 "does not follow the residual. Set solver_tolerance to 0 or solver to 'cg'."
             )
 
     def _set_epochs(self) -> None:
         if self.num_train_epochs is not None and self.num_train_epochs != self.num_alternations:
             raise ValueError(
-                f"num_train_epochs is {self.num_train_epochs} and num_alternations {self.num_alternations}; one epoch is one "
+                f"num_train_epochs is {self.num_train_epochs} and num_alternations {self.num_alternations}; one epoch "
+                "is one "
                 "alternation. Leave num_train_epochs out."
             )
         if self.max_steps > 0:
             raise ValueError(
-                f"max_steps is {self.max_steps}; the length of a run is num_alternations x (lower_steps + upper_steps). "
+                f"max_steps is {self.max_steps}; the length of a run is num_alternations x (lower_steps + "
+                "upper_steps). "
                 "Leave max_steps out."
             )
         self.num_train_epochs = float(self.num_alternations)
@@ -244,10 +252,11 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         self.lower_lr_scheduler_kwargs = _checked_options(
             self.lower_lr_scheduler_type, self.lower_lr_scheduler_kwargs, field="lower_lr_scheduler_type"
         )
-        if self.get_lower_warmup_steps() > self.num_alternations * self.lower_steps:
+        total = self.num_alternations * self.lower_steps
+        if self.get_lower_warmup_steps() > total:
             raise ValueError(
-                f"lower_warmup_steps is {self.lower_warmup_steps}; a run has {self.num_alternations * self.lower_steps} lower "
-                "steps (num_alternations x lower_steps)."
+                f"lower_warmup_steps is {self.lower_warmup_steps}; a run has {total} lower steps (num_alternations x "
+                "lower_steps)."
             )
 
     def get_lower_warmup_steps(self) -> int:

@@ -1,5 +1,5 @@
-"""BiSSL written down once more, in float64 and without any part of the package but its model classes: plain loops, a dense
-Hessian and a dense solve. It follows the paper's formulas, not the trainer's code."""
+"""BiSSL written down once more, in float64 and without any part of the package but its model classes: plain loops, a
+dense Hessian and a dense solve. It follows the paper's formulas, not the trainer's code."""
 
 import copy
 import math

@@ -116,7 +116,7 @@ def load_images(arguments: DataArguments, seed: int) -> Images:
     columns: dict[str, Any] = {"image_column": arguments.image_column, "label_column": arguments.label_column}
     labelled = load_image_dataset(arguments.dataset, seed=seed, **columns)
     if arguments.lower_dataset:
-        source = load_image_dataset(arguments.lower_dataset, seed=seed, image_column=arguments.image_column)
+        source = load_image_dataset(arguments.lower_dataset, seed=seed, require_labels=False)
     else:
         source = labelled
     unlabelled = source["unlabeled"] if "unlabeled" in source else source["train"].select_columns("image")

@@ -1,108 +1,119 @@
-"""Views of images, made on the device. A transform is `transform(inputs, key) -> inputs`, deterministic in its key.
+"""Views of image batches, made on the device of the images from the random numbers of a key.
 
-Inputs hold `pixel_values`, uint8 of shape (batch, 3, height, width). Outputs are float32, normalised with ImageNet's
-mean and deviation. Random transforms are kornia's; they draw from the global random state, which is seeded by the key and
-given back as it was.
+A transform is called as `transform(inputs, key)`. It takes uint8 images of shape (batch, 3, height, width) in
+`inputs["pixel_values"]` and returns float32 images, normalised by channel. It is a pure function of its two arguments:
+the global random states are left as they were.
+
+Colours are changed by kornia. The crop is our own, because kornia's either runs image by image or neither filters
+before it shrinks nor stays inside the image.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from transformers import BitImageProcessorPil
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
-from .alternation import keyed_random_state
-from .decoded import resize_side
+from bissl_hf.data.alternation import keyed_random_state
+from bissl_hf.data.decoded import resize_side
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# Strengths of the colour jitter: brightness, contrast, saturation, hue (paper, section 4).
+# Strengths of brightness, contrast, saturation and hue, and the range of the blur, as in the paper.
 _JITTER = (0.4, 0.4, 0.2, 0.1)
 _BLUR_SIGMA = (0.1, 2.0)
 
-
-def _check_range(name: str, bounds: Sequence[float], largest: float) -> tuple[float, float]:
-    if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= largest:
-        raise ValueError(
-            f"{name} is {list(bounds)}; it must hold a smallest and a largest value, in order, above 0"
-            + (f" and at most {largest:g}." if largest < float("inf") else ".")
-        )
-    return float(bounds[0]), float(bounds[1])
+CROP_SCALE = (0.08, 1.0)
+# The paper's numbers were made with this range of the aspect ratio; (3/4, 4/3) is the usual one.
+CROP_RATIO = (0.5, 1.0)
 
 
-def _check_probability(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; it must be a probability between 0 and 1.")
-    return float(value)
+class _ImageTransform(ABC):
+    """What the transforms share: checked inputs, no gradients, full precision, keyed random numbers, normalisation."""
+
+    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.resize_side = resize_side(image_size)
+        self.image_size = image_size
+        for argument, values in (("mean", mean), ("std", std)):
+            if len(values) != 3:
+                raise ValueError(f"`{argument}` is {values}; it must have 3 numbers, one per channel.")
+        if min(std) <= 0:
+            raise ValueError(f"`std` is {std}; all three must be above 0.")
+        self._mean = torch.tensor(mean).view(3, 1, 1)
+        self._std = torch.tensor(std).view(3, 1, 1)
+
+    def __call__(self, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
+        """Transforms a batch.
+
+        Args:
+            inputs (`dict[str, Any]`): `pixel_values`, uint8, shape (batch, 3, height, width), and maybe others.
+            key (`Sequence[int]`): decides the random numbers.
+
+        Returns:
+            `dict[str, Any]`: `pixel_values`, float32, and the other inputs as far as the transform keeps them.
+
+        Raises:
+            `TypeError`: if `pixel_values` is no uint8 tensor.
+            `ValueError`: if it is missing or has another shape.
+        """
+        if "pixel_values" not in inputs:
+            raise ValueError(f"The inputs are {sorted(inputs)}; they must have 'pixel_values'.")
+        images = inputs["pixel_values"]
+        if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
+            kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+            raise TypeError(f"`pixel_values` is {kind}; it must be a tensor of type torch.uint8.")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"`pixel_values` has the shape {tuple(images.shape)}; it must be (batch, 3, height, width)."
+            )
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            return self.transform(images, inputs, key)
+
+    @abstractmethod
+    def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
+        """Returns the outputs for checked images."""
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Subtracts the mean and divides by the deviation of each channel."""
+        mean, std = (value.to(images.device, non_blocking=True) for value in (self._mean, self._std))
+        return (images - mean) / std
 
 
-def _check_pair(name: str, values: Sequence[float]) -> tuple[float, float]:
-    if len(values) != 2:
-        raise ValueError(f"{name} is {list(values)}; it must hold one probability for each of the two views.")
-    return _check_probability(name, values[0]), _check_probability(name, values[1])
+class TwoViewTransform(_ImageTransform):
+    """Two random views of each image, for pretext tasks such as SimCLR. Labels and other inputs are dropped.
 
-
-def normalize(images: Tensor) -> Tensor:
-    """Subtracts ImageNet's mean and divides by its deviation, for images in [0, 1], shape `(batch, 3, height,
-    width)`."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
-    return (images - mean) / std
-
-
-def _crop_and_flip(
-    image_size: int, crop_scale: Sequence[float], crop_ratio: Sequence[float], horizontal_flip: float
-) -> list[nn.Module]:
-    resize_side(image_size)  # checks the size
-    crop = K.RandomResizedCrop(
-        (image_size, image_size),
-        scale=_check_range("crop_scale", crop_scale, 1.0),
-        ratio=_check_range("crop_ratio", crop_ratio, float("inf")),
-        resample="bicubic",
-        cropping_mode="resample",
-    )
-    flip = _check_probability("horizontal_flip", horizontal_flip)
-    return [crop, K.RandomHorizontalFlip(p=flip)] if flip else [crop]
-
-
-def _random_views(operations: list[nn.Module], images: Tensor) -> Tensor:
-    """Applies kornia's operations to uint8 images and normalises the result."""
-    views = images.float() / 255
-    for operation in operations:
-        # A bicubic crop overshoots; later operations expect the range of colours.
-        views = operation(views).clamp(0, 1)
-    return normalize(views)
-
-
-class TwoViewTransform:
-    """Two random views of each image, with the paper's values as defaults (section 4). An operation of probability 0
-    is not built.
+    The operations and their strengths are the paper's: crop, flip, colour jitter (0.4, 0.4, 0.2, 0.1), greyscale,
+    Gaussian blur with a deviation of 0.1 to 2 pixels, solarisation. An operation of probability 0 is left out.
 
     Args:
-        image_size (`int`): side of a view in pixels.
-        crop_scale (`Sequence[float]`, *optional*, defaults to `(0.08, 1.0)`): smallest and largest area of a crop.
-        crop_ratio (`Sequence[float]`, *optional*, defaults to `(0.5, 1.0)`): smallest and largest aspect ratio, as in
-            the authors' published code.
-        horizontal_flip (`float`, *optional*, defaults to 0.5): probability.
-        color_jitter (`float`, *optional*, defaults to 0.8): probability of jitter of (0.4, 0.4, 0.2, 0.1).
-        grayscale (`float`, *optional*, defaults to 0.2): probability.
-        blur (`Sequence[float]`, *optional*, defaults to `(1.0, 0.1)`): probabilities in the two views of a Gaussian
-            blur of sigma 0.1 to 2.0, whose kernel spans about a tenth of the image.
-        solarize (`Sequence[float]`, *optional*, defaults to `(0.0, 0.2)`): probabilities in the two views.
+        image_size (`int`): side of the views, in pixels.
+        crop_scale (`tuple[float, float]`, *optional*, defaults to `(0.08, 1.0)`): range of the crop's share of the
+            area.
+        crop_ratio (`tuple[float, float]`, *optional*, defaults to `(0.5, 1.0)`): range of the crop's width by its
+            height. The paper's results were made with this range; (3/4, 4/3) is usual elsewhere.
+        horizontal_flip (`float`, *optional*, defaults to 0.5): probability of a flip.
+        color_jitter (`float`, *optional*, defaults to 0.8): probability of colour jitter.
+        grayscale (`float`, *optional*, defaults to 0.2): probability of greyscale.
+        blur (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.1)`): probability of blur in each view. The
+            kernel's side is a tenth of `image_size`, odd and at least 3.
+        solarize (`tuple[float, float]`, *optional*, defaults to `(0.0, 0.2)`): probability of solarisation in each
+            view.
+        mean (`Sequence[float]`, *optional*): mean of each channel, by default ImageNet's.
+        std (`Sequence[float]`, *optional*): deviation of each channel, by default ImageNet's.
 
     Raises:
-        `ValueError`: for a size, range or probability out of bounds.
+        `TypeError`: if `image_size` is no integer.
+        `ValueError`: if a size, range or probability is not allowed.
 
     Example:
 
     ```python
     >>> import torch
     >>> from bissl_hf import TwoViewTransform
-    >>> images = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8)
-    >>> TwoViewTransform(32)({"pixel_values": images}, (0, 0))["pixel_values"].shape
+    >>> images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+    >>> TwoViewTransform(32)({"pixel_values": images}, key=(0, 0))["pixel_values"].shape
     torch.Size([4, 2, 3, 32, 32])
     ```
     """
@@ -111,104 +122,216 @@ class TwoViewTransform:
         self,
         image_size: int,
         *,
-        crop_scale: Sequence[float] = (0.08, 1.0),
-        crop_ratio: Sequence[float] = (0.5, 1.0),
+        crop_scale: tuple[float, float] = CROP_SCALE,
+        crop_ratio: tuple[float, float] = CROP_RATIO,
         horizontal_flip: float = 0.5,
         color_jitter: float = 0.8,
         grayscale: float = 0.2,
-        blur: Sequence[float] = (1.0, 0.1),
-        solarize: Sequence[float] = (0.0, 0.2),
+        blur: tuple[float, float] = (1.0, 0.1),
+        solarize: tuple[float, float] = (0.0, 0.2),
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ) -> None:
-        jitter, gray = _check_probability("color_jitter", color_jitter), _check_probability("grayscale", grayscale)
-        kernel = max(3, image_size // 10 // 2 * 2 + 1)
-        self._views: list[list[nn.Module]] = []
-        for blurred, solarized in zip(_check_pair("blur", blur), _check_pair("solarize", solarize), strict=True):
-            operations = _crop_and_flip(image_size, crop_scale, crop_ratio, horizontal_flip)
-            if jitter:
-                operations.append(K.ColorJitter(*_JITTER, p=jitter))
-            if gray:
-                operations.append(K.RandomGrayscale(p=gray))
-            if blurred:
-                operations.append(K.RandomGaussianBlur((kernel, kernel), _BLUR_SIGMA, p=blurred))
-            if solarized:
-                operations.append(K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=solarized))
-            self._views.append(operations)
+        super().__init__(image_size, mean, std)
+        self._crop = _RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip)
+        _check_probabilities(color_jitter=color_jitter, grayscale=grayscale)
+        for argument, values in (("blur", blur), ("solarize", solarize)):
+            if len(values) != 2:
+                raise ValueError(f"`{argument}` is {values}; it must have 2 probabilities, one per view.")
+            _check_probabilities(**{f"{argument}[{view}]": value for view, value in enumerate(values)})
+        self._operations = [
+            self._build(color_jitter, grayscale, view_blur, view_solarize)
+            for view_blur, view_solarize in zip(blur, solarize, strict=True)
+        ]
 
-    @torch.no_grad()
-    def __call__(self, inputs: dict[str, Any], key: tuple[int, ...]) -> dict[str, Any]:
-        """Returns `pixel_values` of shape `(batch, 2, 3, size, size)` and nothing else: a pretext task has no
-        labels."""
+    def _build(self, jitter: float, grayscale: float, blur: float, solarize: float) -> list[torch.nn.Module]:
+        kernel = max(3, self.image_size // 10 | 1)
+        builders: list[tuple[float, Callable[[float], torch.nn.Module]]] = [
+            (jitter, lambda p: K.ColorJitter(*_JITTER, p=p)),
+            (grayscale, lambda p: K.RandomGrayscale(p=p)),
+            (blur, lambda p: K.RandomGaussianBlur((kernel, kernel), _BLUR_SIGMA, p=p)),
+            # Inverts what is at or above half, as `PIL.ImageOps.solarize` does.
+            (solarize, lambda p: K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=p)),
+        ]
+        return [build(probability) for probability, build in builders if probability > 0]
+
+    def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
+        views = []
         with keyed_random_state(key):
-            views = [_random_views(operations, inputs["pixel_values"]) for operations in self._views]
+            for operations in self._operations:
+                view = self._crop(images)
+                for operation in operations:
+                    view = operation(view)
+                views.append(self.normalize(view))
         return {"pixel_values": torch.stack(views, dim=1)}
 
 
-class TrainTransform:
-    """Downstream training images: a random crop and flip (paper, section 4).
+class TrainTransform(_ImageTransform):
+    """A random crop and flip of each image, for downstream training. Labels and other inputs are kept.
 
     Args:
-        image_size, crop_scale, crop_ratio, horizontal_flip: see [`TwoViewTransform`].
+        image_size (`int`): side of the crops, in pixels.
+        crop_scale (`tuple[float, float]`, *optional*, defaults to `(0.08, 1.0)`): range of the crop's share of the
+            area.
+        crop_ratio (`tuple[float, float]`, *optional*, defaults to `(0.5, 1.0)`): range of the crop's width by its
+            height, as in [`TwoViewTransform`].
+        horizontal_flip (`float`, *optional*, defaults to 0.5): probability of a flip.
+        mean (`Sequence[float]`, *optional*): mean of each channel, by default ImageNet's.
+        std (`Sequence[float]`, *optional*): deviation of each channel, by default ImageNet's.
+
+    Raises:
+        `TypeError`: if `image_size` is no integer.
+        `ValueError`: if a size, range or probability is not allowed.
     """
 
     def __init__(
         self,
         image_size: int,
         *,
-        crop_scale: Sequence[float] = (0.08, 1.0),
-        crop_ratio: Sequence[float] = (0.5, 1.0),
+        crop_scale: tuple[float, float] = CROP_SCALE,
+        crop_ratio: tuple[float, float] = CROP_RATIO,
         horizontal_flip: float = 0.5,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ) -> None:
-        self._operations = _crop_and_flip(image_size, crop_scale, crop_ratio, horizontal_flip)
+        super().__init__(image_size, mean, std)
+        self._crop = _RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip)
 
-    @torch.no_grad()
-    def __call__(self, inputs: dict[str, Any], key: tuple[int, ...]) -> dict[str, Any]:
-        """Returns the inputs with `pixel_values` of shape `(batch, 3, size, size)`."""
+    def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
         with keyed_random_state(key):
-            images = _random_views(self._operations, inputs["pixel_values"])
-        return {**inputs, "pixel_values": images}
+            crops = self._crop(images)
+        return {**inputs, "pixel_values": self.normalize(crops)}
 
 
-class EvalTransform:
-    """Images for evaluation: short side to `image_size * 256 / 224`, centre crop (paper, section 4). Images stored
-    with that short side ([`DecodedImages`] for evaluation) are only cropped; they then agree with `image_processor` to
-    rounding.
+class EvalTransform(_ImageTransform):
+    """The middle of each image, without random numbers; the key is not used. Labels and other inputs are kept.
+
+    The short side is resized to `image_size * 256 / 224`, unless it has that length already, and a square of
+    `image_size` is cut from the middle. On images stored by [`DecodedImages`] the result is that of
+    [`image_processor`]; where images are resized here, they differ from it by about one level of 255.
 
     Args:
-        image_size (`int`): side of the result in pixels.
+        image_size (`int`): side of the crops, in pixels.
+        mean (`Sequence[float]`, *optional*): mean of each channel, by default ImageNet's.
+        std (`Sequence[float]`, *optional*): deviation of each channel, by default ImageNet's.
+
+    Raises:
+        `TypeError`: if `image_size` is no integer.
+        `ValueError`: if `image_size`, `mean` or `std` is not allowed.
     """
 
-    def __init__(self, image_size: int) -> None:
-        self._size, self._side = image_size, resize_side(image_size)
+    def __init__(
+        self,
+        image_size: int,
+        *,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        super().__init__(image_size, mean, std)
 
-    @torch.no_grad()
-    def __call__(self, inputs: dict[str, Any], key: tuple[int, ...]) -> dict[str, Any]:
-        """Returns the inputs with `pixel_values` of shape `(batch, 3, size, size)`; the key is not used."""
-        images = inputs["pixel_values"].float()
-        short = min(images.shape[-2:])
-        if short != self._side:
+    def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
+        short, levels = min(images.shape[-2:]), images.float()
+        if short != self.resize_side:
             size = [
-                self._side if length == short else int(self._side * length / short) for length in images.shape[-2:]
+                self.resize_side if side == short else self.resize_side * side // short for side in images.shape[-2:]
             ]
-            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-            images = images.round().clamp(0, 255)  # as an image library would return them
-        top, left = ((length - self._size) // 2 for length in images.shape[-2:])
-        images = images[..., top : top + self._size, left : left + self._size]
-        return {**inputs, "pixel_values": normalize(images / 255)}
+            levels = F.interpolate(levels, size=size, mode="bicubic", antialias=True, align_corners=False)
+            levels = levels.round().clamp(0, 255)
+        top, left = ((side - self.image_size) // 2 for side in levels.shape[-2:])
+        middle = levels[..., top : top + self.image_size, left : left + self.image_size]
+        return {**inputs, "pixel_values": self.normalize(middle / 255)}
 
 
-def image_processor(image_size: int) -> Any:
-    """Returns the image processor of transformers that prepares a raw image as the evaluation does, to be saved beside
-    a model.
+def image_processor(
+    image_size: int,
+    *,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> BitImageProcessorPil:
+    """Returns the image processor of `transformers` that does what [`EvalTransform`] does, to save beside a model.
+
+    It opens with `AutoImageProcessor`, without this package and without torchvision; with torchvision installed,
+    `AutoImageProcessor` resizes by torchvision, whose pixels differ slightly.
 
     Args:
         image_size (`int`): side of the images that the model sees, in pixels.
-    """
-    # The PIL backend, which needs no torchvision; where that is installed AutoImageProcessor picks its faster sibling.
-    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+        mean (`Sequence[float]`, *optional*): mean of each channel, by default ImageNet's.
+        std (`Sequence[float]`, *optional*): deviation of each channel, by default ImageNet's.
 
+    Returns:
+        `BitImageProcessorPil`: resizes the short side (bicubic), crops the middle, normalises.
+    """
     return BitImageProcessorPil(
         size={"shortest_edge": resize_side(image_size)},
         crop_size={"height": image_size, "width": image_size},
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
+        resample=PILImageResampling.BICUBIC,
+        image_mean=list(mean),
+        image_std=list(std),
     )
+
+
+class _RandomCrop:
+    """Random resized crops with random horizontal flips; uint8 in, float32 in [0, 1] out."""
+
+    def __init__(
+        self, size: int, scale: tuple[float, float], ratio: tuple[float, float], horizontal_flip: float
+    ) -> None:
+        _check_probabilities(horizontal_flip=horizontal_flip)
+        for argument, (low, high), limit in (("crop_scale", scale, 1.0), ("crop_ratio", ratio, float("inf"))):
+            if not 0 < low <= high <= limit or high == float("inf"):
+                allowed = "at most 1" if limit == 1 else "finite"
+                raise ValueError(
+                    f"`{argument}` is {(low, high)}; it must be two numbers above 0 and {allowed}, the lower one "
+                    "first."
+                )
+        self._size = size
+        self._flip = horizontal_flip
+        self._boxes = K.RandomResizedCrop((size, size), scale=scale, ratio=ratio)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = images.shape
+        # Four corners (x, y) of each box, the last pixel included, from the top left clockwise.
+        corners = self._boxes.generate_parameters(images.shape)["src"].to(images.device, torch.float32)
+        (left, top), (right, bottom) = corners[:, 0].unbind(1), (corners[:, 2] + 1).unbind(1)
+        columns = resampling_weights(left, right, width, self._size)
+        if self._flip > 0:
+            flipped = (torch.rand(batch) < self._flip).to(images.device, non_blocking=True)
+            columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
+        rows = resampling_weights(top, bottom, height, self._size)
+        levels = images.float().view(batch, channels * height, width)
+        narrowed = (levels @ columns.mT).view(batch, channels, height, self._size)
+        # A bicubic filter overshoots at edges.
+        return (rows[:, None] @ narrowed / 255).clamp(0, 1)
+
+
+def resampling_weights(start: torch.Tensor, stop: torch.Tensor, length: int, size: int) -> torch.Tensor:
+    """Returns, for each item of a batch, the matrix that resizes one axis of a crop as Pillow's bicubic filter does.
+
+    Multiplying the matrix to an axis of `length` pixels gives the pixels from `start` to `stop` in `size` pixels. The
+    filter is Keys' cubic with a = -0.5, stretched by the scale where the crop shrinks, and cut at the crop's borders.
+
+    Args:
+        start (`torch.Tensor`): first pixel of each crop, float, shape (batch,).
+        stop (`torch.Tensor`): the pixel after the last one of each crop, float, shape (batch,).
+        length (`int`): pixels of the axis.
+        size (`int`): pixels of the result.
+
+    Returns:
+        `torch.Tensor`: weights, shape (batch, size, length); each row sums to 1.
+    """
+    scale = ((stop - start) / size)[:, None, None]
+    inputs = torch.arange(length, device=start.device, dtype=start.dtype)
+    outputs = torch.arange(size, device=start.device, dtype=start.dtype)[:, None]
+    centers = start[:, None, None] + (outputs + 0.5) * scale
+    distance = ((inputs + 0.5 - centers) / scale.clamp(min=1)).abs()
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    weights = weights * ((inputs >= start[:, None, None]) & (inputs < stop[:, None, None]))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _check_probabilities(**probabilities: float) -> None:
+    for argument, value in probabilities.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{argument}` is {value}; it must be a probability between 0 and 1.")

@@ -1,267 +1,394 @@
-"""Labelled image data sets by name, brought to one schema."""
+"""Labelled image data sets by name, folder, Parquet file or Hub id, all in one schema.
+
+The schema: splits `train`, `validation` and `test` with a column `image` ([`datasets.Image`]) and a column `label`
+([`datasets.ClassLabel`] with names), and a split `unlabeled` with images only where the source has one.
+"""
 
 import difflib
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+import PIL.Image
+from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
 from datasets.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-IMAGE_COLUMNS = ("image", "img", "pixel_values")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
-LABELLED_SPLITS = ("train", "validation", "test")
+IMAGE_COLUMNS = ("image", "img", "picture")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
-    "unlabeled": ("unlabeled", "unlabelled"),
+    "unlabeled": ("unlabeled", "unlabelled", "unsupervised"),
 }
-_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+_IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .jfif .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2 .avif".split())
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def _load_digits() -> DatasetDict:
-    """The 1,797 handwritten digits of 8x8 pixels that ship with scikit-learn; levels 0 to 16 become 0 to 255."""
-    from sklearn.datasets import load_digits
+@dataclass(frozen=True)
+class NamedSource:
+    """A data set that has a short name.
 
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    names = [str(name) for name in digits.target_names]
-    features = Features({"image": Image(), "label": ClassLabel(names=names)})
-    rows = {"image": [_as_pil(image) for image in images], "label": digits.target.tolist()}
-    return DatasetDict(train=Dataset.from_dict(rows, features=features))
+    Args:
+        load (`Callable[[], DatasetDict]`): returns the splits as the source has them.
+        image_column (`str`, *optional*, defaults to `"image"`): column of the images.
+        label_column (`str`, *optional*, defaults to `"label"`): column of the labels.
+    """
 
-
-def _as_pil(image: np.ndarray) -> Any:
-    import PIL.Image
-
-    return PIL.Image.fromarray(image)
-
-
-# Data sets that are loaded by a bare name.
-_NAMED: dict[str, Callable[[], DatasetDict]] = {"digits": _load_digits}
+    load: Callable[[], DatasetDict]
+    image_column: str = "image"
+    label_column: str = "label"
 
 
 def load_image_dataset(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     image_column: str | None = None,
     label_column: str | None = None,
     validation_fraction: float = 0.1,
-    test_fraction: float = 0.2,
     seed: int = 0,
     revision: str | None = None,
+    require_labels: bool = True,
     **load_kwargs: Any,
 ) -> DatasetDict:
-    """Loads images with labels under one schema: columns `image` and `label` (a `ClassLabel`), splits `train`,
-    `validation` and `test`, and `unlabeled` (`image` only) where the source has one. A test or validation split that is
-    missing is carved out of the training one, stratified and seeded.
+    """Loads an image classification data set in the schema of this module.
+
+    A missing test split, and then a missing validation split, is taken from the training split: the fraction of each
+    class, at least one image of it. A class with a single image stays in the training split (logged as a warning).
 
     Args:
-        name (`str`): `"digits"`, a folder of images (a folder per class, maybe below one per split), a Parquet file, a
-            folder of Parquet files, or a data set on the Hub.
-        image_column, label_column (`str`, *optional*): names of the columns; usual ones are found by themselves.
-        validation_fraction, test_fraction (`float`, *optional*, defaults to 0.1 and 0.2): share of the training split
-            that a missing split takes.
-        seed (`int`, *optional*, defaults to 0): of the division.
-        revision (`str`, *optional*): revision of a data set on the Hub.
-        **load_kwargs: further arguments of `datasets.load_dataset` for a data set on the Hub.
+        name (`str` or `os.PathLike`): `digits` (1,797 digits of 8x8 pixels that ship with scikit-learn); or a folder
+            with one folder of images per class, or with folders `train`, `validation`, `test` of such class folders,
+            and maybe `unlabeled` with images; or a Parquet file, or a folder of Parquet files whose names or folders
+            tell the split; or else a Hub id such as `user/name`.
+        image_column (`str`, *optional*): column of the images. By default the only column of images, or one that is
+            named in `IMAGE_COLUMNS`.
+        label_column (`str`, *optional*): column of the labels: class labels, integers from 0, or strings, whose
+            classes are put in alphabetical order. By default the first of `LABEL_COLUMNS` that exists.
+        validation_fraction (`float`, *optional*, defaults to 0.1): share of the training images that make a missing
+            split. Between 0 and 1, both excluded.
+        seed (`int`, *optional*, defaults to 0): decides which images. The test split of `digits` does not depend on
+            it.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        require_labels (`bool`, *optional*, defaults to `True`): whether a source without labels is an error.
+            Otherwise its images are returned as the only split, `unlabeled`.
+        **load_kwargs: passed to [`datasets.load_dataset`] for a Hub id.
 
     Returns:
-        `datasets.DatasetDict`
+        `DatasetDict`: splits `train`, `validation`, `test`, and `unlabeled` where the source has one.
 
     Raises:
-        `ValueError`: if the name is not known, a column or all labels are missing, a split is empty, or a label is out
-            of range.
-        `ConnectionError`: if the Hub cannot be reached.
+        `ValueError`: if the source cannot be found or read, or lacks images, labels, a column or the training split;
+            if a split is empty, labels are outside their classes or the splits disagree in them; or if
+            `validation_fraction` or `seed` is out of range, or an option does not apply to the source.
 
     Example:
 
     ```python
     >>> from bissl_hf import load_image_dataset
-    >>> load_image_dataset("digits")["train"].column_names
-    ['image', 'label']
+    >>> digits = load_image_dataset("digits")
+    >>> digits["train"].features["label"].num_classes
+    10
     ```
     """
-    for field, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
-        if not 0 < fraction < 1:
-            raise ValueError(f"{field} is {fraction}; it must lie between 0 and 1.")
-    splits = _rename_splits(_load(name, revision, load_kwargs), name)
-    unlabeled = splits.pop("unlabeled", None)
-    for split, rows in splits.items():
-        if len(rows) == 0:
-            raise ValueError(f"The split {split!r} of {name} is empty.")
-    columns = splits["train"].column_names
-    image = _find_column("image", image_column, IMAGE_COLUMNS, columns, name)
-    label = _find_column("label", label_column, LABEL_COLUMNS, columns, name)
-    splits = {split: _select(rows, {image: "image", label: "label"}, split, name) for split, rows in splits.items()}
-    labelled = _with_class_labels(splits, name)
-    for missing, fraction in (("test", test_fraction), ("validation", validation_fraction)):
-        if missing not in labelled:
-            logger.info(f"{name} has no {missing} split; {fraction:.0%} of the training split are set aside.")
-            labelled["train"], labelled[missing] = _carve(labelled["train"], fraction, seed, name)
-    result = DatasetDict({split: labelled[split] for split in LABELLED_SPLITS})
-    if unlabeled is not None and len(unlabeled):
-        result["unlabeled"] = _select(unlabeled, {image: "image"}, "unlabeled", name)
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"`validation_fraction` is {validation_fraction}; it must be above 0 and below 1.")
+    if seed < 0:
+        raise ValueError(f"`seed` is {seed}; it must be at least 0.")
+    name = os.fspath(name)
+    if name in NAMED_SOURCES:
+        image_column = image_column or NAMED_SOURCES[name].image_column
+        label_column = label_column or NAMED_SOURCES[name].label_column
+    splits = _canonical_splits(name, _load_source(name, revision, load_kwargs))
+    image_column = _find_image_column(name, splits, image_column)
+    found_label_column = _find_label_column(name, splits, label_column)
+    if found_label_column is None:
+        if require_labels:
+            columns = next(iter(splits.values())).column_names
+            raise ValueError(
+                f"No labels were found in {name!r}, whose columns are {columns}: name one with `label_column`, or "
+                "put the images of each class into a folder of its own."
+            )
+        unlabeled = splits.get("unlabeled", splits.get("train", next(iter(splits.values()))))
+        return DatasetDict(unlabeled=_image_only(unlabeled, image_column))
+    if "train" not in splits:
+        raise ValueError(f"{name!r} has the splits {sorted(splits)}; it must have a split 'train'.")
+    labelled = _encode_labels(name, splits, image_column, found_label_column)
+    for split in ("test", "validation"):
+        if split not in labelled:
+            labelled = _carve(name, labelled, split, validation_fraction, seed)
+    result = DatasetDict({split: labelled[split] for split in ("train", "validation", "test")})
+    if "unlabeled" in splits:
+        result["unlabeled"] = _image_only(splits["unlabeled"], image_column)
     return result
 
 
-def _load(name: str, revision: str | None, load_kwargs: dict[str, Any]) -> DatasetDict:
+def stratified_rows(
+    labels: Sequence[int] | np.ndarray, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Divides row numbers into two parts with the same mix of classes.
+
+    Args:
+        labels (`Sequence[int]` or `np.ndarray`): class number of each row.
+        fraction (`float`): share of each class that goes into the second part. Rounded, but at least one row of the
+            class goes into each part.
+        seed (`int`): decides which rows.
+
+    Returns:
+        `tuple`: sorted rows of the first part, of the second part, and the classes that have a single row, which is
+            in the first part.
+    """
+    labels = np.asarray(labels)
+    generator = np.random.default_rng(seed)
+    second: list[np.ndarray] = []
+    single = []
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        if len(rows) == 1:
+            single.append(int(label))
+        second.append(rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)])
+    chosen = np.sort(np.concatenate(second))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen, single
+
+
+# Reading a source: each function returns the splits under the source's own names.
+
+
+def _load_source(name: str, revision: str | None, load_kwargs: dict[str, Any]) -> dict[str, Dataset]:
     path = Path(name).expanduser()
-    if name in _NAMED:
-        return _NAMED[name]()
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"{name} is a file but no Parquet file; pass one that ends in .parquet, or a folder.")
-        return DatasetDict(train=Dataset.from_parquet(str(path)))
-    if path.is_dir():
-        return _load_folder(path)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _load_from_hub(name, revision, load_kwargs)
-    near = difflib.get_close_matches(name, _NAMED, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
+    is_hub_id = name not in NAMED_SOURCES and not path.exists() and _HUB_ID.fullmatch(name) is not None
+    if is_hub_id:
+        return _load_hub(name, revision, load_kwargs)
+    options = sorted([*load_kwargs, *(["revision"] if revision is not None else [])])
+    if options:
+        raise ValueError(f"{options} apply to data sets on the Hub only, and {name!r} is none: leave them out.")
+    if name in NAMED_SOURCES:
+        return dict(NAMED_SOURCES[name].load())
+    if not path.exists():
+        close = difflib.get_close_matches(name, NAMED_SOURCES)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"There is no data set {name!r}: it is no file or folder here, no known name (these are "
+            f"{sorted(NAMED_SOURCES)}), and no Hub id of the form 'user/name'.{hint}"
+        )
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"{name!r} is a file of the type {path.suffix!r}; give a Parquet file or a folder.")
+    return _load_parquet(path, files) if files else _load_folder(path)
+
+
+def _load_digits() -> DatasetDict:
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    pixels = np.round(source.images * (255 / 16)).astype(np.uint8)
+    digits = Dataset.from_dict({"image": [PIL.Image.fromarray(image) for image in pixels]})
+    names = [str(label) for label in source.target_names]
+    digits = digits.add_column("label", source.target.tolist(), feature=ClassLabel(names=names))
+    train, test, _ = stratified_rows(source.target, fraction=0.2, seed=0)
+    return DatasetDict(train=digits.select(train), test=digits.select(test))
+
+
+def _load_hub(name: str, revision: str | None, load_kwargs: dict[str, Any]) -> dict[str, Dataset]:
+    if load_kwargs.get("split") is not None or load_kwargs.get("streaming"):
+        raise ValueError(f"`split` and `streaming` cannot be given for {name!r}: all splits are loaded, whole.")
+    try:
+        loaded = load_dataset(name, revision=revision, **load_kwargs)
+    # The Hub's client, the builders and the network each raise errors of their own, which differ between versions.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or ["no reason was given"])[0]
+        raise ValueError(
+            f"{name!r} is no file or folder here and could not be loaded from the Hub: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    return dict(loaded)
+
+
+def _load_parquet(root: Path, files: list[Path]) -> dict[str, Dataset]:
+    data_files: dict[str, list[str]] = {}
+    for file in files:
+        # "train-00000-of-00002.parquet", "data/train-0.parquet" and "train/0000.parquet" are all in use.
+        parts = [] if file == root else [file.stem, *reversed(file.relative_to(root).parts[:-1])]
+        split = next(filter(None, (_canonical_name(re.split(r"[-_.]", part)[0]) for part in parts)), None)
+        data_files.setdefault(split or "", []).append(str(file))
+    unknown = data_files.pop("", [])
+    if unknown and data_files:
+        raise ValueError(f"The split of {unknown[0]!r} is not told by its name: let it start with 'train' or 'test'.")
+    data_files = data_files or {"train": unknown}
+    return {split: load_dataset("parquet", data_files=paths, split="train") for split, paths in data_files.items()}
+
+
+def _load_folder(root: Path) -> dict[str, Dataset]:
+    by_split = {split: folder for folder in _folders(root) if (split := _canonical_name(folder.name)) is not None}
+    if "train" not in by_split and set(by_split) != {"unlabeled"}:
+        by_split = {"train": root}
+    splits = {split: _read_class_folders(folder, split != "unlabeled") for split, folder in by_split.items()}
+    return splits
+
+
+def _read_class_folders(root: Path, labelled: bool) -> Dataset:
+    images = list(_image_files(root))
+    if not images:
+        raise ValueError(f"There are no images in {str(root)!r}; give a folder of images or of Parquet files.")
+    columns: dict[str, list[str]] = {"image": [str(path) for path in images]}
+    if labelled and any(path.parent != root for path in images):
+        stray = next((path for path in images if path.parent == root), None)
+        if stray is not None:
+            raise ValueError(f"The image {str(stray)!r} lies beside the class folders: move it into one of them.")
+        columns["label"] = [path.relative_to(root).parts[0] for path in images]
+    return Dataset.from_dict(columns).cast_column("image", Image())
+
+
+def _folders(root: Path) -> list[Path]:
+    # Names such as ".ipynb_checkpoints" and "__MACOSX" are no classes.
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def _image_files(root: Path) -> Iterator[Path]:
+    yield from sorted(
+        path
+        for path in root.iterdir()
+        if path.is_file() and path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
+    for folder in _folders(root):
+        yield from _image_files(folder)
+
+
+# From a source's own splits and columns to the schema.
+
+
+def _canonical_name(split: str) -> str | None:
+    return next((name for name, aliases in _SPLIT_NAMES.items() if split.lower() in aliases), None)
+
+
+def _canonical_splits(name: str, loaded: dict[str, Dataset]) -> dict[str, Dataset]:
+    splits: dict[str, Dataset] = {}
+    for own_name, split in loaded.items():
+        canonical = _canonical_name(own_name)
+        if canonical is None:
+            logger.info(f"The split {own_name!r} of {name!r} is not used.")
+        elif canonical in splits:
+            raise ValueError(f"{name!r} has two splits that mean {canonical!r}, one of them {own_name!r}: remove one.")
+        elif len(split) == 0:
+            raise ValueError(f"The split {own_name!r} of {name!r} is empty: fill or remove it.")
+        else:
+            splits[canonical] = split
+    if not splits:
+        raise ValueError(f"{name!r} has the splits {sorted(loaded)}; it must have a split 'train'.")
+    return splits
+
+
+def _find_image_column(name: str, splits: dict[str, Dataset], given: str | None) -> str:
+    first = next(iter(splits.values()))
+    typed = [column for column, feature in first.features.items() if isinstance(feature, Image)]
+    candidates = typed if len(typed) == 1 else [column for column in IMAGE_COLUMNS if column in first.column_names]
+    column = given or next(iter(candidates), None)
+    if column is None:
+        raise ValueError(
+            f"No column of images was found in {name!r}, whose columns are {first.column_names}: name one with "
+            "`image_column`."
+        )
+    _require_column(name, splits, column, "image_column")
+    return column
+
+
+def _find_label_column(name: str, splits: dict[str, Dataset], given: str | None) -> str | None:
+    labelled = {split: dataset for split, dataset in splits.items() if split != "unlabeled"}
+    if not labelled:
+        return None
+    # Folders without class folders have no column of the default name either.
+    is_default = name in NAMED_SOURCES or given is None
+    first = next(iter(labelled.values()))
+    column = next((c for c in LABEL_COLUMNS if c in first.column_names), None) if given is None else given
+    if column is not None and not (is_default and column not in first.column_names):
+        _require_column(name, labelled, column, "label_column")
+    return column
+
+
+def _require_column(name: str, splits: dict[str, Dataset], column: str, argument: str) -> None:
+    for split, dataset in splits.items():
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"The split {split!r} of {name!r} has no column {column!r}; its columns are "
+                f"{dataset.column_names}: choose one with `{argument}`."
+            )
+
+
+def _image_only(dataset: Dataset, image_column: str) -> Dataset:
+    dataset = dataset.select_columns([image_column])
+    if image_column != "image":
+        dataset = dataset.rename_column(image_column, "image")
+    return dataset if isinstance(dataset.features["image"], Image) else dataset.cast_column("image", Image())
+
+
+def _encode_labels(name: str, splits: dict[str, Dataset], image_column: str, label_column: str) -> dict[str, Dataset]:
+    """Returns the labelled splits with the columns `image` and `label`."""
+    labelled = {split: dataset for split, dataset in splits.items() if split != "unlabeled"}
+    values = {split: dataset.select_columns([label_column])[:][label_column] for split, dataset in labelled.items()}
+    names = _class_names(name, labelled, values, label_column)
+    numbers = {class_name: number for number, class_name in enumerate(names)}
+    encoded = {}
+    for split, dataset in labelled.items():
+        for row, value in enumerate(values[split]):
+            if isinstance(value, str) and value not in numbers:
+                raise ValueError(f"The split {split!r} of {name!r} has the class {value!r}, which 'train' lacks.")
+            if value is None or (not isinstance(value, str) and not 0 <= value < len(names)):
+                raise ValueError(
+                    f"The split {split!r} of {name!r} has the label {value} in row {row}; labels must be 0 to "
+                    f"{len(names) - 1}: remove such rows, or choose another column with `label_column`."
+                )
+        codes = [numbers[value] if isinstance(value, str) else int(value) for value in values[split]]
+        images = _image_only(dataset, image_column)
+        encoded[split] = images.add_column("label", codes, feature=ClassLabel(names=names))
+    return encoded
+
+
+def _class_names(
+    name: str, splits: dict[str, Dataset], values: dict[str, Iterable[Any]], label_column: str
+) -> list[str]:
+    feature = splits["train"].features[label_column]
+    for split, dataset in splits.items():
+        other = dataset.features[label_column]
+        if other != feature:
+            raise ValueError(
+                f"The column {label_column!r} of {name!r} is {feature} in 'train' and {other} in {split!r}: the "
+                "splits must agree in their classes."
+            )
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    dtype = feature.dtype if isinstance(feature, Value) else ""
+    if dtype in ("string", "large_string"):
+        return sorted({value for value in values["train"] if value is not None})
+    if dtype == "bool" or dtype.startswith(("int", "uint")):
+        highest = max((value for split in values.values() for value in split if value is not None), default=0)
+        return [str(number) for number in range(int(highest) + 1)]
+    kind = "a list" if isinstance(feature, List | list) else str(feature)
     raise ValueError(
-        f"There is no data set {name!r}: it is no existing folder or file, no Hub id (user/name), and none of the "
-        "known names "
-        f"({', '.join(_NAMED)}){hint}"
+        f"The column {label_column!r} of {name!r} is {kind}; labels must be class labels, integers or strings: choose "
+        "another column with `label_column`."
     )
 
 
-def _load_folder(path: Path) -> DatasetDict:
-    parquet = sorted(path.rglob("*.parquet"))
-    if parquet:
-        files: dict[str, list[str]] = {}
-        for file in parquet:
-            files.setdefault(_split_of(file.stem.split("-")[0]) or _split_of(file.parent.name) or "train", []).append(
-                str(file)
-            )
-        return DatasetDict({split: Dataset.from_parquet(paths) for split, paths in files.items()})
-    split_folders = {
-        split: child for child in sorted(path.iterdir()) if child.is_dir() and (split := _split_of(child.name))
-    }
-    folders = split_folders if "train" in split_folders else {"train": path}
-    return DatasetDict({split: _images_below(folder) for split, folder in folders.items()})
-
-
-def _images_below(folder: Path) -> Dataset:
-    """Reads a folder with a folder of images per class; images that lie in no such folder have no label."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
-    if not files:
+def _carve(name: str, splits: dict[str, Dataset], new: str, fraction: float, seed: int) -> dict[str, Dataset]:
+    """Moves a share of the training split into a new split."""
+    train = splits["train"]
+    rest, chosen, single = stratified_rows(train.select_columns(["label"])[:]["label"], fraction, seed)
+    if len(chosen) == 0:
         raise ValueError(
-            f"The folder {folder} holds no images (looked for {', '.join(sorted(_IMAGE_SUFFIXES))}) and no Parquet "
-            "file."
+            f"{name!r} has no {new!r} split, and none can be taken from 'train', where every class has one image: "
+            f"add images or a {new!r} split."
         )
-    rows: dict[str, list[Any]] = {"image": [str(file) for file in files]}
-    if all(file.parent != folder for file in files):
-        rows["label"] = [file.relative_to(folder).parts[0] for file in files]
-    return Dataset.from_dict(rows).cast_column("image", Image())
+    logger.info(f"{name!r} has no {new!r} split: {len(chosen)} of {len(train)} training images make it.")
+    if single:
+        classes = [train.features["label"].int2str(label) for label in single]
+        logger.warning(f"The {new!r} split of {name!r} lacks the classes with one training image: {classes}.")
+    return {**splits, "train": train.select(rest), new: train.select(chosen)}
 
 
-def _load_from_hub(name: str, revision: str | None, load_kwargs: dict[str, Any]) -> DatasetDict:
-    try:
-        loaded = datasets.load_dataset(name, revision=revision, **load_kwargs)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise ValueError(f"The Hub has no data set {name!r} that you may read: {error}") from error
-    except (ConnectionError, OSError) as error:
-        raise ConnectionError(f"The data set {name!r} could not be loaded from the Hub: {error}") from error
-    if not isinstance(loaded, DatasetDict):
-        raise ValueError(f"{name} was loaded as a {type(loaded).__name__}; leave `split` and `streaming` out.")
-    return loaded
-
-
-def _split_of(name: str) -> str | None:
-    return next((split for split, names in _SPLIT_NAMES.items() if name.lower() in names), None)
-
-
-def _rename_splits(splits: DatasetDict, name: str) -> dict[str, Dataset]:
-    renamed = {split: rows for found, rows in splits.items() if (split := _split_of(str(found)))}
-    if "train" not in renamed:
-        raise ValueError(f"{name} has no training split; it has {', '.join(map(str, splits)) or 'none'}.")
-    return renamed
-
-
-def _find_column(kind: str, given: str | None, usual: Sequence[str], columns: Sequence[str], name: str) -> str:
-    if given is not None:
-        if given not in columns:
-            raise ValueError(f"{kind}_column is {given!r}, and {name} has the columns {', '.join(columns)}.")
-        return given
-    found = next((column for column in usual if column in columns), None)
-    if found is None:
-        raise ValueError(
-            f"{name} has no column of {kind}s under a usual name; it has the columns {', '.join(columns)}. "
-            f"Name it in {kind}_column."
-        )
-    return found
-
-
-def _select(rows: Dataset, columns: dict[str, str], split: str, name: str) -> Dataset:
-    for column in columns:
-        if column not in rows.column_names:
-            raise ValueError(
-                f"The split {split!r} of {name} has no column {column!r}; it has {', '.join(rows.column_names)}."
-            )
-    rows = rows.select_columns(list(columns))
-    rows = rows.rename_columns({old: new for old, new in columns.items() if old != new})
-    # Images are decoded later, once; a file or bytes that is no image is found there.
-    return rows if isinstance(rows.features["image"], Image) else rows.cast_column("image", Image())
-
-
-def _with_class_labels(splits: dict[str, Dataset], name: str) -> dict[str, Dataset]:
-    """Gives every split the same `ClassLabel`, and checks each label against it."""
-    feature = splits["train"].features["label"]
-    values = {split: list(rows["label"]) for split, rows in splits.items()}
-    for split, labels in values.items():
-        for row, label in enumerate(labels):
-            if label is None or label == "":
-                raise ValueError(f"Row {row} of the split {split!r} of {name} has no label.")
-    if isinstance(feature, ClassLabel):
-        names = feature.names
-    elif all(isinstance(label, str) for label in values["train"]):
-        names = sorted(set(values["train"]))
-    elif all(isinstance(label, int) for label in values["train"]):
-        names = [str(number) for number in range(max(values["train"]) + 1)]
-    else:
-        raise ValueError(
-            f"The labels of {name} are {type(values['train'][0]).__name__}; they must be class numbers or names."
-        )
-    if len(names) < 2:
-        raise ValueError(f"{name} has {len(names)} class; a classifier needs at least 2.")
-    class_label = ClassLabel(names=names)
-    return {
-        split: rows.remove_columns("label").add_column(
-            "label", _numbers(values[split], names, split, name), feature=class_label
-        )
-        for split, rows in splits.items()
-    }
-
-
-def _numbers(labels: Sequence[Any], names: Sequence[str], split: str, name: str) -> list[int]:
-    positions = {text: number for number, text in enumerate(names)}
-    numbers = [positions.get(label, -1) if isinstance(label, str) else label for label in labels]
-    for row, (number, label) in enumerate(zip(numbers, labels, strict=True)):
-        if not 0 <= number < len(names):
-            raise ValueError(
-                f"The label in row {row} of the split {split!r} of {name} is {label!r}, out of range: there are "
-                f"{len(names)} "
-                f"classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})."
-            )
-    return numbers
-
-
-def _carve(rows: Dataset, fraction: float, seed: int, name: str) -> tuple[Dataset, Dataset]:
-    """Divides a split, stratified by class."""
-    counts = np.bincount(np.asarray(rows["label"]), minlength=rows.features["label"].num_classes)
-    present = counts[counts > 0]
-    smallest = round(fraction * len(rows))
-    if present.min() < 2 or smallest < len(present) or len(rows) - smallest < len(present):
-        raise ValueError(
-            f"{name} is too small to set {fraction:.0%} of its {len(rows)} training images aside with every one of "
-            "its "
-            f"{len(present)} classes in both parts (the rarest has {present.min()}); provide the split."
-        )
-    parts = rows.train_test_split(test_size=smallest, stratify_by_column="label", seed=seed)
-    return parts["train"], parts["test"]
+NAMED_SOURCES: dict[str, NamedSource] = {"digits": NamedSource(load=_load_digits)}

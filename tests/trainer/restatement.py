@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     alternations: int = 3
     lower_steps: int = 3

@@ -1,5 +1,7 @@
 """The trainer against the algorithm written down once more (see restatement.py)."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -51,15 +53,23 @@ def largest_difference(first, second) -> float:
     return max(float((states[0][name] - states[1][name]).abs().max()) for name in states[0])
 
 
+@cache
+def restated(settings: Settings):
+    """The result of the restatement, which takes most of the time of these tests."""
+    return run(tiny_model().double(), *data(), settings)
+
+
+def data():
+    return TinyImages(11, dtype=torch.float64), TinyImages(30, pairs=True, dtype=torch.float64)
+
+
 def check_against_restatement(settings: Settings, tmp_path, **overrides) -> None:
-    model = tiny_model().double()
-    train_data = TinyImages(11, dtype=torch.float64)
-    pretext_data = TinyImages(30, pairs=True, dtype=torch.float64)
-    lower, upper, figures = run(model, train_data, pretext_data, settings)
+    lower, upper, figures = restated(settings)
     assert figures["smallest eigenvalue"] > 0, "conjugate gradient and the dense solve need a definite system"
     assert figures["effect of the curvature"] > 0.01, "the curvature must matter in this test"
+    model = tiny_model().double()
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trained = train(settings, model, train_data, pretext_data, tmp_path, **overrides).model
+    trained = train(settings, model, *data(), tmp_path, **overrides).model
     assert max(float((trained.state_dict()[name] - start[name]).abs().max()) for name in start) > 1e-3
     assert largest_difference(trained.lower, lower) < 1e-8
     assert largest_difference(trained.upper, upper) < 1e-8

@@ -146,7 +146,7 @@ class KeyedTrainer(Trainer):
     # Checkpoints
 
     def run_state(self) -> dict[str, Any]:
-        """Returns what a resume needs beside Trainer's own files, as JSON. Subclasses add to it."""
+        """Returns what a resume needs beside Trainer's own files, as JSON. Called on every process. Subclasses add to it."""
         return {"metrics": self.metrics_buffer.state_dict()}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
@@ -171,12 +171,13 @@ class KeyedTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
+        run_state = self.run_state()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(final)
-                self.state.save_to_json(str(staging / name / "trainer_state.json"))
-            write_json(staging / name / RUN_STATE_NAME, self.run_state())
+            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            write_json(staging / name / RUN_STATE_NAME, run_state)
             write_manifest(staging / name)
             publish(staging / name, final)
             rotate_checkpoints(

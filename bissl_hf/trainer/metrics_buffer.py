@@ -27,18 +27,21 @@ class MetricsBuffer:
 
     def pop_averages(self) -> dict[str, float]:
         """Returns the averages over values and processes, and empties the buffer."""
+        averages = {name: total / self._counts[name] for name, total in self._reduced_sums().items()}
+        self._sums, self._counts = {}, {}
+        return averages
+
+    def _reduced_sums(self) -> dict[str, float]:
+        """The sums averaged over processes, as numbers."""
         if not self._sums:
             return {}
         device = next((value.device for value in self._sums.values() if value.device.type != "cpu"), "cpu")
-        averages = torch.stack([total.to(device) / self._counts[name] for name, total in self._sums.items()])
-        (averages,) = self._reduce([averages])
-        result = dict(zip(self._sums, averages.tolist(), strict=True))
-        self._sums, self._counts = {}, {}
-        return result
+        (sums,) = self._reduce([torch.stack([total.to(device) for total in self._sums.values()])])
+        return dict(zip(self._sums, sums.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the sums and counts as plain numbers."""
-        return {name: [total.item(), self._counts[name]] for name, total in self._sums.items()}
+        """Returns the sums, averaged over processes, and the counts as plain numbers."""
+        return {name: [total, self._counts[name]] for name, total in self._reduced_sums().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replaces the content of the buffer."""

@@ -187,7 +187,7 @@ def _iterate(
 
 
 def _largest_entry(vector: Vector) -> Tensor:
-    """Returns the largest absolute entry, or 1 for the zero vector. Dividing by it keeps squares of tiny or huge
-    right-hand sides from vanishing or overflowing."""
+    """Returns the largest absolute entry, or 1 if it is zero or not finite. Dividing by it keeps squares of tiny or
+    huge right-hand sides from vanishing or overflowing."""
     largest = torch.stack([tensor.abs().max() for tensor in vector]).max()
-    return torch.where(largest == 0, 1.0, largest)
+    return torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)

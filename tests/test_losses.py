@@ -44,7 +44,9 @@ def test_is_symmetric_in_the_views_and_blind_to_lengths() -> None:
     loss = nt_xent_loss(first, second, temperature=0.5)
     torch.testing.assert_close(nt_xent_loss(second, first, temperature=0.5), loss, rtol=0, atol=1e-14)
     scales = torch.arange(1, 6, dtype=torch.float64)[:, None]
-    torch.testing.assert_close(nt_xent_loss(first * scales, second / scales, temperature=0.5), loss, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        nt_xent_loss(first * scales, second / scales, temperature=0.5), loss, rtol=0, atol=1e-14
+    )
 
 
 def test_first_and_second_derivatives() -> None:

@@ -5,6 +5,7 @@ faster.
 """
 
 import hashlib
+import logging
 import os
 import struct
 import tempfile
@@ -19,11 +20,10 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from datasets.utils.logging import get_logger
 from tqdm.auto import tqdm
 from transformers.image_utils import load_image
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_BYTES_IN_MEMORY = 256 * 2**20
 _PROGRESS_ROWS = 2000

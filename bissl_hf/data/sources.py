@@ -5,6 +5,7 @@ The schema: splits `train`, `validation` and `test` with a column `image` ([`dat
 """
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
-from datasets.utils.logging import get_logger
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "img", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
@@ -27,7 +27,12 @@ _SPLIT_NAMES = {
     "test": ("test", "testing"),
     "unlabeled": ("unlabeled", "unlabelled", "unsupervised"),
 }
-_IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .jfif .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2 .avif".split())
+# fmt: off
+_IMAGE_SUFFIXES = frozenset({
+    ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2",
+    ".avif",
+})
+# fmt: on
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -116,7 +121,7 @@ def load_image_dataset(
                 "put the images of each class into a folder of its own."
             )
         unlabeled = splits.get("unlabeled", splits.get("train", next(iter(splits.values()))))
-        return DatasetDict(unlabeled=_image_only(unlabeled, image_column))
+        return DatasetDict(unlabeled=_image_only(name, unlabeled, image_column))
     if "train" not in splits:
         raise ValueError(f"{name!r} has the splits {sorted(splits)}; it must have a split 'train'.")
     labelled = _encode_labels(name, splits, image_column, found_label_column)
@@ -125,7 +130,7 @@ def load_image_dataset(
             labelled = _carve(name, labelled, split, validation_fraction, seed)
     result = DatasetDict({split: labelled[split] for split in ("train", "validation", "test")})
     if "unlabeled" in splits:
-        result["unlabeled"] = _image_only(splits["unlabeled"], image_column)
+        result["unlabeled"] = _image_only(name, splits["unlabeled"], image_column)
     return result
 
 
@@ -225,11 +230,22 @@ def _load_parquet(root: Path, files: list[Path]) -> dict[str, Dataset]:
 
 
 def _load_folder(root: Path) -> dict[str, Dataset]:
-    by_split = {split: folder for folder in _folders(root) if (split := _canonical_name(folder.name)) is not None}
-    if "train" not in by_split and set(by_split) != {"unlabeled"}:
+    folders = _folders(root)
+    by_split = {folder.name: folder for folder in folders if _canonical_name(folder.name) is not None}
+    others = [folder.name for folder in folders if folder.name not in by_split]
+    if not by_split:
         by_split = {"train": root}
-    splits = {split: _read_class_folders(folder, split != "unlabeled") for split, folder in by_split.items()}
-    return splits
+    elif "train" not in map(_canonical_name, by_split) and others:
+        raise ValueError(
+            f"The folder {str(root)!r} has {sorted(by_split)}, which name splits, beside {others[0]!r}: put the "
+            "folders of the classes into a folder 'train'."
+        )
+    elif others:
+        logger.warning(f"The folders {others} in {str(root)!r} name no split and are not read.")
+    return {
+        split: _read_class_folders(folder, labelled=_canonical_name(split) != "unlabeled")
+        for split, folder in by_split.items()
+    }
 
 
 def _read_class_folders(root: Path, labelled: bool) -> Dataset:
@@ -300,15 +316,11 @@ def _find_image_column(name: str, splits: dict[str, Dataset], given: str | None)
 
 def _find_label_column(name: str, splits: dict[str, Dataset], given: str | None) -> str | None:
     labelled = {split: dataset for split, dataset in splits.items() if split != "unlabeled"}
-    if not labelled:
-        return None
-    # Folders without class folders have no column of the default name either.
-    is_default = name in NAMED_SOURCES or given is None
-    first = next(iter(labelled.values()))
-    column = next((c for c in LABEL_COLUMNS if c in first.column_names), None) if given is None else given
-    if column is not None and not (is_default and column not in first.column_names):
+    known = [column for dataset in labelled.values() for column in LABEL_COLUMNS if column in dataset.column_names]
+    column = given or next(iter(known), None)
+    if column is not None:
         _require_column(name, labelled, column, "label_column")
-    return column
+    return column if labelled else None
 
 
 def _require_column(name: str, splits: dict[str, Dataset], column: str, argument: str) -> None:
@@ -320,11 +332,19 @@ def _require_column(name: str, splits: dict[str, Dataset], column: str, argument
             )
 
 
-def _image_only(dataset: Dataset, image_column: str) -> Dataset:
+def _image_only(name: str, dataset: Dataset, image_column: str) -> Dataset:
+    feature = dataset.features[image_column]
+    is_encoded = isinstance(feature, dict) and "bytes" in feature
+    is_encoded = is_encoded or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary", "string"))
+    if not isinstance(feature, Image) and not is_encoded:
+        raise ValueError(
+            f"The column {image_column!r} of {name!r} is {feature}; it must hold images, encoded bytes or paths: "
+            "choose another column with `image_column`."
+        )
     dataset = dataset.select_columns([image_column])
     if image_column != "image":
         dataset = dataset.rename_column(image_column, "image")
-    return dataset if isinstance(dataset.features["image"], Image) else dataset.cast_column("image", Image())
+    return dataset.cast_column("image", Image()) if is_encoded else dataset
 
 
 def _encode_labels(name: str, splits: dict[str, Dataset], image_column: str, label_column: str) -> dict[str, Dataset]:
@@ -335,40 +355,54 @@ def _encode_labels(name: str, splits: dict[str, Dataset], image_column: str, lab
     numbers = {class_name: number for number, class_name in enumerate(names)}
     encoded = {}
     for split, dataset in labelled.items():
-        for row, value in enumerate(values[split]):
-            if isinstance(value, str) and value not in numbers:
-                raise ValueError(f"The split {split!r} of {name!r} has the class {value!r}, which 'train' lacks.")
-            if value is None or (not isinstance(value, str) and not 0 <= value < len(names)):
+        codes = [numbers.get(value, -1) if isinstance(value, str) else value for value in values[split]]
+        for row, (code, value) in enumerate(zip(codes, values[split], strict=True)):
+            where = f"row {row} of the split {split!r} of {name!r}"
+            if value is None:
+                raise ValueError(f"There is no label in {where}: remove the row, or choose another `label_column`.")
+            if not 0 <= code < len(names):
+                allowed = f"a class of 'train': {_abridged(names)}" if code is not value else f"0 to {len(names) - 1}"
                 raise ValueError(
-                    f"The split {split!r} of {name!r} has the label {value} in row {row}; labels must be 0 to "
-                    f"{len(names) - 1}: remove such rows, or choose another column with `label_column`."
+                    f"The label in {where} is {value!r}; it must be {allowed}. Correct or remove the row, or choose "
+                    "another `label_column`."
                 )
-        codes = [numbers[value] if isinstance(value, str) else int(value) for value in values[split]]
-        images = _image_only(dataset, image_column)
-        encoded[split] = images.add_column("label", codes, feature=ClassLabel(names=names))
+        images = _image_only(name, dataset, image_column)
+        encoded[split] = images.add_column("label", [int(code) for code in codes], feature=ClassLabel(names=names))
     return encoded
+
+
+def _abridged(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _label_kind(feature: Any) -> str | list[str]:
+    """Returns the names of class labels, or a word for other labels."""
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    dtype = feature.dtype if isinstance(feature, Value) else ""
+    if dtype in ("string", "large_string"):
+        return "strings"
+    return "integers" if dtype == "bool" or dtype.startswith(("int", "uint")) else str(feature)
 
 
 def _class_names(
     name: str, splits: dict[str, Dataset], values: dict[str, Iterable[Any]], label_column: str
 ) -> list[str]:
-    feature = splits["train"].features[label_column]
-    for split, dataset in splits.items():
-        other = dataset.features[label_column]
-        if other != feature:
+    kinds = {split: _label_kind(dataset.features[label_column]) for split, dataset in splits.items()}
+    kind = kinds["train"]
+    for split, other in kinds.items():
+        if other != kind:
             raise ValueError(
-                f"The column {label_column!r} of {name!r} is {feature} in 'train' and {other} in {split!r}: the "
-                "splits must agree in their classes."
+                f"The classes in the column {label_column!r} of {name!r} are {kind} in 'train' and {other} in "
+                f"{split!r}; they must be the same."
             )
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    dtype = feature.dtype if isinstance(feature, Value) else ""
-    if dtype in ("string", "large_string"):
+    if isinstance(kind, list):
+        return kind
+    if kind == "strings":
         return sorted({value for value in values["train"] if value is not None})
-    if dtype == "bool" or dtype.startswith(("int", "uint")):
-        highest = max((value for split in values.values() for value in split if value is not None), default=0)
+    if kind == "integers":
+        highest = max((value for split in values.values() for value in split if value is not None), default=-1)
         return [str(number) for number in range(int(highest) + 1)]
-    kind = "a list" if isinstance(feature, List | list) else str(feature)
     raise ValueError(
         f"The column {label_column!r} of {name!r} is {kind}; labels must be class labels, integers or strings: choose "
         "another column with `label_column`."

@@ -16,6 +16,8 @@ class BiSSLConfig(PretrainedConfig):
         lower_class, upper_class (`str`): their class names, looked up in `transformers` and `bissl_hf` only.
         unshared_parameters (`Sequence[str]`, *optional*, defaults to `("pooler.",)`): patterns of parameters of the
             base models that need not be common to both.
+        frozen_parameters (`Sequence[str]`, *optional*, defaults to `()`): names of the parameters that are not trained, as in
+            [`BiSSLModel.named_parameters`]; weights on disk do not tell.
     """
 
     model_type = "bissl"
@@ -27,6 +29,7 @@ class BiSSLConfig(PretrainedConfig):
     lower_class: str | None = None
     upper_class: str | None = None
     unshared_parameters: Any = ("pooler.",)
+    frozen_parameters: Any = ()
 
     def __init__(
         self,
@@ -35,14 +38,19 @@ class BiSSLConfig(PretrainedConfig):
         lower_class: str | None = None,
         upper_class: str | None = None,
         unshared_parameters: Sequence[str] = ("pooler.",),
+        frozen_parameters: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
+        # The base class resets the attention of the sub-configurations it finds, so they are set after it.
+        super().__init__(**kwargs)
         self.lower_config = as_config(lower_config) if lower_config is not None else None
         self.upper_config = as_config(upper_config) if upper_config is not None else None
+        if kwargs.get("attn_implementation") is not None:
+            self._attn_implementation = kwargs["attn_implementation"]
         self.lower_class = lower_class
         self.upper_class = upper_class
         self.unshared_parameters = list(unshared_parameters)
-        super().__init__(**kwargs)
+        self.frozen_parameters = list(frozen_parameters)
 
 
 AutoConfig.register("bissl", BiSSLConfig)

@@ -20,6 +20,10 @@ def as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
                 "The configuration of a sub-model has no `model_type`; it must name one of transformers' types."
             )
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if not isinstance(config, PretrainedConfig):
+        raise TypeError(
+            f"The configuration of a sub-model is a {type(config).__name__}; it must be a PretrainedConfig or a dict."
+        )
     return config
 
 
@@ -58,11 +62,14 @@ class SimCLRConfig(PretrainedConfig):
         if not projection_dims or min(projection_dims) < 1:
             raise ValueError(f"projection_dims is {projection_dims}; it must hold at least one width, each above 0.")
         backbone = as_config(backbone_config) if backbone_config is not None else resnet18_config()
+        # The base class resets the attention of the sub-configurations it finds, so they are set after it.
+        super().__init__(**kwargs)
         self.backbone_config = backbone
+        if kwargs.get("attn_implementation") is not None:
+            self._attn_implementation = kwargs["attn_implementation"]
         self.projection_dims = list(projection_dims)
         self.temperature = temperature
         self.feature_size = feature_size or infer_feature_size(backbone)
-        super().__init__(**kwargs)
 
 
 def infer_feature_size(config: PretrainedConfig) -> int:

@@ -51,9 +51,22 @@ class BiSSLModel(PreTrainedModel):
         self.upper: PreTrainedModel = resolve_class(config.upper_class)(config.upper_config)
         self._shared_names: tuple[str, ...] | None = None
         self.post_init()
+        self._freeze()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Both models initialise their own layers."""
+
+    def _freeze(self) -> None:
+        for name in self.config.frozen_parameters:
+            self.get_parameter(name).requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Loads both levels, see [`~transformers.PreTrainedModel.from_pretrained`]. What was frozen when they were joined is
+        frozen again: loading replaces each parameter by one that requires gradients."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
+        return loaded
 
     @classmethod
     def from_models(
@@ -86,14 +99,24 @@ class BiSSLModel(PreTrainedModel):
             lower_class=type(lower).__name__,
             upper_class=type(upper).__name__,
             unshared_parameters=unshared_parameters,
+            frozen_parameters=[
+                f"{level}.{name}"
+                for level, source in (("lower", lower), ("upper", upper))
+                for name, parameter in source.named_parameters()
+                if not parameter.requires_grad
+            ],
         )
-        for class_name in (config.lower_class, config.upper_class):
-            resolve_class(class_name)
+        for model_class in (type(lower), type(upper)):
+            if resolve_class(model_class.__name__) is not model_class:
+                raise ValueError(
+                    f"{model_class.__module__}.{model_class.__name__} is no model class of transformers or bissl_hf, though "
+                    "it bears the name of one; the classes of both levels must be."
+                )
         model = cls(config)
         for level, source in (("lower", lower), ("upper", upper)):
             own = getattr(model, level)
+            own.to(device=source.device, dtype=source.dtype)  # first, so that buffers keep their precision
             own.load_state_dict(source.state_dict())
-            own.to(dtype=source.dtype)
             for target, parameter in zip(own.parameters(), source.parameters(), strict=True):
                 target.data = parameter.detach().clone()
                 target.requires_grad_(parameter.requires_grad)
@@ -174,11 +197,24 @@ class BiSSLModel(PreTrainedModel):
 
     def pure(self, level: str) -> Callable[..., Any]:
         """Returns a level's forward pass without side effects: buffers (running statistics) are copied for each call.
-        Gradients reach the parameters themselves: theta_P and phi_D for `"aligned"`."""
+        Gradients reach the parameters themselves: theta_P and phi_D for `"aligned"`.
+
+        Raises:
+            `ValueError`: for another level.
+            `RuntimeError`: from the pass, if the level's model uses gradient checkpointing.
+        """
+        if level not in LEVELS:
+            raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}.")
         return partial(self._call_with_copies, level)
 
     def _call_with_copies(self, level: str, **inputs: Any) -> Any:
         model = self.lower if level == "lower" else self.upper
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            # What is computed again in the backward pass would see the live tensors instead of those put in here.
+            raise RuntimeError(
+                f"{type(model).__name__} uses gradient checkpointing, which would give wrong gradients here; turn it off with "
+                "`gradient_checkpointing_disable()` and use smaller micro-batches or a recomputed curvature instead."
+            )
         tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if level == "aligned":
             prefix = base_prefix(self.upper)

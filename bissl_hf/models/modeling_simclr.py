@@ -1,5 +1,6 @@
 """SimCLR (Chen et al., arXiv 2002.05709) on any vision backbone of transformers."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,11 @@ def _classifies_images(config: PretrainedConfig) -> bool:
 
 def build_backbone(config: PretrainedConfig) -> PreTrainedModel:
     """Builds the base model of the image classifier of this configuration, so that both hold the same parameters: a
-    ViT classifier, say, has no pooler while a plain `ViTModel` has one."""
+    ViT classifier, say, has no pooler while a plain `ViTModel` has one. Its dtype is torch's default, as the head's is,
+    whatever the configuration of a checkpoint in half precision says."""
     if _classifies_images(config):
-        return AutoModelForImageClassification.from_config(config).base_model
-    return AutoModel.from_config(config)
+        return AutoModelForImageClassification.from_config(config, dtype=torch.get_default_dtype()).base_model
+    return AutoModel.from_config(config, dtype=torch.get_default_dtype())
 
 
 def load_backbone(source: str | PreTrainedModel) -> Any:
@@ -129,10 +131,10 @@ class SimCLRForPreTraining(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # Only the head is initialised here; the layers of the backbone by the backbone itself. Both are torch's
         # defaults (He for linear layers with the gain of their reset), as in the authors' SimCLR.
-        if isinstance(module, SimCLRProjectionHead):
-            for layer in module:
-                if isinstance(layer, nn.Linear | nn.BatchNorm1d) and not getattr(layer, "_is_hf_initialized", False):
-                    layer.reset_parameters()
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
     @classmethod
     def from_backbone(
@@ -154,12 +156,12 @@ class SimCLRForPreTraining(PreTrainedModel):
         """
         source = load_backbone(backbone)
         config = SimCLRConfig(
-            backbone_config=source.config,
+            backbone_config=copy.deepcopy(source.config),
             projection_dims=projection_dims,
             temperature=temperature,
             feature_size=feature_size,
         )
-        model = cls(config)
+        model = cls(config).to(device=source.device, dtype=source.dtype)
         weights = source.state_dict()
         missing = [name for name in model.backbone.state_dict() if name not in weights]
         if missing:

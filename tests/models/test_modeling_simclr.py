@@ -104,7 +104,7 @@ def test_configuration_errors() -> None:
     for dims in [(), (4, 0)]:
         with pytest.raises(ValueError, match="projection_dims is"):
             SimCLRConfig(projection_dims=dims)
-    with pytest.raises(ValueError, match="'mobilenet_v2' backbone has neither .* pass feature_size"):
+    with pytest.raises(ValueError, match=r"'mobilenet_v2' backbone has neither .* pass feature_size"):
         SimCLRConfig(backbone_config=MobileNetV2Config())
     assert SimCLRConfig(backbone_config=MobileNetV2Config(), feature_size=1280).feature_size == 1280
     with pytest.raises(TypeError, match="is a str; it must be a PretrainedConfig or a dict"):
@@ -161,7 +161,9 @@ def test_spatial_mean_where_a_backbone_does_not_pool() -> None:
     with torch.no_grad():
         images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         torch.manual_seed(0)
-        model = SimCLRForPreTraining(SimCLRConfig(backbone_config=config, projection_dims=(3,), feature_size=1280)).eval()
+        model = SimCLRForPreTraining(
+            SimCLRConfig(backbone_config=config, projection_dims=(3,), feature_size=1280)
+        ).eval()
         model.backbone.pooler = None
         hidden = model.backbone(pixel_values=images).last_hidden_state
         assert hidden.ndim == 4
@@ -272,5 +274,7 @@ def test_from_backbone_refuses_a_backbone_in_parts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks 1 of the backbone's parameters: .*embedder.convolution.weight"):
         SimCLRForPreTraining.from_backbone(str(tmp_path))
     model.embedder.embedder.convolution = torch.nn.Identity()
-    with pytest.raises(ValueError, match="lacks 1 of the parameters of its architecture: embedder.embedder.convolution"):
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of the parameters of its architecture: embedder\.embedder.convolution"
+    ):
         SimCLRForPreTraining.from_backbone(model)

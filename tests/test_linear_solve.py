@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def plain_cg(matrix, rhs, steps):
 def blockwise_cg(matrix, rhs, steps):
     """The same with a step length and a ratio of its own for each block."""
     edges = np.cumsum([0, *SIZES])
-    blocks = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    blocks = [slice(a, b) for a, b in pairwise(edges)]
     x, r = np.zeros_like(rhs), rhs.copy()
     p = r.copy()
     for _ in range(steps):

@@ -48,7 +48,8 @@ MUTANTS = {
             BiSSLTrainer,
             "_upper_step",
             "        curvature,\n        rhs,\n",
-            "        curvature,\n        (*rhs, *[torch.zeros_like(p) for p in self.model.lower_head_parameters()]),\n",
+            "        curvature,\n        (*rhs, *[torch.zeros_like(p) for p in "
+            "self.model.lower_head_parameters()]),\n",
         ),
         (BiSSLTrainer, "_upper_step", "(*solution,", "(*solution[: len(theta_p)],"),
         (BiSSLTrainer, "_upper_step", "cosine(curvature.gradient, rhs)", "0.0"),

@@ -16,8 +16,8 @@ class BiSSLConfig(PretrainedConfig):
         lower_class, upper_class (`str`): their class names, looked up in `transformers` and `bissl_hf` only.
         unshared_parameters (`Sequence[str]`, *optional*, defaults to `("pooler.",)`): patterns of parameters of the
             base models that need not be common to both.
-        frozen_parameters (`Sequence[str]`, *optional*, defaults to `()`): names of the parameters that are not trained, as in
-            [`BiSSLModel.named_parameters`]; weights on disk do not tell.
+        frozen_parameters (`Sequence[str]`, *optional*, defaults to `()`): names of the parameters that are not
+            trained, level first (`"lower.backbone..."`); weights on disk do not tell.
     """
 
     model_type = "bissl"

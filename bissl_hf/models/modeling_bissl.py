@@ -62,8 +62,8 @@ class BiSSLModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Loads both levels, see [`~transformers.PreTrainedModel.from_pretrained`]. What was frozen when they were joined is
-        frozen again: loading replaces each parameter by one that requires gradients."""
+        """Loads both levels, see [`~transformers.PreTrainedModel.from_pretrained`]. What was frozen when they were
+        joined is frozen again: loading replaces each parameter by one that requires gradients."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
         return loaded
@@ -109,8 +109,8 @@ class BiSSLModel(PreTrainedModel):
         for model_class in (type(lower), type(upper)):
             if resolve_class(model_class.__name__) is not model_class:
                 raise ValueError(
-                    f"{model_class.__module__}.{model_class.__name__} is no model class of transformers or bissl_hf, though "
-                    "it bears the name of one; the classes of both levels must be."
+                    f"{model_class.__module__}.{model_class.__name__} is no model class of transformers or bissl_hf, "
+                    "though it bears the name of one; the classes of both levels must be."
                 )
         model = cls(config)
         for level, source in (("lower", lower), ("upper", upper)):
@@ -212,8 +212,8 @@ class BiSSLModel(PreTrainedModel):
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             # What is computed again in the backward pass would see the live tensors instead of those put in here.
             raise RuntimeError(
-                f"{type(model).__name__} uses gradient checkpointing, which would give wrong gradients here; turn it off with "
-                "`gradient_checkpointing_disable()` and use smaller micro-batches or a recomputed curvature instead."
+                f"{type(model).__name__} uses gradient checkpointing, which would give wrong gradients here; turn it off "
+                "with `gradient_checkpointing_disable()` and use smaller micro-batches or a recomputed curvature instead."
             )
         tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if level == "aligned":

@@ -52,8 +52,8 @@ def _classifies_images(config: PretrainedConfig) -> bool:
 
 def build_backbone(config: PretrainedConfig) -> PreTrainedModel:
     """Builds the base model of the image classifier of this configuration, so that both hold the same parameters: a
-    ViT classifier, say, has no pooler while a plain `ViTModel` has one. Its dtype is torch's default, as the head's is,
-    whatever the configuration of a checkpoint in half precision says."""
+    ViT classifier, say, has no pooler while a plain `ViTModel` has one. Its dtype is torch's default, as the head's
+    is, whatever the configuration of a checkpoint in half precision says."""
     if _classifies_images(config):
         return AutoModelForImageClassification.from_config(config, dtype=torch.get_default_dtype()).base_model
     return AutoModel.from_config(config, dtype=torch.get_default_dtype())
@@ -161,7 +161,8 @@ class SimCLRForPreTraining(PreTrainedModel):
             temperature=temperature,
             feature_size=feature_size,
         )
-        model = cls(config).to(device=source.device, dtype=source.dtype)
+        model: Any = cls(config)
+        model.to(device=source.device, dtype=source.dtype)
         weights = source.state_dict()
         missing = [name for name in model.backbone.state_dict() if name not in weights]
         if missing:

@@ -146,7 +146,8 @@ class KeyedTrainer(Trainer):
     # Checkpoints
 
     def run_state(self) -> dict[str, Any]:
-        """Returns what a resume needs beside Trainer's own files, as JSON. Called on every process. Subclasses add to it."""
+        """Returns what a resume needs beside Trainer's own files, as JSON. Called on every process. Subclasses add to
+        it."""
         return {"metrics": self.metrics_buffer.state_dict()}
 
     def load_run_state(self, state: dict[str, Any]) -> None:

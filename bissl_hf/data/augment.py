@@ -14,7 +14,6 @@ from typing import Any
 
 import kornia.augmentation as K
 import torch
-import torch.nn.functional as F
 from transformers import BitImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
@@ -208,7 +207,7 @@ class EvalTransform(_ImageTransform):
 
     The short side is resized to `image_size * 256 / 224`, unless it has that length already, and a square of
     `image_size` is cut from the middle. On images stored by [`DecodedImages`] the result is that of
-    [`image_processor`]; where images are resized here, they differ from it by about one level of 255.
+    [`image_processor`]; an image that is resized here differs from it in few pixels, by one level of 255.
 
     Args:
         image_size (`int`): side of the crops, in pixels.
@@ -230,16 +229,24 @@ class EvalTransform(_ImageTransform):
         super().__init__(image_size, mean, std)
 
     def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
-        short, levels = min(images.shape[-2:]), images.float()
-        if short != self.resize_side:
-            size = [
-                self.resize_side if side == short else self.resize_side * side // short for side in images.shape[-2:]
-            ]
-            levels = F.interpolate(levels, size=size, mode="bicubic", antialias=True, align_corners=False)
-            levels = levels.round().clamp(0, 255)
+        levels = images.float()
+        if min(images.shape[-2:]) != self.resize_side:
+            levels = self._resize(levels)
         top, left = ((side - self.image_size) // 2 for side in levels.shape[-2:])
         middle = levels[..., top : top + self.image_size, left : left + self.image_size]
         return {**inputs, "pixel_values": self.normalize(middle / 255)}
+
+    def _resize(self, levels: torch.Tensor) -> torch.Tensor:
+        """Resizes the short side in two passes, each rounded to whole levels, as Pillow does."""
+        short = min(levels.shape[-2:])
+        rows, columns = (
+            resampling_weights(
+                levels.new_zeros(1), levels.new_full((1,), side), side, int(self.resize_side * side / short)
+            )
+            for side in levels.shape[-2:]
+        )
+        levels = (levels @ columns.mT + 0.5).floor().clamp(0, 255)
+        return (rows @ levels + 0.5).floor().clamp(0, 255)
 
 
 def image_processor(

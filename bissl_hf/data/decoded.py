@@ -231,7 +231,7 @@ class _ImageReader:
         """Fills `array` (rows, 3, height, width) with the decoded, converted images."""
 
         def decode(row: int, value: dict[str, Any]) -> bool:
-            image = self._guard(row, value, self._feature.decode_example)
+            image = self._guard(row, value, self._decode)
             clipped = image.mode in ("I", "F") or image.mode.startswith("I;16")
             clipped = clipped and image.getextrema()[1] > 255
             image = load_image(image)
@@ -250,6 +250,12 @@ class _ImageReader:
                 f"{num_clipped} of {len(self)} images have more than 8 bits per channel and values above 255, which "
                 "are clipped to white, as in pipelines of `transformers`. Convert them to 8 bits first."
             )
+
+    def _decode(self, value: dict[str, Any]) -> PIL.Image.Image:
+        # Read here, because a file that `datasets` opens stays open when its content is broken.
+        if value["bytes"] is None and os.path.isfile(value["path"]):
+            value = {**value, "bytes": Path(value["path"]).read_bytes()}
+        return self._feature.decode_example(value)
 
     def _guard(self, row: int, value: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any]) -> Any:
         path = (value or {}).get("path")

@@ -212,8 +212,8 @@ class BiSSLModel(PreTrainedModel):
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             # What is computed again in the backward pass would see the live tensors instead of those put in here.
             raise RuntimeError(
-                f"{type(model).__name__} uses gradient checkpointing, which would give wrong gradients here; turn it off "
-                "with `gradient_checkpointing_disable()` and use smaller micro-batches or a recomputed curvature instead."
+                f"{type(model).__name__} uses gradient checkpointing, which would give wrong gradients here; turn it "
+                "off with `gradient_checkpointing_disable()` and use smaller micro-batches or a recomputed curvature."
             )
         tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if level == "aligned":

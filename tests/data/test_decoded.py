@@ -35,7 +35,7 @@ class TestGeometry:
         assert resize_side(image_size) == side
 
     def test_errors(self):
-        with pytest.raises(TypeError, match="`image_size` is 32.0"):
+        with pytest.raises(TypeError, match=r"`image_size` is 32\.0"):
             resize_side(32.0)
         with pytest.raises(ValueError, match="`image_size` is 1; it must be at least 2"):
             resize_side(1)

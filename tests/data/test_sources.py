@@ -178,11 +178,15 @@ class TestFolder:
     def test_empty_split_folder(self, tmp_path):
         write_folder(tmp_path, {"train/a": 3})
         (tmp_path / "test").mkdir()
-        with pytest.raises(ValueError, match="There are no images in .*test"):
+        with pytest.raises(ValueError, match=r"There are no images in .*test"):
             load_image_dataset(tmp_path)
 
 
 class TestParquet:
+    @pytest.fixture(autouse=True)
+    def own_cache(self, monkeypatch, tmp_path_factory):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
     def test_file(self, tmp_path):
         file = tmp_path / "birds.parquet"
         make_split([0, 1] * 10, ClassLabel(names=["owl", "tit"])).to_parquet(file)
@@ -212,12 +216,12 @@ class TestParquet:
     def test_unknown_split(self, tmp_path):
         for name in ("train", "other"):
             make_split([0, 1], ClassLabel(names=["a", "b"])).to_parquet(tmp_path / f"{name}.parquet")
-        with pytest.raises(ValueError, match="The split of .*other.parquet' is not told by its name"):
+        with pytest.raises(ValueError, match=r"The split of .*other\.parquet' is not told by its name"):
             load_image_dataset(tmp_path)
 
     def test_other_file(self, tmp_path):
         (tmp_path / "images.csv").write_text("image,label")
-        with pytest.raises(ValueError, match="is a file of the type '.csv'"):
+        with pytest.raises(ValueError, match=r"is a file of the type '\.csv'"):
             load_image_dataset(tmp_path / "images.csv")
 
 
@@ -310,7 +314,7 @@ class TestHub:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
 def test_validation_fraction_out_of_range(fraction):
-    with pytest.raises(ValueError, match="`validation_fraction` is .*above 0 and below 1"):
+    with pytest.raises(ValueError, match=r"`validation_fraction` is .*above 0 and below 1"):
         load_image_dataset("digits", validation_fraction=fraction)
 
 

@@ -1,0 +1,134 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate import skip_first_batches
+from transformers import default_data_collator
+
+from bissl_hf.data.alternation import (
+    AlternatingDataLoader,
+    AlternationSampler,
+    KeyedDataset,
+    KeyedSource,
+    StepKey,
+    Stream,
+    batch_indices,
+    keyed_random_state,
+)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        worker = torch.utils.data.get_worker_info()
+        return {"row": torch.tensor(index), "worker": torch.tensor(-1 if worker is None else worker.seed % 2**31)}
+
+
+def test_batches_of_an_epoch_are_disjoint_and_cover_the_data():
+    for epoch in range(3):
+        batches = [batch_indices(20, 6, 3 * epoch + place, seed=1, level=0) for place in range(3)]
+        assert len(set(np.concatenate(batches))) == 18
+    whole = [batch_indices(20, 6, place, seed=1, level=0, drop_last=False) for place in range(4)]
+    assert sorted(np.concatenate(whole)) == list(range(20))
+
+
+def test_batches_differ_between_epochs_seeds_and_streams_and_not_between_calls():
+    def batch(position=0, seed=1, level=0):
+        return batch_indices(100, 50, position, seed=seed, level=level).tolist()
+
+    different = [batch(), batch(position=2), batch(seed=2), batch(level=1)]
+    assert len({tuple(rows) for rows in different}) == 4
+    [batch(position=position, seed=9) for position in range(40)]  # whatever is cached meanwhile
+    assert batch() == different[0]
+
+
+@pytest.mark.parametrize("size", [0, 21])
+def test_a_batch_that_does_not_fit_is_refused(size):
+    with pytest.raises(ValueError, match=f"batch size is {size}"):
+        batch_indices(20, size, 0, seed=0, level=0)
+
+
+def test_processes_share_a_batch_without_overlap():
+    source = {world: KeyedSource(Rows(20), 6, default_data_collator, 2, world_size=world) for world in (1, 3)}
+    key = StepKey(0, 0, 4, 1, 0)
+    parts = [source[3].read(key._replace(rank=rank))["row"] for rank in range(3)]
+    assert torch.equal(torch.cat(parts), source[1].read(key)["row"])
+    with pytest.raises(ValueError, match="cannot be dealt out to 4 processes"):
+        KeyedSource(Rows(20), 6, default_data_collator, 2, world_size=4)
+
+
+def states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(1).item(), torch.randn(2).sum().item()
+
+
+def test_a_key_seeds_all_random_states_and_restores_them():
+    before = states()
+    with keyed_random_state((1, 2, 3)):
+        first = draw()
+    assert states() == before
+    draw()
+    with keyed_random_state((1, 2, 3)):
+        assert draw() == first
+    for other in ((1, 2, 4), (1, 2), (3, 2, 1), (1, 2, 3, 1)):
+        with keyed_random_state(other):
+            assert draw()[0] != first[0]
+
+
+def test_random_states_are_restored_after_an_error():
+    before = states()
+
+    def fail():
+        with keyed_random_state((1,)):
+            draw()
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert states() == before
+
+
+def loader(workers=0):
+    sources = {
+        Stream.LOWER: KeyedSource(Rows(30), 4, default_data_collator, 3),
+        Stream.UPPER: KeyedSource(Rows(7), 3, default_data_collator, 2),
+    }
+    sampler = AlternationSampler([(Stream.LOWER, 3), (Stream.UPPER, 2)], seed=5)
+    return AlternatingDataLoader(KeyedDataset(sources, 18), sampler, num_workers=workers)
+
+
+def read(batches):
+    return [(tuple(batch["key"]), batch["inputs"]["row"].tolist()) for batch in batches]
+
+
+def test_an_alternation_is_its_lower_steps_then_its_upper_ones():
+    batches = loader()
+    assert (len(batches), len(batches.dataset)) == (5, 18)
+    keys = [key for key, _ in read(batches)]
+    assert [(key[1], key[3]) for key in keys] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_workers_and_skipping_change_nothing():
+    plain, worked = loader(), loader(workers=2)
+    seeds = set()
+    for alternation in (0, 1, 2):
+        for batches in (plain, worked):
+            batches.set_epoch(alternation)
+        expected = read(plain)
+        assert all(key[2] == alternation for key, _ in expected)
+        found = list(worked)
+        assert read(found) == expected
+        seeds |= {batch["inputs"]["worker"][0].item() for batch in found}
+        skipped = skip_first_batches(plain, 2)
+        skipped.batch_sampler.batch_sampler.set_epoch(alternation)
+        assert read(skipped) == expected[2:]
+    assert len(seeds) == 2, "the workers must live through all alternations"

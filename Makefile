@@ -18,7 +18,7 @@ env: $(VENV)/.installed ## Create the environment in .venv
 
 demo: env ## Run BiSSL on the embedded digits (about 4 minutes on 2 cores)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/bissl.py \
-		--config recipes/configs/digits.yaml --output_dir $(DEMO_OUTPUT) $(ARGS)
+		--config recipes/configs/digits.yaml --output_dir $(DEMO_OUTPUT) --resume_from_checkpoint true $(ARGS)
 
 test: env ## Run the tests (no network, no GPU)
 	$(BIN)/python -m pytest $(ARGS)

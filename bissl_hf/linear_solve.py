@@ -112,7 +112,10 @@ def conjugate_gradient(
         tolerance = 0.0
     solution, info = _iterate(matvec, rhs, max_iterations, tolerance, blockwise)
     if blockwise:
-        residual = norm(subtract(rhs, matvec(solution))) / norm(rhs)
+        scale = _largest_entry(rhs)
+        vectors = subtract(rhs, matvec(solution)), rhs
+        error, size = (norm([tensor / scale for tensor in vector]) for vector in vectors)
+        residual = torch.where(size == 0, 0.0, error / size)
         info = SolveInfo(info.iterations_tensor, residual, info.status_tensor)
     return solution, info
 
@@ -161,6 +164,8 @@ def _iterate(
         new_solution = tuple(x + a * p for x, a, p in zip(solution, step, direction, strict=True))
         new_residual = tuple(r - a * q for r, a, q in zip(residual, step, image, strict=True))
         new_squares = products(new_residual, new_residual)
+        # Subnormal squares count as zero: the next curvature could vanish before them and look like a breakdown.
+        new_squares = torch.where(new_squares < torch.finfo(new_squares.dtype).tiny, 0.0, new_squares)
 
         finite = torch.isfinite(curvature).all() & torch.isfinite(step).all() & torch.isfinite(new_squares).all()
         found = torch.where(finite, _ITERATION_LIMIT, _NON_FINITE)

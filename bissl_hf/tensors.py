@@ -41,10 +41,8 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
 
 
 def norm(x: Sequence[Tensor]) -> Tensor:
-    """Returns the Euclidean norm of a vector, a tensor of shape `()`.
-
-    Taken from the norms of its tensors, so that squares neither overflow nor vanish.
-    """
+    """Returns the Euclidean norm of a vector, a tensor of shape `()`. Entries whose squares overflow or vanish in
+    their precision are not rescaled."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(x))))
 
 

@@ -35,6 +35,7 @@ from bissl_hf.evaluation.figures import plot_layouts, plot_run
 from bissl_hf.evaluation.metrics import classification_metrics
 from bissl_hf.models.configuration_simclr import resnet18_config
 from bissl_hf.trainer.checkpoints import STAGING_FOLDER, find_last_checkpoint, publish, write_json
+from bissl_hf.trainer.optimizer import resolve_optimizer
 from bissl_hf.trainer.pretext_trainer import PretextTrainer
 from bissl_hf.trainer.training_args import PretextTrainingArguments
 
@@ -177,6 +178,9 @@ def build_trainer(
 ) -> BiSSLTrainer:
     if args.per_device_lower_batch_size < 2:
         raise ValueError("per_device_lower_batch_size is 1; SimCLR compares images, so it must be at least 2.")
+    for name in ("crop_scale", "crop_ratio"):
+        if len(getattr(arguments, name)) != 2:
+            raise ValueError(f"{name} is {getattr(arguments, name)}; it must be two numbers, the lower one first.")
     crop: dict[str, Any] = {
         "crop_scale": tuple(arguments.crop_scale),
         "crop_ratio": tuple(arguments.crop_ratio),
@@ -202,19 +206,34 @@ def build_trainer(
     )
 
 
+def check_pretraining(arguments: ModelArguments, steps: int, batch: int, rows_per_process: int) -> None:
+    """Names the recipe's own fields where the trainer would name those of its arguments."""
+    for name, value, low, high in (
+        ("pretrain_steps", steps, 0, float("inf")),
+        ("pretrain_batch_size", batch, 2, rows_per_process),
+        ("pretrain_learning_rate", arguments.pretrain_learning_rate, 0, float("inf")),
+        ("pretrain_weight_decay", arguments.pretrain_weight_decay, 0, float("inf")),
+        ("pretrain_warmup_steps", arguments.pretrain_warmup_steps, 0, max(steps, 1)),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}; it must be between {low} and {high}.")
+    resolve_optimizer(arguments.pretrain_optim, field="pretrain_optim")
+
+
 def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, trainer: BiSSLTrainer) -> PretextTrainer:
     """The trainer of the stage before BiSSL; it trains the lower model in place."""
-    steps = arguments.pretrain_steps
+    steps, batch = arguments.pretrain_steps, arguments.pretrain_batch_size
     if steps is None:
         steps = 0 if arguments.lower_model else 1000
-    if steps < 0:
-        raise ValueError(f"pretrain_steps is {steps}; it must be at least 0.")
+    if batch is None:
+        batch = args.per_device_lower_batch_size
+    check_pretraining(arguments, steps, batch, len(trainer.lower_dataset) // args.world_size)
     return PretextTrainer(
         trainer.model.lower,
         PretextTrainingArguments(
             output_dir=str(Path(str(args.output_dir)) / "pretraining"),
             max_steps=steps,
-            per_device_train_batch_size=arguments.pretrain_batch_size or args.per_device_lower_batch_size,
+            per_device_train_batch_size=batch,
             learning_rate=arguments.pretrain_learning_rate,
             weight_decay=arguments.pretrain_weight_decay,
             warmup_steps=arguments.pretrain_warmup_steps,
@@ -231,6 +250,14 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
         train_dataset=trainer.lower_dataset,
         train_transform=trainer.lower_transform,
     )
+
+
+def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
+    """Builds what training will build, so that settings which do not fit come to light before it."""
+    trainer.level_schedules()
+    trainer.create_optimizer()
+    trainer.get_train_dataloader()
+    pretrainer.create_optimizer()
 
 
 def pretrain(pretrainer: PretextTrainer, model: BiSSLModel) -> None:
@@ -323,6 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = BiSSLModel.from_models(lower, build_upper(models, lower, images.class_names))
         trainer = build_trainer(data, args, model, images)
         pretrainer = build_pretrainer(models, args, trainer)
+        try_out(trainer, pretrainer)
 
     pretrain(pretrainer, model)
     output = Path(str(args.output_dir))

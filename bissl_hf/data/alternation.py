@@ -145,6 +145,10 @@ class KeyedSource:
                 f"The batch size {self.batch_size} cannot be dealt out to {self.world_size} processes in equal parts."
             )
 
+    def describe(self) -> str:
+        """Tells what decides which rows a key names."""
+        return f"{self.steps_per_alternation} batches of {self.batch_size} from {len(self.dataset)} examples"
+
     def read(self, key: StepKey) -> dict[str, Any]:
         """Returns this process's part of the batch that `key` names."""
         position = key.alternation * self.steps_per_alternation + key.step

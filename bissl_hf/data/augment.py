@@ -207,7 +207,7 @@ class EvalTransform(_ImageTransform):
 
     The short side is resized to `image_size * 256 / 224`, unless it has that length already, and a square of
     `image_size` is cut from the middle. On images stored by [`DecodedImages`] the result is that of
-    [`image_processor`]; an image that is resized here differs from it in few pixels, by one level of 255.
+    [`image_processor`]; an image that is resized here may differ from it by a level of 255.
 
     Args:
         image_size (`int`): side of the crops, in pixels.
@@ -238,6 +238,7 @@ class EvalTransform(_ImageTransform):
 
     def _resize(self, levels: torch.Tensor) -> torch.Tensor:
         """Resizes the short side in two passes, each rounded to whole levels, as Pillow does."""
+        # Columns first; recent versions of Pillow begin with the rows of some tall images.
         short = min(levels.shape[-2:])
         rows, columns = (
             resampling_weights(

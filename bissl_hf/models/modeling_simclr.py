@@ -125,7 +125,8 @@ class SimCLRForPreTraining(PreTrainedModel):
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config)
         self.projection_head = SimCLRProjectionHead(config.feature_size, config.projection_dims)
-        for layer in self.projection_head:
+        layers: list[Any] = list(self.projection_head)
+        for layer in layers:
             # Its layers have drawn their weights by now, except on the meta device, where `from_pretrained` builds.
             layer._is_hf_initialized = all(not parameter.is_meta for parameter in layer.parameters())
         self.post_init()

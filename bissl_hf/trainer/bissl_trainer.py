@@ -518,33 +518,19 @@ class BiSSLTrainer(KeyedTrainer):
         }
 
     def run_state(self) -> dict[str, Any]:
-        """Adds the pull so far and the settings that decide which examples a step reads."""
-        return {**super().run_state(), "pull": float(self._pull), "reading": self._reading()}
+        """Adds the pull so far."""
+        return {**super().run_state(), "pull": float(self._pull)}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
-        """Refuses to go on with settings that would read other examples."""
-        changed = [
-            f"{name} was {then} and is {now}"
-            for (name, now) in self._reading().items()
-            if (then := state["reading"].get(name)) != now
-        ]
-        if changed:
-            raise ValueError(
-                f"The checkpoint belongs to another run: {'; '.join(changed)}. Resume with the settings it was made "
-                "with."
-            )
+        """A resumed run has its head warmed up and some pull behind it."""
         super().load_run_state(state)
         self._pull = state["pull"]
         self._head_is_warm = True
 
-    def _reading(self) -> dict[str, Any]:
-        reading: dict[str, Any] = {"seed": self.args.key_seed, "processes": self.args.world_size}
-        for stream in (Stream.LOWER, Stream.UPPER, Stream.CURVATURE):
-            source, name = self.sources[stream], stream.name.lower()
-            reading[f"{name} examples"] = len(source.dataset)
-            reading[f"{name} batch"] = source.batch_size
-            reading[f"{name} steps"] = source.steps_per_alternation
-        return reading
+    def reading(self) -> dict[str, Any]:
+        """Adds what each stream reads."""
+        streams = (Stream.LOWER, Stream.UPPER, Stream.CURVATURE)
+        return {**super().reading(), **{stream.name.lower(): self.sources[stream].describe() for stream in streams}}
 
     # Evaluation
 

@@ -148,11 +148,25 @@ class KeyedTrainer(Trainer):
     def run_state(self) -> dict[str, Any]:
         """Returns what a resume needs beside Trainer's own files, as JSON. Called on every process. Subclasses add to
         it."""
-        return {"metrics": self.metrics_buffer.state_dict()}
+        return {"metrics": self.metrics_buffer.state_dict(), "reading": self.reading()}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `run_state` returned."""
+        """Takes over what `run_state` returned; refuses to go on with settings that would read other examples."""
+        changed = [
+            f"{name} was {state['reading'].get(name)} and is {now}"
+            for name, now in self.reading().items()
+            if state["reading"].get(name) != now
+        ]
+        if changed:
+            raise ValueError(
+                f"The checkpoint belongs to another run: {'; '.join(changed)}. Resume with the settings it was made "
+                "with."
+            )
         self.metrics_buffer.load_state_dict(state["metrics"])
+
+    def reading(self) -> dict[str, Any]:
+        """Returns the settings that decide which examples a step reads. Subclasses add to it."""
+        return {"seed": self.args.key_seed, "number of processes": self.args.world_size}
 
     def _get_output_dir(self, trial: Any) -> str:
         """Leads Trainer to the staging folder while a checkpoint is being written."""
@@ -192,13 +206,6 @@ class KeyedTrainer(Trainer):
             # Another machine with a disk of its own: here lie the random states of its processes.
             publish(staging / name, final)
         shutil.rmtree(staging, ignore_errors=True)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Waits with the upload until the checkpoint has its name."""
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""

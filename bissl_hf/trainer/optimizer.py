@@ -115,7 +115,7 @@ def parse_optimizer_options(text: str | None, *, field: str) -> dict[str, Any]:
         return {}
     try:
         call = ast.parse(f"options({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("not a list of name=value")
         return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
@@ -145,14 +145,15 @@ def build_optimizer(
     """
     optimizer_class = resolve_optimizer(name, field=field)
     options = dict(options)
-    if name == "adamw_torch_fused":
+    if name.lower() == "adamw_torch_fused":
         options.setdefault("fused", True)
     accepted = inspect.signature(optimizer_class).parameters
-    unknown = sorted(set(options) - set(accepted))
+    free = set(accepted) - {"params", "lr", "weight_decay"}
+    unknown = sorted(set(options) - free)
     if unknown:
         raise ValueError(
-            f"{optimizer_class.__name__} (from {field}={name!r}) does not take {', '.join(unknown)}; "
-            f"it takes {', '.join(sorted(set(accepted) - {'params', 'lr', 'weight_decay'}))}."
+            f"{optimizer_class.__name__} (from {field}={name!r}) does not take {', '.join(unknown)} as options; "
+            f"it takes {', '.join(sorted(free))}."
         )
     if weight_decay and "weight_decay" not in accepted:
         raise ValueError(f"{optimizer_class.__name__} (from {field}={name!r}) takes no weight decay; set it to 0.")

@@ -82,6 +82,12 @@ class KeyedTrainingArguments(TrainingArguments):
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; it must be 1. To save memory set "
                 "lower_micro_batch_size and upper_micro_batch_size, which split a batch inside its step."
             )
+        if self.push_to_hub:
+            raise ValueError(
+                "push_to_hub would upload both levels under the name of one model; upload the exported folder "
+                "instead, with "
+                "`hf upload user/name OUTPUT_DIR`."
+            )
         if self.fp16:
             raise ValueError("fp16 needs a loss scale that hand-written gradients do not have; use bf16=True instead.")
         for name in ("torch_compile", "fsdp", "deepspeed", "auto_find_batch_size"):

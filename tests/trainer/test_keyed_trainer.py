@@ -91,7 +91,7 @@ def keyed_args(tmp_path, **overrides) -> KeyedTrainingArguments:
 
 
 def test_several_gpus_in_one_process_are_refused():
-    with pytest.raises(ValueError, match="One process sees 2 GPUs .*--num_processes 2.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ValueError, match=r"One process sees 2 GPUs .*--num_processes 2.*CUDA_VISIBLE_DEVICES"):
         KeyedTrainer(args=SimpleNamespace(n_gpu=2), model=torch.nn.Linear(1, 1))
 
 

@@ -56,7 +56,8 @@ def parse_arguments(
         `tuple`: one object per dataclass.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
+    usage = "accelerate launch %(prog)s [--config FILE.yaml] [--field value ...]"
+    parser = _Parser(dataclass_types, description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these arguments; the command line wins.")
     known = sorted({action.dest for action in parser._actions} - {"help", "config"})
     config, rest = _take_config(arguments)
@@ -66,7 +67,7 @@ def parse_arguments(
             [*from_file, *rest], return_remaining_strings=True, look_for_args_file=False
         )
     if unknown:
-        refuse(f"Unknown argument {unknown[0]}{_close_matches(unknown[0].lstrip('-').split('=')[0], known)}.")
+        refuse(f"Unknown argument {unknown[0]}{_close_matches(unknown[0].lstrip('-').split('=')[0], known)}")
     return tuple(parsed)
 
 
@@ -98,7 +99,7 @@ def _arguments_of_yaml(path: str, known: Sequence[str]) -> list[str]:
     arguments: list[str] = []
     for name, value in content.items():
         if name not in known:
-            refuse(f"Unknown field {name!r} in {path}{_close_matches(str(name), known)}.")
+            refuse(f"Unknown field {name!r} in {path}{_close_matches(str(name), known)}")
         if value is None:
             continue
         if isinstance(value, list):
@@ -112,7 +113,7 @@ def _arguments_of_yaml(path: str, known: Sequence[str]) -> list[str]:
 
 def _close_matches(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(matches)}?" if matches else "; see --help for those that exist"
+    return f"; did you mean {' or '.join(matches)}?" if matches else "; see --help for those that exist."
 
 
 def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:

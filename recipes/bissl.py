@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset, Subset
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from bissl_hf import (
     BiSSLModel,
@@ -216,7 +217,8 @@ def check_pretraining(arguments: ModelArguments, steps: int, batch: int, rows_pe
         ("pretrain_warmup_steps", arguments.pretrain_warmup_steps, 0, max(steps, 1)),
     ):
         if not low <= value <= high:
-            raise ValueError(f"{name} is {value}; it must be between {low} and {high}.")
+            allowed = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+            raise ValueError(f"{name} is {value}; it must be {allowed}.")
     resolve_optimizer(arguments.pretrain_optim, field="pretrain_optim")
 
 
@@ -342,6 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
     data, models, args = parse_arguments(
         (DataArguments, ModelArguments, BiSSLTrainingArguments), arguments, description=str(__doc__)
     )
+    disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
         checkpoint = open_output_dir(args.output_dir, args.resume_from_checkpoint)
         set_seed(args.seed)

@@ -244,6 +244,17 @@ def test_the_gradient_and_the_reduction():
 
 
 @pytest.mark.parametrize("mode", ["cached", "recompute"])
+def test_the_gradient_is_that_of_plain_autograd(mode):
+    model = tiny_model().double().train()
+    images = TinyImages(8, pairs=True, dtype=torch.float64).images
+    parameters = model.lower_shared_parameters()
+    curvature = Curvature(lambda: model.pure("lower")(pixel_values=images).loss, parameters, mode=mode)
+    model.lower(pixel_values=images).loss.backward()
+    expected = flat([parameter.grad for parameter in parameters])
+    assert relative_error(flat(curvature.gradient), expected) < 1e-13
+
+
+@pytest.mark.parametrize("mode", ["cached", "recompute"])
 def test_a_curvature_of_other_weights_is_refused(mode):
     parameter = torch.ones(2, requires_grad=True)
     curvature = Curvature(lambda: (parameter**3).sum(), [parameter], mode=mode)
@@ -286,6 +297,26 @@ def test_the_implicit_gradient_solves_its_system():
     assert info.status == SolveStatus.CONVERGED
 
 
+def test_the_blockwise_solver_takes_a_step_length_per_tensor():
+    """One step from zero along each block of the right-hand side: alpha = <r, r> / <r, (A r)> block by block."""
+    generator = torch.Generator().manual_seed(1)
+    root = torch.randn(7, 7, generator=generator)
+    matrix, rhs = root @ root.T, torch.randn(7, generator=generator)
+
+    def product(vector):
+        return (matrix @ torch.cat(list(vector))).split([3, 4])
+
+    solution, info = implicit_gradient(
+        product, rhs.split([3, 4]), proximal_weight=0.3, damping=0.5, max_iterations=1, solver="blockwise_cg"
+    )
+    system = torch.eye(7) + matrix / 0.8
+    image = (system @ rhs).split([3, 4])
+    expected = [r * (r @ r) / (r @ a) for r, a in zip(rhs.split([3, 4]), image, strict=True)]
+    assert relative_error(flat(solution), torch.cat(expected)) < 1e-13
+    residual = float((rhs - system @ torch.cat(expected)).norm() / rhs.norm())
+    assert info.residual == pytest.approx(residual, rel=1e-10)
+
+
 def test_the_identity_takes_no_product():
     rhs = (torch.ones(3),)
 
@@ -296,7 +327,7 @@ def test_the_identity_takes_no_product():
         fail, rhs, proximal_weight=1.0, damping=0.0, max_iterations=1, solver="identity"
     )
     assert torch.equal(solution[0], rhs[0])
-    assert info.iterations == 0
+    assert (info.iterations, info.status) == (0, SolveStatus.ITERATION_LIMIT)
     assert info.residual != info.residual  # NaN: it was not measured
 
 

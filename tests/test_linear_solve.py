@@ -1,3 +1,4 @@
+import inspect
 import math
 from itertools import pairwise
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bissl_hf import linear_solve
 from bissl_hf.linear_solve import SolveStatus, conjugate_gradient
 
 SHAPES = [(3, 4), (5,), (2, 2, 2), (2, 1)]
@@ -115,9 +117,18 @@ def test_the_scale_of_the_right_hand_side_does_not_matter(rhs, scale):
     assert np.allclose(flatten(solution) / scale, np.linalg.solve(matrix, rhs), rtol=1e-8)
 
 
-def test_a_zero_right_hand_side_has_the_zero_solution(rhs):
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_the_blockwise_residual_is_measured_at_every_scale(rhs, scale):
+    matrix = random_matrix()
+    _, info = conjugate_gradient(Product(matrix), split(scale * rhs), max_iterations=4, blockwise=True)
+    expected = np.linalg.norm(rhs - matrix @ blockwise_cg(matrix, rhs, 4)) / np.linalg.norm(rhs)
+    assert info.residual == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_a_zero_right_hand_side_has_the_zero_solution(rhs, blockwise):
     product = Product(random_matrix())
-    solution, info = conjugate_gradient(product, split(0 * rhs), max_iterations=3)
+    solution, info = conjugate_gradient(product, split(0 * rhs), max_iterations=3, blockwise=blockwise)
     assert not flatten(solution).any()
     assert (info.iterations, info.residual, info.status) == (0, 0.0, SolveStatus.CONVERGED)
 
@@ -130,6 +141,77 @@ def test_negative_curvature_returns_the_last_sound_iterate(rhs):
     assert info.status == SolveStatus.NEGATIVE_CURVATURE
     assert 0 < info.iterations < 100
     assert np.allclose(flatten(solution), plain_cg(matrix, rhs, info.iterations), rtol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_iterating_on_a_solved_system_is_no_breakdown(dtype, blockwise):
+    """Without a tolerance the residual shrinks until its square, or a curvature, underflows."""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        root = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+        rhs = torch.randn(3, generator=generator, dtype=torch.float64)
+        matrix = 0.1 * root @ root.T + 0.1 * torch.eye(3, dtype=torch.float64)
+        low = matrix.to(dtype)
+        solution, info = conjugate_gradient(
+            lambda v, low=low: (low @ v[0],), (rhs.to(dtype),), max_iterations=80, blockwise=blockwise
+        )
+        assert info.status == SolveStatus.CONVERGED
+        error = np.linalg.norm(solution[0].double().numpy() - np.linalg.solve(matrix.numpy(), rhs.numpy()))
+        assert error / rhs.norm() < 1e3 * torch.finfo(dtype).eps
+
+
+def never_reading(monkeypatch):
+    """Makes the recursion treat the CPU as it treats an accelerator: all iterations run, none reads a number."""
+    source, cpu = inspect.getsource(linear_solve._iterate), 'rhs[0].device.type == "cpu"'
+    assert source.count(cpu) == 1
+    namespace = dict(vars(linear_solve))
+    exec(source.replace(cpu, "False"), namespace)
+    monkeypatch.setattr(linear_solve, "_iterate", namespace["_iterate"])
+
+
+@pytest.mark.parametrize("case", ["limit", "solved", "zero", "indefinite", "not finite", "rhs not finite"])
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_a_solve_that_reads_nothing_from_the_device_is_the_same(monkeypatch, rhs, case, blockwise):
+    matrix = random_matrix(seed=3, definite=case != "indefinite")
+    if case == "solved":
+        matrix = np.diag(np.repeat(2.0, len(rhs)))
+    if case in ("zero", "rhs not finite"):
+        rhs = rhs * {"zero": 0.0, "rhs not finite": math.nan}[case]
+
+    def solve():
+        product = Product(matrix)
+
+        def matvec(vector):
+            image = product(vector)
+            return tuple(math.inf * t for t in image) if case == "not finite" and product.calls == 3 else image
+
+        solution, info = conjugate_gradient(matvec, split(rhs), max_iterations=6, blockwise=blockwise)
+        return flatten(solution), info, product.calls
+
+    expected, expected_info, _ = solve()
+    never_reading(monkeypatch)
+    found, info, calls = solve()
+    assert calls == 6 + blockwise
+    assert np.array_equal(found, expected)
+    assert (info.iterations, info.status) == (expected_info.iterations, expected_info.status)
+    assert info.residual == pytest.approx(expected_info.residual, rel=0, abs=0, nan_ok=True)
+
+
+@pytest.mark.gpu
+def test_a_solve_without_a_tolerance_does_not_wait_for_the_device(rhs):
+    matrix = torch.as_tensor(random_matrix(), device="cuda")
+    flat = torch.as_tensor(rhs, device="cuda")
+    for blockwise in (False, True):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            solution, info = conjugate_gradient(
+                lambda v: (matrix @ v[0],), (flat,), max_iterations=6, blockwise=blockwise
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert np.allclose(solution[0].cpu().numpy(), plain_cg(matrix.cpu().numpy(), rhs, 6), rtol=1e-8)
+        assert info.status == SolveStatus.ITERATION_LIMIT
 
 
 def test_zero_curvature_is_a_breakdown_too():

@@ -121,7 +121,7 @@ def load_image_dataset(
                 "put the images of each class into a folder of its own."
             )
         unlabeled = splits.get("unlabeled", splits.get("train", next(iter(splits.values()))))
-        return DatasetDict(unlabeled=_image_only(name, unlabeled, image_column))
+        return DatasetDict(unlabeled=_select(name, unlabeled, image_column))
     if "train" not in splits:
         raise ValueError(f"{name!r} has the splits {sorted(splits)}; it must have a split 'train'.")
     labelled = _encode_labels(name, splits, image_column, found_label_column)
@@ -130,7 +130,7 @@ def load_image_dataset(
             labelled = _carve(name, labelled, split, validation_fraction, seed)
     result = DatasetDict({split: labelled[split] for split in ("train", "validation", "test")})
     if "unlabeled" in splits:
-        result["unlabeled"] = _image_only(name, splits["unlabeled"], image_column)
+        result["unlabeled"] = _select(name, splits["unlabeled"], image_column)
     return result
 
 
@@ -332,7 +332,8 @@ def _require_column(name: str, splits: dict[str, Dataset], column: str, argument
             )
 
 
-def _image_only(name: str, dataset: Dataset, image_column: str) -> Dataset:
+def _select(name: str, dataset: Dataset, image_column: str, label_column: str | None = None) -> Dataset:
+    """Returns the columns as `image` and, where a label column is given, `label`."""
     feature = dataset.features[image_column]
     is_encoded = isinstance(feature, dict) and "bytes" in feature
     is_encoded = is_encoded or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary", "string"))
@@ -341,9 +342,10 @@ def _image_only(name: str, dataset: Dataset, image_column: str) -> Dataset:
             f"The column {image_column!r} of {name!r} is {feature}; it must hold images, encoded bytes or paths: "
             "choose another column with `image_column`."
         )
-    dataset = dataset.select_columns([image_column])
-    if image_column != "image":
-        dataset = dataset.rename_column(image_column, "image")
+    columns = {image_column: "image"} | ({} if label_column is None else {label_column: "label"})
+    dataset = dataset.select_columns(list(columns))
+    # Both at once: one of them may have the other's new name.
+    dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})
     return dataset.cast_column("image", Image()) if is_encoded else dataset
 
 
@@ -366,8 +368,11 @@ def _encode_labels(name: str, splits: dict[str, Dataset], image_column: str, lab
                     f"The label in {where} is {value!r}; it must be {allowed}. Correct or remove the row, or choose "
                     "another `label_column`."
                 )
-        images = _image_only(name, dataset, image_column)
-        encoded[split] = images.add_column("label", [int(code) for code in codes], feature=ClassLabel(names=names))
+        encoded[split] = _select(name, dataset, image_column, label_column)
+        # Replacing a column copies a split that is a selection of rows, so it is done only where it has to be.
+        if not isinstance(dataset.features[label_column], ClassLabel):
+            encoded[split] = encoded[split].remove_columns("label")
+            encoded[split] = encoded[split].add_column("label", list(map(int, codes)), feature=ClassLabel(names=names))
     return encoded
 
 

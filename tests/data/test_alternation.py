@@ -15,6 +15,7 @@ from bissl_hf.data.alternation import (
     Stream,
     batch_indices,
     keyed_random_state,
+    read_rows,
 )
 
 
@@ -61,6 +62,21 @@ def test_processes_share_a_batch_without_overlap():
     assert torch.equal(torch.cat(parts), source[1].read(key)["row"])
     with pytest.raises(ValueError, match="cannot be dealt out to 4 processes"):
         KeyedSource(Rows(20), 6, default_data_collator, 2, world_size=4)
+
+
+def test_the_streams_go_on_from_one_alternation_to_the_next():
+    source = KeyedSource(Rows(20), 5, default_data_collator, steps_per_alternation=2)
+    epoch = [source.read(StepKey(3, 0, alternation, step, 0))["row"] for alternation in (0, 1) for step in (0, 1)]
+    assert sorted(torch.cat(epoch).tolist()) == list(range(20))
+
+
+def test_rows_are_read_in_one_call_where_the_data_offers_one():
+    class Bulk(Rows):
+        def __getitems__(self, indices):
+            return [("bulk", index) for index in indices]
+
+    assert read_rows(Bulk(5), np.array([3, 1])) == [("bulk", 3), ("bulk", 1)]
+    assert [int(row["row"]) for row in read_rows(Rows(5), np.array([3, 1]))] == [3, 1]
 
 
 def states():

@@ -9,6 +9,7 @@ from bissl_hf.trainer.optimizer import (
     build_optimizer,
     parse_optimizer_options,
     step_length,
+    takes_momentum,
     torch_optimizers,
 )
 
@@ -165,6 +166,8 @@ def test_weight_decay_applies_to_every_parameter():
     [
         ({"name": "magic"}, "lower_optim is 'magic'; it must be one of"),
         ({"options": {"nonsense": 1}}, "SGD .* does not take nonsense"),
+        ({"options": {"lr": 0.5}}, "SGD .* does not take lr as options"),
+        ({"options": {"weight_decay": 0.5}}, "SGD .* does not take weight_decay as options"),
         ({"name": "rprop"}, "takes no weight decay"),
     ],
 )
@@ -177,13 +180,43 @@ def test_bad_optimizers_are_refused(changed, message):
         )  # fmt: skip
 
 
+def test_which_optimizers_take_momentum():
+    taken = {name: takes_momentum(name, field="optim") for name in ("sgd", "lars", "rmsprop", "adamw", "AdamW_Torch")}
+    assert taken == {"sgd": True, "lars": True, "rmsprop": True, "adamw": False, "AdamW_Torch": False}
+    with pytest.raises(ValueError, match="lower_optim is 'lbfgs'; it must be one of"):
+        takes_momentum("lbfgs", field="lower_optim")
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "AdamW_Torch_Fused"])
+def test_the_fused_name_of_transformers_is_fused(name):
+    optimizer = build_optimizer(
+        name, parameters((2,)), learning_rate=0.1, weight_decay=0.0, options={}, field="optim"
+    )
+    assert optimizer.defaults["fused"] is True
+
+
+def test_lars_evaluates_a_closure_with_gradients():
+    (weight,) = parameters((3,))
+    before = weight.detach().clone()
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    loss = LARS([weight], lr=0.5, momentum=0.0, trust_coefficient=1.0).step(closure)
+    assert float(loss) == pytest.approx(float(before.square().sum()))
+    # The gradient 2 w, scaled to the length of w, is w itself.
+    assert torch.allclose(weight, 0.5 * before, rtol=1e-13)
+
+
 def test_options_are_read_as_literals():
     assert parse_optimizer_options(None, field="optim_args") == {}
     assert parse_optimizer_options("nesterov=True, betas=(0.9, 0.95)", field="optim_args") == {
         "nesterov": True,
         "betas": (0.9, 0.95),
     }
-    for text in ("nesterov", "a=b", "0.9", "a=1) + (2"):
+    for text in ("nesterov", "a=b", "0.9", "a=1) + (2", "**{'a': 1}"):
         with pytest.raises(ValueError, match="optim_args is"):
             parse_optimizer_options(text, field="optim_args")
 

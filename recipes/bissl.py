@@ -342,7 +342,7 @@ def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -
 
 def main(arguments: list[str] | None = None) -> None:
     data, models, args = parse_arguments(
-        (DataArguments, ModelArguments, BiSSLTrainingArguments), arguments, description=str(__doc__)
+        (DataArguments, ModelArguments, BiSSLTrainingArguments), arguments, description=str(__doc__).split("\n\n")[-1]
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():

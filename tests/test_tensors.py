@@ -69,7 +69,7 @@ def test_missing_tensors_become_zeros_of_their_neighbours_kind():
         assert found.shape == reference.shape
         assert found.dtype == reference.dtype
         assert not found.any()
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="is longer than"):
         fill_missing([None, None], like)
 
 

@@ -189,9 +189,7 @@ def test_which_optimizers_take_momentum():
 
 @pytest.mark.parametrize("name", ["adamw_torch_fused", "AdamW_Torch_Fused"])
 def test_the_fused_name_of_transformers_is_fused(name):
-    optimizer = build_optimizer(
-        name, parameters((2,)), learning_rate=0.1, weight_decay=0.0, options={}, field="optim"
-    )
+    optimizer = build_optimizer(name, parameters((2,)), learning_rate=0.1, weight_decay=0.0, options={}, field="optim")
     assert optimizer.defaults["fused"] is True
 
 
@@ -205,7 +203,7 @@ def test_lars_evaluates_a_closure_with_gradients():
         return loss
 
     loss = LARS([weight], lr=0.5, momentum=0.0, trust_coefficient=1.0).step(closure)
-    assert float(loss) == pytest.approx(float(before.square().sum()))
+    assert loss.item() == pytest.approx(before.square().sum().item())
     # The gradient 2 w, scaled to the length of w, is w itself.
     assert torch.allclose(weight, 0.5 * before, rtol=1e-13)
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from .trainer.checkpoints import find_last_checkpoint, list_checkpoints
+from .trainer.checkpoints import find_defect, find_last_checkpoint, list_checkpoints
 
 EXIT_BAD_INPUT = 2
 RESULTS_NAME = "all_results.json"
@@ -127,7 +127,8 @@ def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
         `Path | None`: the checkpoint.
 
     Raises:
-        `ValueError`: if the folder holds a run and `resume` is not given, or the checkpoint is missing.
+        `ValueError`: if the folder holds a run and `resume` is not given, or the checkpoint is missing or
+            not whole.
         `OSError`: if the folder cannot be written to.
     """
     folder = Path(output_dir)
@@ -150,11 +151,16 @@ def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
             )
         return None
     if wants not in (True, "true"):
-        if not Path(str(resume)).is_dir():
+        named = Path(str(resume))
+        if not named.is_dir():
             raise ValueError(
                 f"resume_from_checkpoint is {resume}; there is no such folder. Pass true for the newest one."
             )
-        return Path(str(resume))
+        if defect := find_defect(named):
+            raise ValueError(
+                f"resume_from_checkpoint is {resume}, which is not whole: {defect}. Pass true for the newest that is."
+            )
+        return named
     checkpoint, passed_over = find_last_checkpoint(folder)
     for path, defect in passed_over.items():
         print(f"Passing over {path}, which is not whole: {defect}.", file=sys.stderr)

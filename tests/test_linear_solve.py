@@ -235,8 +235,9 @@ def test_numbers_that_are_not_finite_end_the_solve_soundly(rhs, bad, blockwise):
     assert np.allclose(flatten(solution), expected, rtol=1e-10)
 
 
-def test_a_right_hand_side_that_is_not_finite_gives_zero():
-    solution, info = conjugate_gradient(lambda v: v, (torch.tensor([1.0, math.nan]),), max_iterations=3)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_right_hand_side_that_is_not_finite_gives_zero(bad):
+    solution, info = conjugate_gradient(lambda v: v, (torch.tensor([1.0, bad]),), max_iterations=3)
     assert not solution[0].any()
     assert (info.status, info.iterations) == (SolveStatus.NON_FINITE, 0)
 

@@ -4,8 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 from bissl_hf import SimCLRConfig, SimCLRForPreTraining, load_image_dataset
 from bissl_hf.data.augment import EvalTransform
 from bissl_hf.data.decoded import DecodedImages
+from bissl_hf.trainer.checkpoints import STAGING_FOLDER, find_last_checkpoint
 from recipes import bissl
 
 ROOT = Path(__file__).parents[2]
@@ -414,15 +418,9 @@ def test_a_run_leaves_its_files(finished: tuple[Path, str]) -> None:
             assert len(set(image.convert("RGB").resize((200, 80)).get_flattened_data())) > 20
     results = json.loads((output / "all_results.json").read_text())
     assert [row["lower/loss"] > 0 for row in results["log_history"] if "lower/loss" in row] == [True, True]
-    table = [line.split() for line in printed.splitlines() if "aligned model, after BiSSL" in line]
-    assert table == [
-        [
-            *"aligned model, after BiSSL".split(),
-            f"{100 * results['test_accuracy']:.2f}",
-            "%",
-            f"{results['test_loss']:.4f}",
-        ]
-    ]
+    rows = [line for line in printed.splitlines() if line.startswith("aligned model, after BiSSL")]
+    accuracy, loss = f"{100 * results['test_accuracy']:.2f}", f"{results['test_loss']:.4f}"
+    assert [row.split()[-3:] for row in rows] == [[accuracy, "%", loss]]
 
 
 ELSEWHERE = """
@@ -484,6 +482,109 @@ def test_going_on_with_a_finished_run_ends_at_once(
     arguments = settings(images, models, copy, head_warmup_epochs=10, resume_from_checkpoint=True)
     bissl.main(arguments)
     again = capsys.readouterr().out
-    assert again.strip() == printed.replace(str(output), str(copy)).strip().partition("\n\n")[2].strip()
-    for name in ("all_results.json", "model.safetensors", "bilevel/model.safetensors"):
-        assert (copy / name).read_bytes() == (output / name).read_bytes()
+    assert "Pre-training" not in again
+    assert again.partition("\n\n")[2] == printed.partition("\n\n")[2].replace(str(output), str(copy))
+    assert figures(copy) == figures(output)
+    assert weights(copy) == weights(output)
+
+
+def figures(output: Path) -> list[Any]:
+    """Every figure in the summary but the time of the last steps, which is another each time."""
+    results = json.loads((output / "all_results.json").read_text())
+    history = [row for row in results.pop("log_history") if "lower/loss" in row or "eval_loss" in row]
+    assert len(history) == 4
+    tables = [{name: value for name, value in results.items() if "time" not in name and "_per_" not in name}]
+    tables += [{k: v for k, v in row.items() if "time" not in k and "_per_" not in k} for row in history]
+    assert all(len(table) > 3 for table in tables)
+    return tables
+
+
+def weights(output: Path) -> list[bytes]:
+    return [(output / name).read_bytes() for name in ("model.safetensors", "bilevel/model.safetensors")]
+
+
+# Interruptions
+
+
+LONGER = {"pretrain_steps": 30, "head_warmup_epochs": 60, "lower_steps": 10, "upper_steps": 10, "num_alternations": 4}
+NUM_STEPS = 80
+
+
+def holds(folder: str, pattern: str) -> Callable[[Path], bool]:
+    return lambda output: any((output / folder).glob(pattern))
+
+
+# When to kill: what the output folder must hold, and for how long to wait after that, in seconds, at most.
+MOMENTS: dict[str, tuple[Callable[[Path], bool], float]] = {
+    "pre-training": (holds("pretraining", "checkpoint-*"), 0.3),
+    "a checkpoint of pre-training": (holds("pretraining", STAGING_FOLDER), 0.0),
+    "head warm-up": (holds("pretraining", "model"), 0.3),
+    "first alternation": (holds("", "before.json"), 0.4),
+    "a checkpoint": (holds("", STAGING_FOLDER), 0.0),
+    "second alternation": (holds("", "checkpoint-20"), 0.4),
+    "third alternation": (holds("", "checkpoint-40"), 0.4),
+    "last files": (holds("", f"checkpoint-{NUM_STEPS}"), 0.1),
+}
+
+
+def kill_at(moment: str, arguments: list[str], output: Path, random: np.random.Generator) -> None:
+    """Starts the recipe and kills it, with its workers, at a moment."""
+    reached, delay = MOMENTS[moment]
+    # What an earlier start left half-written is no sign of this one.
+    for folder in (output / "pretraining" / STAGING_FOLDER, output / STAGING_FOLDER):
+        if folder.exists():
+            folder.rename(folder.with_name(f".left-{random.integers(10**9)}"))
+    run = subprocess.Popen(
+        [sys.executable, str(RECIPE), *arguments],
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not reached(output) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(delay * random.random())
+    assert run.poll() is None, f"the run ended with {run.returncode} before the moment {moment!r}"
+    os.killpg(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert reached(output), f"the moment {moment!r} did not come"
+
+
+def finish(arguments: list[str]) -> str:
+    """Runs the recipe to its end; returns what it wrote to stderr."""
+    run = start(arguments)
+    _, err = run.communicate(timeout=240)
+    assert run.returncode == 0, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """The weights that a run leaves which nothing disturbs."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "out"
+    finish(settings(images, models, output, **LONGER))
+    return weights(output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moments", "workers"),
+    [(tuple(MOMENTS), 0), (("pre-training", "first alternation", "third alternation"), 2)],
+    ids=["no workers", "two workers"],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    moments: tuple[str, ...], workers: int, uninterrupted: list[bytes], images: Path, models: Path, tmp_path: Path
+) -> None:
+    output, random = tmp_path / "out", np.random.default_rng(workers)
+    arguments = settings(images, models, output, dataloader_num_workers=workers, **LONGER)
+    resume = ["--resume_from_checkpoint", "true"]
+    for number, moment in enumerate(moments):
+        kill_at(moment, arguments + (resume if number else []), output, random)
+
+    newest, _ = find_last_checkpoint(output)
+    assert newest is not None
+    cut = newest / "optimizer.pt"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    assert f"Passing over {newest}, which is not whole: optimizer.pt has" in finish(arguments + resume)
+    assert weights(output) == uninterrupted

@@ -124,7 +124,9 @@ def test_a_harmed_checkpoint_is_refused_and_the_newest_whole_one_named(tmp_path)
     harmed = tmp_path / "checkpoint-15"
     weights = harmed / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"checkpoint-15 is not whole: model.safetensors has .*one is .*checkpoint-10"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-15 is not whole: model.safetensors has .*one is .*checkpoint-10"
+    ):
         make_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(harmed))
     shutil.rmtree(tmp_path / "checkpoint-10")
     with pytest.raises(ValueError, match="there is no whole one beside it"):
@@ -133,13 +135,13 @@ def test_a_harmed_checkpoint_is_refused_and_the_newest_whole_one_named(tmp_path)
 
 CHANGES = [
     ({"seed": 8}, "seed was 7 and is 8"),
-    ({"per_device_lower_batch_size": 6}, "lower batch was 8 and is 6"),
-    ({"per_device_train_batch_size": 4}, "upper batch was 5 and is 4"),
-    ({"curvature_batch_size": 4}, "curvature batch was 8 and is 4"),
-    ({"lower_steps": 4}, "lower steps was 3 and is 4"),
-    ({"upper_steps": 3}, "upper steps was 2 and is 3"),
-    ({"train_rows": 13}, "upper examples was 12 and is 13"),
-    ({"lower_rows": 25}, "lower examples was 24 and is 25"),
+    ({"per_device_lower_batch_size": 6}, "lower was 3 batches of 8 from 24 examples and is 3 batches of 6"),
+    ({"per_device_train_batch_size": 4}, "upper was 2 batches of 5 from 12 examples and is 2 batches of 4"),
+    ({"curvature_batch_size": 4}, "curvature was 1 batches of 8 from 24 examples and is 1 batches of 4"),
+    ({"lower_steps": 4}, "lower was 3 batches of 8 from 24 examples and is 4 batches of 8"),
+    ({"upper_steps": 3}, "upper was 2 batches of 5 from 12 examples and is 3 batches of 5"),
+    ({"train_rows": 13}, "upper was 2 batches of 5 from 12 examples and is 2 batches of 5 from 13"),
+    ({"lower_rows": 25}, "lower was 3 batches of 8 from 24 examples and is 3 batches of 8 from 25"),
 ]
 
 
@@ -150,24 +152,20 @@ def finished_run(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:.*the following arguments do not match")
-@pytest.mark.parametrize(("change", "message"), CHANGES, ids=[message for _, message in CHANGES])
+@pytest.mark.parametrize(("change", "message"), CHANGES, ids=lambda value: str(value)[:30])
 def test_changed_settings_are_refused_at_a_resume(finished_run, tmp_path, change, message):
     trainer = make_trainer(tmp_path, num_alternations=2, **change)
     with pytest.raises(ValueError, match=f"The checkpoint belongs to another run: .*{message}"):
         trainer.train(resume_from_checkpoint=str(finished_run / "checkpoint-4"))
 
 
-# What depends on the clock, and the whole run's mean over the steps since the resume.
-UNSTABLE = {"samples_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
-
-
 def stable_logs(trainer) -> list[dict]:
+    """The logs without what depends on the clock, and without Trainer's own means over steps since its start."""
+    clock = ("_runtime", "_per_second")
     return [
-        {name: value for name, value in entry.items() if name not in UNSTABLE and not name.endswith("_second")
-         and not name.endswith("_runtime")}
-        for entry in trainer.state.log_history
-    ]  # fmt: skip
+        {name: value for name, value in log.items() if not name.endswith(clock) and name not in ("loss", "train_loss")}
+        for log in trainer.state.log_history
+    ]
 
 
 def optimizer_tensors(trainer) -> dict[str, torch.Tensor]:
@@ -179,49 +177,89 @@ def optimizer_tensors(trainer) -> dict[str, torch.Tensor]:
     }
 
 
-SETTINGS = {"num_alternations": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+STEPWISE = {"num_alternations": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+BY_ALTERNATION = {"num_alternations": 3, "save_strategy": "epoch", "save_total_limit": None}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """Dropout, random masks and an evaluation in each alternation."""
-    trainer = make_text_trainer(tmp_path_factory.mktemp("whole"), evaluate=True, **SETTINGS)
-    trainer.train()
-    return trainer
+    """Dropout, random masks and an evaluation in each alternation; a checkpoint after each step or alternation."""
+    trainers = []
+    for settings in (STEPWISE, BY_ALTERNATION):
+        trainers.append(make_text_trainer(tmp_path_factory.mktemp("whole"), evaluate=True, **settings))
+        trainers[-1].train()
+    return trainers
 
 
-def check_same_run(resumed, whole) -> None:
+def check_same_state(resumed, whole) -> None:
     assert resumed.state.global_step == whole.state.global_step == 15
     assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
     states = optimizer_tensors(resumed), optimizer_tensors(whole)
     assert len(states[0]) > 10
     assert same_tensors(*states)
+
+
+def check_same_logs(resumed, whole) -> None:
     logs = [log for log in stable_logs(whole) if "lower/loss" in log]
     assert len(logs) == 3
-    assert all({"levels/pull", "alignment/cosine", "solver/residual"} <= set(log) for log in logs)
+    assert all({"levels/pull", "levels/moved", "alignment/cosine", "solver/residual"} <= set(log) for log in logs)
     assert sum("eval_upper_loss" in log for log in stable_logs(whole)) == 3
     assert stable_logs(resumed) == stable_logs(whole)
 
 
-@pytest.mark.parametrize(
-    ("step", "workers"), [(2, 0), (4, 0), (5, 0), (8, 2), (9, 2), (15, 0)],
-    ids=["lower", "upper", "alternation", "lower-workers", "upper-workers", "end"],
-)  # fmt: skip
-def test_a_resumed_run_is_the_same_run(uninterrupted, tmp_path, step, workers):
-    folder = uninterrupted.args.output_dir
-    resumed = make_text_trainer(tmp_path, evaluate=True, dataloader_num_workers=workers, **SETTINGS)
+def resume(whole, output_dir, step, settings, **overrides):
+    resumed = make_text_trainer(output_dir, evaluate=True, **settings, **overrides)
     torch.manual_seed(12345)
-    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
-    check_same_run(resumed, uninterrupted)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
+    # Ends the workers: when the garbage collector finds them, torch waits 5 seconds for each (torch 2.13).
+    resumed.callback_handler.train_dataloader._iterator = None
+    return resumed
+
+
+INSIDE = {"lower": (2, 0), "upper": (4, 0), "lower-workers": (8, 2), "upper-workers": (9, 2)}
+
+
+@pytest.mark.parametrize(("step", "workers"), INSIDE.values(), ids=INSIDE)
+def test_a_run_resumed_inside_a_phase_is_the_same_run(uninterrupted, tmp_path, step, workers):
+    whole, _ = uninterrupted
+    resumed = resume(whole, tmp_path, step, STEPWISE, dataloader_num_workers=workers)
+    check_same_state(resumed, whole)
+    check_same_logs(resumed, whole)
+
+
+@pytest.mark.parametrize(("step", "workers"), [(5, 0), (10, 2), (15, 0)], ids=["first", "second-workers", "end"])
+def test_a_run_resumed_between_alternations_is_the_same_run(uninterrupted, tmp_path, step, workers):
+    _, whole = uninterrupted
+    resumed = resume(whole, tmp_path, step, BY_ALTERNATION, dataloader_num_workers=workers)
+    check_same_state(resumed, whole)
+    check_same_logs(resumed, whole)
+    assert same_tensors(resumed.model.state_dict(), uninterrupted[0].model.state_dict())
+
+
+@pytest.mark.parametrize("step", [5, 15])
+def test_a_checkpoint_of_the_last_step_of_an_alternation_holds_the_state(uninterrupted, tmp_path, step):
+    """With save_strategy="steps" it is written before the alternation's log and evaluation."""
+    whole, _ = uninterrupted
+    check_same_state(resume(whole, tmp_path, step, STEPWISE), whole)
+
+
+@pytest.mark.xfail(strict=True, reason="the figures of an alternation saved before its log go into the next log")
+def test_figures_saved_before_the_log_of_their_alternation_do_not_reach_the_next_log(uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    resumed = resume(whole, tmp_path, 5, STEPWISE)
+    found, expected = ([log for log in stable_logs(t) if "lower/loss" in log][-2:] for t in (resumed, whole))
+    assert found == expected
 
 
 def test_a_resume_between_two_logs_goes_on_with_the_figures(tmp_path):
-    settings = {"num_alternations": 2, "logging_strategy": "steps", "logging_steps": 4, "save_total_limit": None}
-    whole = make_trainer(tmp_path / "whole", save_strategy="steps", save_steps=3, **settings)
+    settings = {
+        "num_alternations": 2, "logging_strategy": "steps", "logging_steps": 4, "save_strategy": "steps",
+        "save_steps": 3, "save_total_limit": None,
+    }  # fmt: skip
+    whole = make_trainer(tmp_path / "whole", **settings)
     whole.train()
     resumed = make_trainer(tmp_path / "resumed", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
     assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
-    assert [log for log in stable_logs(resumed) if "levels/pull" in log] == [
-        log for log in stable_logs(whole) if "levels/pull" in log
-    ]
+    assert stable_logs(resumed) == stable_logs(whole)
+    assert sum("levels/pull" in log for log in stable_logs(whole)) == 2

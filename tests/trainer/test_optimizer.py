@@ -124,12 +124,14 @@ def test_its_state_survives_a_file_to_the_bit(tmp_path):
 
 def test_groups_are_shared_with_the_owners_also_after_a_load_and_under_accelerate():
     _, _, optimizer = two_levels()
+    assert [group["level"] for group in optimizer.param_groups] == ["upper", "lower"]
     prepared = Accelerator(cpu=True).prepare(optimizer)
-    prepared.load_state_dict(prepared.state_dict())
-    assert [group["level"] for group in prepared.param_groups] == ["upper", "lower"]
-    for group, owner in zip(prepared.param_groups, (optimizer.upper, optimizer.lower), strict=True):
-        group["lr"] = 123.0
-        assert owner.param_groups[0]["lr"] == 123.0
+    for rate in (123.0, 321.0):
+        assert [group["level"] for group in prepared.param_groups] == ["upper", "lower"]
+        for group, owner in zip(prepared.param_groups, (optimizer.upper, optimizer.lower), strict=True):
+            group["lr"] = rate
+            assert owner.param_groups[0]["lr"] == rate
+        prepared.load_state_dict(prepared.state_dict())
 
 
 def test_a_closure_is_refused():

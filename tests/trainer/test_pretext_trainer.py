@@ -71,6 +71,20 @@ def test_a_resumed_run_is_the_same_run(tmp_path, step):
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0]), "the transform must matter"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 8}, "seed was 7 and is 8"),
+        ({"rows": 21}, "pretext was 2 batches of 8 from 20 examples and is 2 .* 21"),
+    ],
+)
+def test_changed_settings_are_refused_at_a_resume(tmp_path, change, message):
+    make_trainer(tmp_path / "whole", save_strategy="epoch", num_train_epochs=1).train()
+    resumed = make_trainer(tmp_path / "resumed", save_strategy="epoch", num_train_epochs=1, **change)
+    with pytest.raises(ValueError, match=f"The checkpoint belongs to another run: .*{message}"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+
+
 def test_its_checkpoints_hold_a_manifest_and_the_weights(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="epoch")
     trainer.train()

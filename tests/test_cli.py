@@ -1,0 +1,273 @@
+"""What recipes share: arguments, refusals, folders, tables."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bissl_hf import cli
+from bissl_hf.trainer.checkpoints import write_manifest
+
+
+@dataclass
+class First:
+    name: str = field(default="digits", metadata={"help": "A name."})
+    steps: int = 10
+    rate: float = 0.1
+    momentum: float | None = None
+    use_cpu: bool = False
+    cache: bool = True
+    scale: list[float] = field(default_factory=lambda: [0.1, 1.0])
+    options: dict | str | None = None
+
+
+@dataclass
+class Second:
+    output_dir: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed};\n  it must be at least 0.")
+
+
+def parse(arguments: list[str], content: str | None = None, folder: Path | None = None) -> tuple[First, Second]:
+    """Parses arguments after those of a YAML file with this content."""
+    if content is not None and folder is not None:
+        (folder / "run.yaml").write_text(content)
+        arguments = ["--config", str(folder / "run.yaml"), *arguments]
+    first, second = cli.parse_arguments((First, Second), arguments, description="Tests.")
+    return first, second
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *args: Any, **kwargs: Any) -> str:
+    """Parses what must be refused; returns the sentence without `error: `."""
+    with pytest.raises(SystemExit) as stop:
+        parse(*args, **kwargs)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err.removeprefix("error: ").removesuffix("\n")
+
+
+# Arguments
+
+
+def test_defaults_and_command_line() -> None:
+    assert parse([]) == (First(), Second())
+    first, second = parse(["--steps", "3", "--scale", "0.5", "0.75", "--seed=7", "--use_cpu"])
+    assert first == First(steps=3, scale=[0.5, 0.75], use_cpu=True)
+    assert second.seed == 7
+
+
+def test_arguments_of_the_process_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--steps", "4"])
+    first, _ = cli.parse_arguments((First, Second), description="Tests.")
+    assert first.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "value"),
+    [
+        ("steps: 3", "steps", 3),
+        ("rate: 1e-3", "rate", 0.001),
+        ("rate: 1.0e-3", "rate", 0.001),
+        ("rate: 2", "rate", 2.0),
+        ("rate: -0.5", "rate", -0.5),
+        ("rate: -1e-3", "rate", -0.001),
+        ("momentum: null", "momentum", None),
+        ("momentum: 0.9", "momentum", 0.9),
+        ("steps:", "steps", 10),
+        ("use_cpu: true", "use_cpu", True),
+        ("use_cpu: false", "use_cpu", False),
+        ("cache: false", "cache", False),
+        ("cache: no", "cache", False),
+        ("scale: [0.25, 0.5]", "scale", [0.25, 0.5]),
+        ("scale:\n  - 1e-3\n  - -2", "scale", [0.001, -2.0]),
+        ("name: a b = c", "name", "a b = c"),
+        ("name: '--steps'", "name", "--steps"),
+        ("name: 007", "name", "7"),
+        ("name: grüße", "name", "grüße"),
+        ("options: {min_lr_rate: 0.01}", "options", '{"min_lr_rate": 0.01}'),
+    ],
+)
+def test_types_of_yaml(content: str, name: str, value: Any, tmp_path: Path) -> None:
+    first, second = parse([], content, tmp_path)
+    found = getattr(first, name)
+    assert (found, type(found)) == (value, type(value))
+    assert (first, second) == (First(**{name: value}), Second())
+
+
+def test_command_line_wins_wherever_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("steps: 3\nscale: [1, 2, 3]\nuse_cpu: true\nseed: 5\nname: here")
+    config = f"--config={tmp_path}/run.yaml"
+    for arguments in (["--steps", "4", config, "--scale", "9"], [config, "--scale", "9", "--steps=4"]):
+        first, second = parse([*arguments, "--use_cpu", "false"])
+        assert first == First(name="here", steps=4, scale=[9.0], use_cpu=False)
+        assert second.seed == 5
+
+
+def test_help_names_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in ("--config", "--steps", "--options", "--seed", "Tests."):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stepz", "3"], "Unknown argument --stepz; did you mean steps?"),
+        (["--stepz=3"], "Unknown argument --stepz=3; did you mean steps?"),
+        (["--qqqq"], "Unknown argument --qqqq; see --help for those that exist."),
+        (["stray"], "Unknown argument stray; see --help for those that exist."),
+        (["--seed", "-1"], "seed is -1; it must be at least 0."),
+        (["--config"], "--config needs a YAML file."),
+    ],
+)
+def test_refuses_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, arguments) == message
+
+
+def test_refuses_a_value_of_the_wrong_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid int value: 'abc'; see --help." in refusal(capsys, ["--steps", "abc"])
+    assert "expected one argument; see --help." in refusal(capsys, ["--steps"])
+    # No abbreviations: they would change their meaning with every new argument.
+    assert refusal(capsys, ["--step", "3"]) == "Unknown argument --step; did you mean steps?"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("stepz: 3", "Unknown field 'stepz' in {path}; did you mean steps?"),
+        ("help: true", "Unknown field 'help' in {path}; see --help for those that exist."),
+        ("config: other.yaml", "Unknown field 'config' in {path}; see --help for those that exist."),
+        ("- steps", "The configuration {path} must hold `field: value` lines; it holds list."),
+        ("", "The configuration {path} must hold `field: value` lines; it holds NoneType."),
+        ("steps: 3\nsteps: [", "The configuration {path} is not valid YAML: "),
+    ],
+)
+def test_refuses_yaml(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = refusal(capsys, [], content, tmp_path)
+    assert found.startswith(message.format(path=tmp_path / "run.yaml"))
+
+
+def test_refuses_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "none.yaml"
+    expected = f"The configuration {missing} cannot be read: No such file or directory."
+    assert refusal(capsys, ["--config", str(missing)]) == expected
+
+
+# Refusals
+
+
+def test_only_the_first_process_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, expected in (("0", "error: two lines\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            cli.refuse("two\n  lines")
+        assert stop.value.code == 2
+        assert capsys.readouterr() == ("", expected)
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, RuntimeError])
+def test_errors_about_input_become_one_sentence(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), cli.refusing_bad_input():
+        raise kind("steps is 0")
+    assert capsys.readouterr().err == "error: steps is 0\n"
+    with pytest.raises(SystemExit), cli.refusing_bad_input():
+        raise kind
+    assert capsys.readouterr().err == f"error: {kind.__name__}\n"
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), cli.refusing_bad_input():
+        raise ZeroDivisionError
+
+
+# Folders
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    write_manifest(folder)
+    return folder
+
+
+@pytest.mark.parametrize("resume", [None, False, "false", "False", "", "none", "true", True])
+def test_a_new_folder_is_made(resume: str | bool | None, tmp_path: Path) -> None:
+    assert cli.open_output_dir(str(tmp_path / "a" / "b"), resume) is None
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("resume", [None, False, "false"])
+def test_a_folder_in_use_needs_a_resume(resume: str | bool | None, tmp_path: Path) -> None:
+    checkpoint(tmp_path, 4)
+    with pytest.raises(ValueError, match="holds files, maybe of an unfinished run; pass --resume_from_checkpoint tr"):
+        cli.open_output_dir(str(tmp_path), resume)
+    (tmp_path / cli.RESULTS_NAME).write_text("{}")
+    with pytest.raises(ValueError, match="holds a finished run; pass --resume_from_checkpoint true"):
+        cli.open_output_dir(str(tmp_path), resume)
+
+
+@pytest.mark.parametrize("resume", [True, "true", "True"])
+def test_the_newest_whole_checkpoint_is_found(
+    resume: str | bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path, 4)
+    whole, cut, bare = (checkpoint(tmp_path, step) for step in (8, 12, 100))
+    (cut / "model.safetensors").write_bytes(b"weight")
+    (bare / "manifest.json").unlink()
+    assert cli.open_output_dir(str(tmp_path), resume) == whole
+    assert capsys.readouterr().err.splitlines() == [
+        f"Passing over {bare}, which is not whole: it has no manifest.json, which is written last.",
+        f"Passing over {cut}, which is not whole: model.safetensors has 6 bytes instead of 7.",
+    ]
+
+
+def test_a_checkpoint_that_is_named_is_taken(tmp_path: Path) -> None:
+    older = checkpoint(tmp_path, 4)
+    checkpoint(tmp_path, 8)
+    assert cli.open_output_dir(str(tmp_path), str(older)) == older
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint is .*checkpoint-5; there is no such folder"):
+        cli.open_output_dir(str(tmp_path), str(tmp_path / "checkpoint-5"))
+    (older / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4, which is not whole: model.safetensors is missing\. Pass true"
+    ):
+        cli.open_output_dir(str(tmp_path), str(older))
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=f"output_dir {path} cannot be written to .*; choose another"):
+            cli.open_output_dir(str(path), None)
+
+    def refuse(**kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # Permissions do not hold the superuser back, so the file system is played.
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match=r"cannot be written to \(Permission denied\)"):
+        cli.open_output_dir(str(tmp_path / "new"), None)
+
+
+# Tables
+
+
+def test_table() -> None:
+    rows = [{"model": "before", "accuracy": 7}, {"model": "the aligned one", "accuracy": "98.00 %"}]
+    assert cli.format_table(rows).splitlines() == [
+        "model            accuracy",
+        "---------------  --------",
+        "before           7",
+        "the aligned one  98.00 %",
+    ]

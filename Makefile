@@ -21,10 +21,10 @@ demo: env ## Run BiSSL on the embedded digits (about 4 minutes on 2 cores)
 		--config recipes/configs/digits.yaml --output_dir $(DEMO_OUTPUT) --resume_from_checkpoint true $(ARGS)
 
 test: env ## Run the tests (no network, no GPU)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: env ## Run the tests, the slow ones included
-	$(BIN)/python -m pytest -m 'not gpu and not network' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu and not network' $(ARGS)
 
 check: env ## Lint and type-check
 	$(BIN)/ruff check .

@@ -57,7 +57,9 @@ def test_run_without_rows_or_with_gaps_is_drawn(tmp_path: Path) -> None:
     rows = history(residuals=True)
     del rows[2]["solver/residual"], rows[3]["upper/direct_loss"]
     plot_run(rows, str(tmp_path / "gaps.png"))
-    assert has_color(read(tmp_path / "gaps.png")[:, :510], BLUE)
+    pixels = read(tmp_path / "gaps.png")
+    assert pixels.shape[1] == 3 * 510
+    assert has_color(pixels[:, :510], BLUE)
 
 
 @pytest.mark.parametrize("classes", [3, 12, 30])

@@ -160,6 +160,12 @@ def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
             raise ValueError(
                 f"resume_from_checkpoint is {resume}, which is not whole: {defect}. Pass true for the newest that is."
             )
+        if named.resolve().parent != folder.resolve():
+            raise ValueError(
+                f"resume_from_checkpoint is {resume}, which is not in output_dir {folder}. A run goes on in its own "
+                "folder: "
+                f"set output_dir to {named.parent}."
+            )
         return named
     checkpoint, passed_over = find_last_checkpoint(folder)
     for path, defect in passed_over.items():

@@ -44,7 +44,7 @@ class Curvature:
 
     Raises:
         `ValueError`: for an unknown mode or a parameter list that is empty or does not require gradients.
-        `RuntimeError`: from a product, if the parameters have changed since construction.
+        `RuntimeError`: from a product or the gradient, if the parameters have changed since construction.
 
     Example:
 
@@ -88,6 +88,7 @@ class Curvature:
     @property
     def gradient(self) -> Vector:
         """The gradient of the lower loss in the parameters, averaged over processes and without a graph."""
+        self._check_unchanged()
         if self._gradient is None:
             self._linearise()
         if self._gradient is None:
@@ -97,11 +98,7 @@ class Curvature:
     def __call__(self, vector: Sequence[Tensor]) -> Vector:
         """Returns H times `vector`, averaged over processes."""
         check_same_structure(vector, self.parameters, names=("the vector", "the parameters"))
-        if self._current_versions() != self._versions:
-            raise RuntimeError(
-                "The parameters have changed since this curvature was built, so its products would mix two states. "
-                "Build a new Curvature after each update of the lower level."
-            )
+        self._check_unchanged()
         graph = self._graph if self._graph is not None else self._linearise()
         # H v = d <g, v> / d theta, for the gradient g and a constant v. A gradient that is a constant of the
         # parameters (a linear loss) has no graph, and no curvature.
@@ -130,6 +127,13 @@ class Curvature:
         if self.mode == "cached":
             self._graph = graph
         return graph
+
+    def _check_unchanged(self) -> None:
+        if self._current_versions() != self._versions:
+            raise RuntimeError(
+                "The parameters have changed since this curvature was built, so its products would mix two states. "
+                "Build a new Curvature after each update of the lower level."
+            )
 
     def _current_versions(self) -> tuple[int, ...]:
         return tuple(parameter._version for parameter in self.parameters)
@@ -175,6 +179,8 @@ def implicit_gradient(
         raise ValueError(f"proximal_weight is {proximal_weight}; it must be above 0.")
     if not damping >= 0:
         raise ValueError(f"damping is {damping}; it must be at least 0.")
+    if not rhs:
+        raise ValueError("rhs is empty; a right-hand side of at least one tensor is needed.")
     if solver == "identity":
         return tuple(rhs), _unmeasured(rhs[0].device)
 

@@ -44,8 +44,16 @@ def nt_xent_loss(first: Tensor, second: Tensor, *, temperature: float) -> Tensor
         )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0.")
+    with torch.autocast(first.device.type, enabled=False):
+        return _nt_xent(first, second, temperature)
+
+
+def _nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    if first.dtype in (torch.float16, torch.bfloat16):
+        # The loss compares many close numbers; half precision is for the network.
+        first, second = first.float(), second.float()
     first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
-    all_first, all_second = gather_rows(first), gather_rows(second)
+    all_first, all_second = gather_rows(torch.stack([first, second], dim=1)).unbind(1)
     pairs, own_pairs = len(all_first), len(first)
     if pairs < 2:
         raise ValueError(f"The global batch has {pairs} pair; a contrastive loss needs at least 2.")

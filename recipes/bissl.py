@@ -353,6 +353,8 @@ def main(arguments: list[str] | None = None) -> None:
         model = BiSSLModel.from_models(lower, build_upper(models, lower, images.class_names))
         trainer = build_trainer(data, args, model, images)
         pretrainer = build_pretrainer(models, args, trainer)
+        if checkpoint:
+            trainer.check_checkpoint(checkpoint)
         try_out(trainer, pretrainer)
 
     pretrain(pretrainer, model)

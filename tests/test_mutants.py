@@ -35,7 +35,7 @@ MUTANTS = {
             "self._curvature is None or self._curvature[0] != key.alternation",
             "self._curvature is None",
         ),
-        (hypergradient.Curvature, "__call__", "if self._current_versions() != self._versions:", "if False:"),
+        (hypergradient.Curvature, "_check_unchanged", "if self._current_versions() != self._versions:", "if False:"),
     ],
     "phi_P live in the derivative": [
         (

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,15 @@ def _load_parquet(root: Path, files: list[Path]) -> dict[str, Dataset]:
     if unknown and data_files:
         raise ValueError(f"The split of {unknown[0]!r} is not told by its name: let it start with 'train' or 'test'.")
     data_files = data_files or {"train": unknown}
-    return {split: load_dataset("parquet", data_files=paths, split="train") for split, paths in data_files.items()}
+    return {split: _read_parquet(paths) for split, paths in data_files.items()}
+
+
+def _read_parquet(paths: list[str]) -> Dataset:
+    try:
+        return load_dataset("parquet", data_files=paths, split="train")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = (str(error.__cause__ or error).strip().splitlines() or ["no reason was given"])[0]
+        raise ValueError(f"The Parquet files {', '.join(paths)} are empty or cannot be read: {reason}") from error
 
 
 def _load_folder(root: Path) -> dict[str, Dataset]:

@@ -1,6 +1,7 @@
 """Batch-norm statistics estimated anew."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,22 +34,22 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[dict[str, Any]]) 
     layers = batch_norm_modules(model)
     if not layers:
         return
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("There is no batch to estimate batch-norm statistics from; pass at least one.")
     modes = {module: module.training for module in model.modules()}
     momenta = {layer: layer.momentum for layer in layers}
-    seen = 0
     try:
         model.eval()
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # a cumulative average
             layer.train()
-        for batch in batches:
+        for batch in chain([first], batches):
             model(**{name: value for name, value in batch.items() if name not in ("labels", "label", "label_ids")})
-            seen += 1
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
-    if not seen:
-        raise ValueError("There is no batch to estimate batch-norm statistics from; pass at least one.")

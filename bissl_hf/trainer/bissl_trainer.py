@@ -25,7 +25,7 @@ from ..models.modeling_bissl import BiSSLModel
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
 from .callbacks import ShortProgressCallback
 from .keyed_trainer import KeyedTrainer, Transform, split_rows
-from .optimizer import TwoLevelOptimizer, build_optimizer, step_length
+from .optimizer import TwoLevelOptimizer, build_optimizer, has_step_length, step_length
 from .schedule import Schedule, level_schedule, two_level_scheduler
 from .training_args import BiSSLTrainingArguments
 
@@ -236,6 +236,7 @@ class BiSSLTrainer(KeyedTrainer):
             "lower": level_schedule(
                 args.lower_lr_scheduler_type,
                 num_steps=lower_total,
+                learning_rate=args.lower_learning_rate,
                 warmup_steps=args.get_lower_warmup_steps(),
                 options=args.lower_lr_scheduler_kwargs,
                 field="lower_lr_scheduler_type",
@@ -243,6 +244,7 @@ class BiSSLTrainer(KeyedTrainer):
             "upper": level_schedule(
                 args.lr_scheduler_type,
                 num_steps=upper_total,
+                learning_rate=args.learning_rate,
                 warmup_steps=args.get_warmup_steps(upper_total),
                 options=args.lr_scheduler_kwargs,
                 field="lr_scheduler_type",
@@ -312,6 +314,7 @@ class BiSSLTrainer(KeyedTrainer):
         gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
         for parameter, gradient in zip(theta_p, add_scaled(gradients, pull, self.args.proximal_weight), strict=True):
             parameter.grad = gradient
+        self.metrics_buffer.add("loss", loss)
         self.metrics_buffer.add("lower/loss", loss)
         self.metrics_buffer.add("lower/proximal", 0.5 * self.args.proximal_weight * dot(pull, pull))
         return loss
@@ -379,6 +382,7 @@ class BiSSLTrainer(KeyedTrainer):
         for parameter, value in zip((*theta_d, *phi_d), gradient, strict=True):
             parameter.grad = value
 
+        self.metrics_buffer.add("loss", loss)
         self.metrics_buffer.add("upper/loss", loss)
         self.metrics_buffer.add("upper/direct_loss", direct_loss)
         self.metrics_buffer.add("alignment/cosine", cosine(curvature.gradient, rhs))
@@ -468,13 +472,19 @@ class BiSSLTrainer(KeyedTrainer):
     def _count_pull(self) -> None:
         """Adds this step's (effective step length) x lambda; the gradients are already clipped, so clipping counts."""
         optimizer = self.two_level_optimizer.lower
+        if not has_step_length(optimizer):
+            return
         theta_p = self.model.lower_shared_parameters()
         length = step_length(optimizer, theta_p, fill_missing([p.grad for p in theta_p], theta_p))
         self._pull = self._pull + optimizer.param_groups[0]["lr"] * self.args.proximal_weight * length
 
     def estimate_pull(self) -> float:
         """Estimates the pull of the whole run, the sum over lower steps of (effective step length) x lambda, from the
-        gradient at the present weights on the first lower batch."""
+        gradient at the present weights on the first lower batch. NaN for a lower optimizer of unknown step length."""
+        self.create_optimizer()
+        optimizer = self.two_level_optimizer.lower
+        if not has_step_length(optimizer):
+            return float("nan")
         key = StepKey(self.args.key_seed, int(Stream.LOWER), 0, 0, self.args.process_index)
         batch = self.move_and_transform(self.sources[Stream.LOWER].read(key), key, self.lower_transform)
         theta_p = self.model.lower_shared_parameters()
@@ -485,8 +495,7 @@ class BiSSLTrainer(KeyedTrainer):
         gradient = average_flat([g.detach() for g in gradient])
         lower_steps = self.args.num_alternations * self.args.lower_steps
         schedule = self.level_schedules()["lower"]
-        self.create_optimizer()
-        length = step_length(self.two_level_optimizer.lower, theta_p, gradient)
+        length = step_length(optimizer, theta_p, gradient)
         rates = self.args.lower_learning_rate * sum(schedule(step) for step in range(lower_steps))
         return float(length) * rates * self.args.proximal_weight
 
@@ -510,7 +519,7 @@ class BiSSLTrainer(KeyedTrainer):
         rates = {group["level"]: group["lr"] for group in self.two_level_optimizer.param_groups}
         return {
             **super().collect_logs(),
-            "levels/pull": float(self._pull),
+            **({"levels/pull": float(self._pull)} if has_step_length(self.two_level_optimizer.lower) else {}),
             "levels/distance": float(norm(subtract(theta_p, self.model.upper_shared_parameters())).detach() / size),
             "levels/moved": float(norm(subtract(theta_p, self._start or theta_p)) / size),
             "lower/learning_rate": rates["lower"],
@@ -528,9 +537,13 @@ class BiSSLTrainer(KeyedTrainer):
         self._head_is_warm = True
 
     def reading(self) -> dict[str, Any]:
-        """Adds what each stream reads."""
+        """Adds what each stream reads, and the other optimizer."""
         streams = (Stream.LOWER, Stream.UPPER, Stream.CURVATURE)
-        return {**super().reading(), **{stream.name.lower(): self.sources[stream].describe() for stream in streams}}
+        return {
+            **super().reading(),
+            **{stream.name.lower(): self.sources[stream].describe() for stream in streams},
+            "lower_optim": self.args.lower_optim,
+        }
 
     # Evaluation
 

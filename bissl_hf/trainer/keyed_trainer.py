@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
@@ -55,6 +55,7 @@ class KeyedTrainer(Trainer):
     """
 
     args: KeyedTrainingArguments
+    model: PreTrainedModel
     train_dataset: Any
     data_collator: Callable[[list[Any]], dict[str, Any]]
 
@@ -74,7 +75,8 @@ class KeyedTrainer(Trainer):
         self._samples = 0
         self._samples_since = time.perf_counter()
         self.metrics_buffer = MetricsBuffer(average_flat)
-        super().__init__(args=args, **trainer_kwargs)
+        callbacks = [*(trainer_kwargs.pop("callbacks", None) or []), _EpochBoundary()]
+        super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
 
@@ -108,7 +110,8 @@ class KeyedTrainer(Trainer):
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the figures collected since the last log to a log of training."""
+        """Adds the figures collected since the last log to a log of training. The loss is among them: Trainer's own
+        forgets the steps before a resume."""
         if "loss" in logs:
             logs.update(self.collect_logs())
         super().log(logs, start_time)
@@ -151,22 +154,41 @@ class KeyedTrainer(Trainer):
         return {"metrics": self.metrics_buffer.state_dict(), "reading": self.reading()}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `run_state` returned; refuses to go on with settings that would read other examples."""
+        """Takes over what `run_state` returned."""
+        self.metrics_buffer.load_state_dict(state["metrics"])
+
+    def reading(self) -> dict[str, Any]:
+        """Returns the settings that a resumed run must share: those that decide which examples a step reads, and the
+        shape of what a checkpoint holds. Subclasses add to it."""
+        return {
+            "seed": self.args.key_seed,
+            "number of processes": self.args.world_size,
+            "number of parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "optim": str(self.args.optim),
+        }
+
+    def check_checkpoint(self, checkpoint: str | Path) -> None:
+        """Refuses a checkpoint that is not whole or belongs to a run with other settings.
+
+        Raises:
+            `ValueError`: with what is wrong and what to do.
+        """
+        checkpoint = Path(checkpoint)
+        if defect := find_defect(checkpoint):
+            whole, _ = find_last_checkpoint(checkpoint.parent)
+            advice = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
+            raise ValueError(f"The checkpoint {checkpoint} is not whole: {defect}; {advice}.")
+        then = json.loads((checkpoint / RUN_STATE_NAME).read_text())["reading"]
         changed = [
-            f"{name} was {state['reading'].get(name)} and is {now}"
+            f"{name} was {then.get(name)} and is {now}"
             for name, now in self.reading().items()
-            if state["reading"].get(name) != now
+            if then.get(name) != now
         ]
         if changed:
             raise ValueError(
                 f"The checkpoint belongs to another run: {'; '.join(changed)}. Resume with the settings it was made "
                 "with."
             )
-        self.metrics_buffer.load_state_dict(state["metrics"])
-
-    def reading(self) -> dict[str, Any]:
-        """Returns the settings that decide which examples a step reads. Subclasses add to it."""
-        return {"seed": self.args.key_seed, "number of processes": self.args.world_size}
 
     def _get_output_dir(self, trial: Any) -> str:
         """Leads Trainer to the staging folder while a checkpoint is being written."""
@@ -209,14 +231,33 @@ class KeyedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
-        if self.is_world_process_zero() and (defect := find_defect(resume_from_checkpoint)):
-            whole, _ = find_last_checkpoint(Path(resume_from_checkpoint).parent)
-            advice = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
-            raise ValueError(f"The checkpoint {resume_from_checkpoint} is not whole: {defect}; {advice}.")
+        if self.is_world_process_zero():
+            self.check_checkpoint(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         run_state = Path(resume_from_checkpoint) / RUN_STATE_NAME
         if run_state.is_file():
             self.load_run_state(json.loads(run_state.read_text()))
+
+
+class _EpochBoundary(TrainerCallback):
+    """Keeps a checkpoint of an epoch's last step until the log and the evaluation of that epoch are done, so that a
+    resume from it misses neither; and lets the workers of the loader go at the end."""
+
+    def __init__(self) -> None:
+        self._waiting = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
+        if control.should_save and ends_epoch:
+            control.should_save, self._waiting = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._waiting:
+            control.should_save, self._waiting = True, False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        if isinstance(train_dataloader, AlternatingDataLoader):
+            train_dataloader.close()
 
 
 def batch_rows(inputs: dict[str, Any]) -> int:

@@ -158,7 +158,10 @@ def build_optimizer(
     if weight_decay and "weight_decay" not in accepted:
         raise ValueError(f"{optimizer_class.__name__} (from {field}={name!r}) takes no weight decay; set it to 0.")
     decay: dict[str, Any] = {"weight_decay": weight_decay} if "weight_decay" in accepted else {}
-    return optimizer_class(list(parameters), lr=learning_rate, **decay, **options)  # type: ignore[call-arg]
+    try:
+        return optimizer_class(list(parameters), lr=learning_rate, **decay, **options)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{optimizer_class.__name__} (from {field}={name!r}) refuses {options}: {error}") from error
 
 
 def takes_momentum(name: str, *, field: str) -> bool:
@@ -220,36 +223,59 @@ def momentum_gain(optimizer: Optimizer) -> float:
     return 1.0 / (1.0 - momentum) if momentum < 1 else float("inf")
 
 
+def has_step_length(optimizer: Optimizer) -> bool:
+    """Whether [`step_length`] knows this kind of optimizer."""
+    return isinstance(optimizer, LARS | torch.optim.SGD | torch.optim.Adam | torch.optim.AdamW | torch.optim.NAdam)
+
+
 def step_length(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """Returns the effective step length of one step at learning rate 1: by how much an entry moves per unit of
     gradient, averaged over the entries of `parameters`. Counts momentum, the trust ratio of LARS, and the scaling of
     Adam-like optimizers by the size of the gradient; it is 1 for plain SGD.
 
+    Tensors that are all zero do not count under LARS: their trust ratio is 1 for the first step, and small ever after.
+
     Args:
-        optimizer (`torch.optim.Optimizer`): only its settings and its second moments are read.
+        optimizer (`torch.optim.Optimizer`): LARS, SGD, Adam, AdamW or NAdam. Only its settings and second moments are
+            read.
         parameters (`Sequence[torch.Tensor]`): the tensors of interest.
         gradients (`Sequence[torch.Tensor]`): their gradients; they stand in for second moments not collected yet.
 
     Returns:
         `torch.Tensor`: shape `()`.
+
+    Raises:
+        `ValueError`: for another kind of optimizer.
     """
-    group = optimizer.param_groups[0]
-    total = sum(parameter.numel() for parameter in parameters)
-    length = torch.zeros((), device=parameters[0].device)
+    if not has_step_length(optimizer):
+        raise ValueError(
+            f"The effective step length of {type(optimizer).__name__} is not known; it is for LARS, SGD, Adam, AdamW "
+            "and "
+            "NAdam."
+        )
+    lengths, weights = [], []
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        weight = parameter.numel() / total
-        if isinstance(optimizer, LARS):
-            adapted = not (group["exclude_bias_and_norm"] and parameter.ndim <= 1)
-            update = torch.add(gradient, parameter.detach(), alpha=group["weight_decay"])
-            ratio = trust_ratio(parameter.detach(), update, group["trust_coefficient"]) if adapted else 1.0
-            length = length + weight * ratio
-        elif "betas" in group:
-            state = optimizer.state.get(parameter, {})
-            if "exp_avg_sq" in state:
-                second_moment = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-            else:
-                second_moment = gradient**2
-            length = length + weight * (1.0 / (second_moment.sqrt() + group["eps"])).mean()
-        else:
-            length = length + weight
-    return length * momentum_gain(optimizer)
+        counts = torch.any(parameter.detach() != 0) if isinstance(optimizer, LARS) else torch.tensor(True)
+        lengths.append(_mean_length(optimizer, parameter, gradient))
+        weights.append(torch.where(counts, parameter.numel(), 0).to(lengths[-1]))
+    weight = torch.stack(weights)
+    mean = (torch.stack(lengths) * weight).sum() / weight.sum().clamp(min=1)
+    return mean * momentum_gain(optimizer)
+
+
+def _mean_length(optimizer: Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The step length of one tensor, averaged over its entries, without momentum."""
+    group = optimizer.param_groups[0]
+    if isinstance(optimizer, LARS):
+        if group["exclude_bias_and_norm"] and parameter.ndim <= 1:
+            return torch.ones((), device=parameter.device, dtype=parameter.dtype)
+        weights = parameter.detach()
+        update = torch.add(gradient, weights, alpha=group["weight_decay"])
+        return trust_ratio(weights, update, group["trust_coefficient"])
+    if "betas" in group:
+        state = optimizer.state.get(parameter, {})
+        second_moment = gradient**2
+        if "exp_avg_sq" in state:
+            second_moment = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        return (1.0 / (second_moment.sqrt() + group["eps"])).mean()
+    return torch.ones((), device=parameter.device, dtype=parameter.dtype)

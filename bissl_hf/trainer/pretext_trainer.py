@@ -84,6 +84,7 @@ class PretextTrainer(KeyedTrainer):
             schedule = level_schedule(
                 self.args.lr_scheduler_type,
                 num_steps=num_training_steps,
+                learning_rate=self.args.learning_rate,
                 warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 options=self.args.lr_scheduler_kwargs,
                 field="lr_scheduler_type",
@@ -104,4 +105,6 @@ class PretextTrainer(KeyedTrainer):
         batch = self.move_and_transform(inputs["inputs"], key, self.train_transform)
         self.count_samples(batch)
         with self.model_randomness(key):
-            return super().training_step(model, batch, num_items_in_batch)
+            loss = super().training_step(model, batch, num_items_in_batch)
+        self.metrics_buffer.add("loss", loss)
+        return loss

@@ -14,7 +14,15 @@ Schedule = Callable[[int], float]
 _METRIC_DRIVEN = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
-def level_schedule(name: str, *, num_steps: int, warmup_steps: int = 0, options: Any = None, field: str) -> Schedule:
+def level_schedule(
+    name: str,
+    *,
+    num_steps: int,
+    learning_rate: float = 1.0,
+    warmup_steps: int = 0,
+    options: Any = None,
+    field: str,
+) -> Schedule:
     """Returns the factor on the learning rate as a function of a level's own step, counted from 0.
 
     The warm-up is linear and starts with the first step: step s of w has the factor (s + 1) / w. What follows is the
@@ -23,6 +31,8 @@ def level_schedule(name: str, *, num_steps: int, warmup_steps: int = 0, options:
     Args:
         name (`str`): a schedule of `transformers.get_scheduler`.
         num_steps (`int`): steps of this level in the whole run.
+        learning_rate (`float`, *optional*, defaults to 1.0): what the factor applies to; some options of schedules,
+            such as `min_lr`, are absolute.
         warmup_steps (`int`, *optional*, defaults to 0): steps of warm-up among them.
         options (`dict`, *optional*): further arguments of the schedule.
         field (`str`): the argument that names the schedule, for messages.
@@ -39,7 +49,7 @@ def level_schedule(name: str, *, num_steps: int, warmup_steps: int = 0, options:
         raise ValueError(f"{field} is {kind.value!r}, which follows a metric; the levels need a schedule over steps.")
     if not 0 <= warmup_steps <= num_steps:
         raise ValueError(f"The warm-up for {field} has {warmup_steps} steps; it must fit into the {num_steps} steps.")
-    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    unused = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
     try:
         scheduler = get_scheduler(
             kind,

@@ -20,6 +20,7 @@ _AT_LEAST = {
     **dict.fromkeys(("damping", "direct_weight", "solver_tolerance", "lower_weight_decay", "weight_decay"), 0),
     **dict.fromkeys(("head_warmup_epochs", "bn_recalibration_images", "upper_adaptation_every"), 0),
     **dict.fromkeys(("lower_warmup_steps", "warmup_steps", "lower_max_grad_norm", "max_grad_norm"), 0),
+    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers"), 0),
 }
 # The last learning rate of the paper's cosine, as a fraction of the first.
 _MIN_LR_RATE = 0.001
@@ -90,7 +91,7 @@ class KeyedTrainingArguments(TrainingArguments):
             )
         if self.fp16:
             raise ValueError("fp16 needs a loss scale that hand-written gradients do not have; use bf16=True instead.")
-        for name in ("torch_compile", "fsdp", "deepspeed", "auto_find_batch_size"):
+        for name in ("torch_compile", "fsdp", "deepspeed", "auto_find_batch_size", "neftune_noise_alpha"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported: leave it out. Data parallelism (DDP) is.")
 

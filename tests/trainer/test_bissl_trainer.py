@@ -422,7 +422,6 @@ def test_the_pull_of_lars_counts_the_trust_ratio(tmp_path):
     assert training_logs(trainer)[0]["levels/pull"] == pytest.approx(20.0 * 0.05 * length / (1 - 0.9), rel=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="estimate_pull counts the trust ratio 1 of all-zero biases for the whole run")
 def test_the_pull_of_lars_is_estimated_for_a_new_model_with_zero_biases(tmp_path):
     trainer = make_trainer(tmp_path, lower_optim="lars", num_alternations=4, lower_max_grad_norm=0.0)
     estimate = trainer.estimate_pull()

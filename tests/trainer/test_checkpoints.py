@@ -243,7 +243,6 @@ def test_a_checkpoint_of_the_last_step_of_an_alternation_holds_the_state(uninter
     check_same_state(resume(whole, tmp_path, step, STEPWISE), whole)
 
 
-@pytest.mark.xfail(strict=True, reason="the figures of an alternation saved before its log go into the next log")
 def test_figures_saved_before_the_log_of_their_alternation_do_not_reach_the_next_log(uninterrupted, tmp_path):
     whole, _ = uninterrupted
     resumed = resume(whole, tmp_path, 5, STEPWISE)

@@ -271,3 +271,11 @@ def test_table() -> None:
         "before           7",
         "the aligned one  98.00 %",
     ]
+
+
+def test_a_checkpoint_of_another_folder_is_refused(tmp_path):
+    checkpoint = tmp_path / "elsewhere" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match="is not in output_dir"):
+        cli.open_output_dir(str(tmp_path / "here"), str(checkpoint))

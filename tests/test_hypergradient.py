@@ -390,3 +390,17 @@ def test_the_implicit_gradient_is_the_derivative_through_the_solved_lower_proble
     assert relative_error(flat(solution), torch.stack(differences)) < 1e-6
     # The curvature matters here: the right-hand side alone is far from the derivative.
     assert relative_error(flat(rhs), torch.stack(differences)) > 0.01
+
+
+def test_the_gradient_of_other_weights_is_refused():
+    parameter = torch.ones(2, requires_grad=True)
+    curvature = Curvature(lambda: (parameter**3).sum(), [parameter])
+    with torch.no_grad():
+        parameter.add_(1)
+    with pytest.raises(RuntimeError, match="parameters have changed"):
+        _ = curvature.gradient
+
+
+def test_an_empty_right_hand_side_is_refused():
+    with pytest.raises(ValueError, match="rhs is empty"):
+        implicit_gradient(lambda v: v, (), proximal_weight=1.0, damping=0.0, max_iterations=1, solver="identity")

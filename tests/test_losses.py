@@ -71,3 +71,12 @@ def test_refuses_a_temperature_that_is_not_positive(temperature: float) -> None:
 def test_refuses_a_batch_without_negatives(rows: int) -> None:
     with pytest.raises(ValueError, match=f"global batch has {rows} pair"):
         nt_xent_loss(*views(rows), temperature=0.5)
+
+
+def test_half_precision_embeddings_are_compared_in_single_precision() -> None:
+    first, second = torch.randn(4, 8), torch.randn(4, 8)
+    halves = first.bfloat16(), second.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = nt_xent_loss(*halves, temperature=0.5)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, nt_xent_loss(*(half.float() for half in halves), temperature=0.5))

@@ -248,3 +248,27 @@ def test_the_effective_step_length_uses_the_second_moments_collected_so_far():
     corrected = moments / (1 - 0.999**3)
     expected = float((1 / (corrected.sqrt() + 1e-8)).mean())
     assert float(step_length(optimizer, [weight], [weight.grad])) == pytest.approx(expected)
+
+
+def test_the_effective_step_length_of_other_optimizers_is_not_known():
+    weights = parameters((2,))
+    optimizer = build_optimizer("rmsprop", weights, learning_rate=0.1, weight_decay=0.0, options={}, field="optim")
+    with pytest.raises(ValueError, match="step length of RMSprop is not known"):
+        step_length(optimizer, weights, weights)
+
+
+def test_tensors_of_zeros_do_not_count_for_lars():
+    (weight,), zero = parameters((3,)), nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    gradients = [torch.ones(3, dtype=torch.float64), torch.ones(5, dtype=torch.float64)]
+    optimizer = build_optimizer(
+        "lars", [weight, zero], learning_rate=1.0, weight_decay=0.0, options={"momentum": 0.0}, field="optim"
+    )
+    expected = 0.001 * float(weight.detach().norm()) / 3**0.5
+    assert float(step_length(optimizer, [weight, zero], gradients)) == pytest.approx(expected)
+
+
+def test_an_option_of_the_wrong_kind_is_refused():
+    with pytest.raises(ValueError, match=r"AdamW \(from optim='adamw'\) refuses \{'betas': 0.9\}"):
+        build_optimizer(
+            "adamw", parameters((2,)), learning_rate=0.1, weight_decay=0.0, options={"betas": 0.9}, field="optim"
+        )

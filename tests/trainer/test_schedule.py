@@ -72,3 +72,11 @@ def test_each_group_follows_its_own_level():
 def test_bad_schedules_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         level_schedule(num_steps=10, field="lr", **arguments)
+
+
+def test_absolute_options_are_taken_relative_to_the_learning_rate():
+    schedule = level_schedule(
+        "cosine_with_min_lr", num_steps=10, learning_rate=0.5, options={"min_lr": 0.1}, field="x"
+    )
+    assert schedule(0) * 0.5 == pytest.approx(0.5)
+    assert schedule(10) * 0.5 == pytest.approx(0.1)

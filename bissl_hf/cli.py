@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from .trainer.checkpoints import find_defect, find_last_checkpoint, list_checkpoints
@@ -33,7 +34,7 @@ def refusing_bad_input() -> Iterator[None]:
     nothing else, so that later errors keep their traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         refuse(str(error) or type(error).__name__)
 
 

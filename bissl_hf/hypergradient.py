@@ -31,8 +31,8 @@ class Curvature:
     """The Hessian H of a lower loss in some parameters, as an operator on vectors: `curvature(v)` is H v.
 
     The loss is differentiated once, and every product is one more backward pass through that gradient. Attention runs
-    in the math kernel, the only one that can be differentiated twice. Each evaluation of the loss starts from the
-    random state found at construction, so dropout draws the same masks in every product.
+    in the math kernel, the only one that can be differentiated twice. Each evaluation of the loss starts from torch's
+    random state as found at construction, so dropout draws the same masks in every product.
 
     Args:
         loss_fn (`Callable`): returns the lower loss, a tensor of shape `()`. It must not have side effects: in

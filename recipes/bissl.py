@@ -117,6 +117,11 @@ class Images:
 def load_images(arguments: DataArguments, seed: int) -> Images:
     columns: dict[str, Any] = {"image_column": arguments.image_column, "label_column": arguments.label_column}
     labelled = load_image_dataset(arguments.dataset, seed=seed, **columns)
+    class_names = labelled["train"].features["label"].names
+    if len(class_names) < 2:
+        raise ValueError(
+            f"{arguments.dataset} has a single class, {class_names[0]!r}; there is nothing to tell apart."
+        )
     if arguments.lower_dataset:
         source = load_image_dataset(arguments.lower_dataset, seed=seed, require_labels=False)
     else:
@@ -133,7 +138,7 @@ def load_images(arguments: DataArguments, seed: int) -> Images:
         validation=decode(labelled["validation"], "validation", native_size=False),
         test=decode(labelled["test"], "test", native_size=False),
         lower=decode(unlabelled, "unlabelled", native_size=True),
-        class_names=labelled["train"].features["label"].names,
+        class_names=class_names,
     )
 
 
@@ -174,11 +179,30 @@ def build_upper(arguments: ModelArguments, lower: SimCLRForPreTraining, class_na
     return AutoModelForImageClassification.from_config(config)
 
 
+def check_pairs(args: BiSSLTrainingArguments) -> None:
+    """SimCLR compares images, so no part of a pretext batch may hold a single one."""
+    curvature_batch = (
+        args.curvature_batch_size or args.per_device_lower_batch_size * args.world_size
+    ) // args.world_size
+    part = args.lower_micro_batch_size
+    for name, batch in (
+        ("per_device_lower_batch_size", args.per_device_lower_batch_size),
+        ("curvature_batch_size", curvature_batch),
+    ):
+        if batch < 2:
+            raise ValueError(f"{name} is {batch}; SimCLR compares images, so it must be at least 2.")
+        if part is not None and (part == 1 or batch % part == 1):
+            raise ValueError(
+                f"lower_micro_batch_size is {part}, which leaves a part of 1 image from {name} {batch}; SimCLR "
+                "compares images, "
+                "so each part needs at least 2."
+            )
+
+
 def build_trainer(
     arguments: DataArguments, args: BiSSLTrainingArguments, model: BiSSLModel, images: Images
 ) -> BiSSLTrainer:
-    if args.per_device_lower_batch_size < 2:
-        raise ValueError("per_device_lower_batch_size is 1; SimCLR compares images, so it must be at least 2.")
+    check_pairs(args)
     for name in ("crop_scale", "crop_ratio"):
         if len(getattr(arguments, name)) != 2:
             raise ValueError(f"{name} is {getattr(arguments, name)}; it must be two numbers, the lower one first.")
@@ -255,7 +279,9 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
 
 
 def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
-    """Builds what training will build, so that settings which do not fit come to light before it."""
+    """Builds what training will build and sends a few images through both models, so that settings which do not fit
+    come to light before it."""
+    trainer.try_losses(rows=4)
     trainer.level_schedules()
     trainer.create_optimizer()
     trainer.get_train_dataloader()
@@ -299,7 +325,7 @@ def write_outputs(
 ) -> None:
     output = Path(str(trainer.args.output_dir))
     trainer.model.export(
-        output, processing_class=trainer.processing_class, recalibrate_on=list(trainer.recalibration_batches())
+        output, processing_class=trainer.processing_class, recalibrate_on=list(trainer.recalibration_batches()) or None
     )
     trainer.model.save_pretrained(output / "bilevel")
     plot_run(trainer.state.log_history, output / "figures" / "training.png")
@@ -367,6 +393,8 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(before_file, before)
     else:
         before = json.loads(before_file.read_text())
+    if checkpoint and (output / RESULTS_NAME).is_file():
+        print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = evaluate_on_test(trainer, images.test, "test")
     if trainer.is_world_process_zero():

@@ -29,6 +29,11 @@ class Stream(IntEnum):
     EVALUATION = 4
 
 
+# Appended to a key where random numbers are wanted for something else than its views.
+MODEL_RANDOMNESS = 1
+READING_RANDOMNESS = 2
+
+
 class StepKey(NamedTuple):
     """Names one batch of one process."""
 
@@ -155,7 +160,9 @@ class KeyedSource:
         indices = batch_indices(len(self.dataset), self.batch_size, position, seed=key.seed, level=key.level)
         share = self.batch_size // self.world_size
         mine = indices[key.rank * share : (key.rank + 1) * share]
-        return self.collator(read_rows(self.dataset, mine))
+        # A row or a collator may draw random numbers, as the masks of a language model are.
+        with keyed_random_state((*key, READING_RANDOMNESS)):
+            return self.collator(read_rows(self.dataset, mine))
 
 
 class KeyedDataset(Dataset):

@@ -159,6 +159,11 @@ class SimCLRForPreTraining(PreTrainedModel):
             `ValueError`: if the backbone's weights are not all there.
         """
         source = load_backbone(backbone)
+        if source.main_input_name != "pixel_values":
+            raise ValueError(
+                f"The backbone is a {type(source).__name__}, which takes {source.main_input_name}; SimCLR needs a "
+                "vision model."
+            )
         config = SimCLRConfig(
             backbone_config=copy.deepcopy(source.config),
             projection_dims=projection_dims,

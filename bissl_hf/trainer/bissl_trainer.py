@@ -20,12 +20,13 @@ from transformers.utils.generic import find_labels
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, batch_indices, read_rows
 from ..distributed import average_flat
 from ..hypergradient import Curvature, implicit_gradient
+from ..linear_solve import SolveStatus
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
 from ..models.modeling_bissl import BiSSLModel
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
 from .callbacks import ShortProgressCallback
 from .keyed_trainer import KeyedTrainer, Transform, split_rows
-from .optimizer import TwoLevelOptimizer, build_optimizer, has_step_length, step_length
+from .optimizer import TwoLevelOptimizer, build_optimizer, clip_factor, has_step_length, step_length
 from .schedule import Schedule, level_schedule, two_level_scheduler
 from .training_args import BiSSLTrainingArguments
 
@@ -269,7 +270,7 @@ class BiSSLTrainer(KeyedTrainer):
         size = self.accelerator.clip_grad_norm_(model.parameters(), bound or float("inf"))
         self.metrics_buffer.add(f"{self._current_level}/gradient_norm", size)
         if self._current_level == "lower":
-            self._count_pull()
+            self._count_pull(clip_factor(size, bound))
         return size
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
@@ -389,8 +390,8 @@ class BiSSLTrainer(KeyedTrainer):
         if args.solver != "identity":
             self.metrics_buffer.add("solver/iterations", info.iterations_tensor)
             self.metrics_buffer.add("solver/residual", info.residual_tensor)
-            for position, status in enumerate(type(info.status)):
-                if status in ("negative_curvature", "non_finite"):
+            for position, status in enumerate(SolveStatus):
+                if status in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.NON_FINITE):
                     self.metrics_buffer.add(f"solver/{status}", info.status_tensor == position)
         return loss
 
@@ -417,6 +418,24 @@ class BiSSLTrainer(KeyedTrainer):
         if every and alternation and alternation % every == 0:
             theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
             torch._foreach_lerp_(list(theta_d), list(theta_p), self.args.upper_adaptation_strength)
+
+    @torch.no_grad()
+    def try_losses(self, rows: int) -> None:
+        """Computes both losses on the first rows, without side effects, so that data and models that do not fit come
+        to light before training.
+
+        Args:
+            rows (`int`): how many rows of each data set to take.
+        """
+        for stream, level, transform, loss in (
+            (Stream.LOWER, "lower", self.lower_transform, self.compute_lower_loss),
+            (Stream.UPPER, "aligned", self.train_transform, self.compute_upper_loss),
+        ):
+            source = self.sources[stream]
+            key = StepKey(self.args.key_seed, int(stream), 0, 0, 0)
+            inputs = source.collator(read_rows(source.dataset, range(min(rows, len(source.dataset)))))
+            with self.model_randomness(key), self.accelerator.autocast():
+                loss(self.model.pure(level), self.move_and_transform(inputs, key, transform))
 
     # Before the first alternation
 
@@ -469,14 +488,15 @@ class BiSSLTrainer(KeyedTrainer):
     # The pull of the lower level towards theta_D
 
     @torch.no_grad()
-    def _count_pull(self) -> None:
-        """Adds this step's (effective step length) x lambda; the gradients are already clipped, so clipping counts."""
+    def _count_pull(self, clipped: Tensor) -> None:
+        """Adds this step's (effective step length) x lambda. The gradients, the proximal force among them, have been
+        scaled by the factor `clipped`."""
         optimizer = self.two_level_optimizer.lower
         if not has_step_length(optimizer):
             return
         theta_p = self.model.lower_shared_parameters()
         length = step_length(optimizer, theta_p, fill_missing([p.grad for p in theta_p], theta_p))
-        self._pull = self._pull + optimizer.param_groups[0]["lr"] * self.args.proximal_weight * length
+        self._pull = self._pull + optimizer.param_groups[0]["lr"] * self.args.proximal_weight * length * clipped
 
     def estimate_pull(self) -> float:
         """Estimates the pull of the whole run, the sum over lower steps of (effective step length) x lambda, from the
@@ -487,15 +507,16 @@ class BiSSLTrainer(KeyedTrainer):
             return float("nan")
         key = StepKey(self.args.key_seed, int(Stream.LOWER), 0, 0, self.args.process_index)
         batch = self.move_and_transform(self.sources[Stream.LOWER].read(key), key, self.lower_transform)
-        theta_p = self.model.lower_shared_parameters()
+        theta_p, phi_p = self.model.lower_shared_parameters(), self.model.lower_head_parameters()
         self.model.train()
         with self.model_randomness(key), self.accelerator.autocast():
             loss = self.compute_lower_loss(self.model.pure("lower"), batch)
-        gradient = fill_missing(torch.autograd.grad(loss, theta_p, allow_unused=True), theta_p)
+        gradient = fill_missing(torch.autograd.grad(loss, (*theta_p, *phi_p), allow_unused=True), (*theta_p, *phi_p))
         gradient = average_flat([g.detach() for g in gradient])
+        clipped = clip_factor(norm(gradient), self.args.lower_max_grad_norm)
         lower_steps = self.args.num_alternations * self.args.lower_steps
         schedule = self.level_schedules()["lower"]
-        length = step_length(optimizer, theta_p, gradient)
+        length = step_length(optimizer, theta_p, [clipped * g for g in gradient[: len(theta_p)]]) * clipped
         rates = self.args.lower_learning_rate * sum(schedule(step) for step in range(lower_steps))
         return float(length) * rates * self.args.proximal_weight
 
@@ -517,8 +538,14 @@ class BiSSLTrainer(KeyedTrainer):
         theta_p = [p.detach() for p in self.model.lower_shared_parameters()]
         size = norm(theta_p)
         rates = {group["level"]: group["lr"] for group in self.two_level_optimizer.param_groups}
+        collected = super().collect_logs()
+        if collected.get("solver/negative_curvature", 0.0) > 0.5:
+            logger.warning_once(
+                "More than half of the linear solves of an alternation met negative curvature and stopped early: "
+                f"I + H / (lambda + delta) is not definite. Raise damping, which is {self.args.damping}."
+            )
         return {
-            **super().collect_logs(),
+            **collected,
             **({"levels/pull": float(self._pull)} if has_step_length(self.two_level_optimizer.lower) else {}),
             "levels/distance": float(norm(subtract(theta_p, self.model.upper_shared_parameters())).detach() / size),
             "levels/moved": float(norm(subtract(theta_p, self._start or theta_p)) / size),
@@ -559,6 +586,8 @@ class BiSSLTrainer(KeyedTrainer):
         """Yields the batches for `aligned_model`: the same training examples in each call and on each process, with
         the evaluation transform."""
         total = min(self.args.bn_recalibration_images, len(self.train_dataset))
+        if total == 0:
+            return
         batch = min(self.args.per_device_eval_batch_size, total)
         for position in range(total // batch):
             key = StepKey(self.args.key_seed, int(Stream.EVALUATION), 0, position, 0)

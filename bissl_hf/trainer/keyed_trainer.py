@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from ..data.alternation import (
+    MODEL_RANDOMNESS,
     AlternatingDataLoader,
     AlternationSampler,
     KeyedDataset,
@@ -33,9 +34,6 @@ logger = logging.get_logger(__name__)
 
 Transform = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
 RUN_STATE_NAME = "run_state.json"
-
-# Appended to a key where the random numbers of a model are wanted rather than those of its views.
-MODEL_RANDOMNESS = 1
 
 
 class KeyedTrainer(Trainer):
@@ -233,10 +231,18 @@ class KeyedTrainer(Trainer):
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         if self.is_world_process_zero():
             self.check_checkpoint(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        run_state = Path(resume_from_checkpoint) / RUN_STATE_NAME
-        if run_state.is_file():
-            self.load_run_state(json.loads(run_state.read_text()))
+        self._restore_weights(resume_from_checkpoint)
+        self.load_run_state(json.loads((Path(resume_from_checkpoint) / RUN_STATE_NAME).read_text()))
+
+    def _load_best_model(self) -> None:
+        """Loads the weights of the best checkpoint."""
+        self._restore_weights(str(self.state.best_model_checkpoint))
+
+    def _restore_weights(self, checkpoint: str) -> None:
+        """Trainer reads a state dict leniently. Checkpoints of some models (ViT) hold other names than the model,
+        which only `from_pretrained` translates back; the weights would stay as they are without an error."""
+        restored = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(restored.state_dict())
 
 
 class _EpochBoundary(TrainerCallback):

@@ -223,6 +223,11 @@ def momentum_gain(optimizer: Optimizer) -> float:
     return 1.0 / (1.0 - momentum) if momentum < 1 else float("inf")
 
 
+def clip_factor(size: Tensor, bound: float) -> Tensor:
+    """Returns by how much a gradient of norm `size` is scaled to keep to `bound`; 1 where the bound is 0 (none)."""
+    return torch.clamp(bound / (size + 1e-6), max=1.0) if bound else torch.ones_like(size)
+
+
 def has_step_length(optimizer: Optimizer) -> bool:
     """Whether [`step_length`] knows this kind of optimizer."""
     return isinstance(optimizer, LARS | torch.optim.SGD | torch.optim.Adam | torch.optim.AdamW | torch.optim.NAdam)

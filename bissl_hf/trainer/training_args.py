@@ -91,8 +91,17 @@ class KeyedTrainingArguments(TrainingArguments):
             )
         if self.fp16:
             raise ValueError("fp16 needs a loss scale that hand-written gradients do not have; use bf16=True instead.")
-        for name in ("torch_compile", "fsdp", "deepspeed", "auto_find_batch_size", "neftune_noise_alpha"):
-            if getattr(self, name):
+        for name in (
+            "torch_compile",
+            "fsdp",
+            "deepspeed",
+            "auto_find_batch_size",
+            "neftune_noise_alpha",
+            "label_smoothing_factor",
+            "gradient_checkpointing",
+            "activation_checkpointing",
+        ):
+            if getattr(self, name, None):
                 raise ValueError(f"{name} is not supported: leave it out. Data parallelism (DDP) is.")
 
     @property

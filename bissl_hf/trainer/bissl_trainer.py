@@ -539,9 +539,9 @@ class BiSSLTrainer(KeyedTrainer):
         size = norm(theta_p)
         rates = {group["level"]: group["lr"] for group in self.two_level_optimizer.param_groups}
         collected = super().collect_logs()
-        if collected.get("solver/negative_curvature", 0.0) > 0.5:
+        if collected.get("solver/negative_curvature", 0.0) >= 0.5:
             logger.warning_once(
-                "More than half of the linear solves of an alternation met negative curvature and stopped early: "
+                "Half or more of the linear solves of an alternation met negative curvature and stopped early: "
                 f"I + H / (lambda + delta) is not definite. Raise damping, which is {self.args.damping}."
             )
         return {

@@ -239,6 +239,7 @@ def step_length(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: S
     Adam-like optimizers by the size of the gradient; it is 1 for plain SGD.
 
     Tensors that are all zero do not count under LARS: their trust ratio is 1 for the first step, and small ever after.
+    Under Adam-like optimizers the mean is harmonic, for entries that hardly have a gradient would make any other one.
 
     Args:
         optimizer (`torch.optim.Optimizer`): LARS, SGD, Adam, AdamW or NAdam. Only its settings and second moments are
@@ -258,29 +259,35 @@ def step_length(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: S
             "and "
             "NAdam."
         )
-    lengths, weights = [], []
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        counts = torch.any(parameter.detach() != 0) if isinstance(optimizer, LARS) else torch.tensor(True)
-        lengths.append(_mean_length(optimizer, parameter, gradient))
-        weights.append(torch.where(counts, parameter.numel(), 0).to(lengths[-1]))
-    weight = torch.stack(weights)
-    mean = (torch.stack(lengths) * weight).sum() / weight.sum().clamp(min=1)
+    group = optimizer.param_groups[0]
+    if isinstance(optimizer, LARS):
+        mean = _mean_trust_ratio(group, parameters, gradients)
+    elif "betas" in group:
+        sizes = [
+            (_second_moment(optimizer, p, g).sqrt() + group["eps"]).reshape(-1)
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
+        mean = 1.0 / torch.cat(sizes).mean()
+    else:
+        mean = torch.ones((), device=parameters[0].device)
     return mean * momentum_gain(optimizer)
 
 
-def _mean_length(optimizer: Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The step length of one tensor, averaged over its entries, without momentum."""
-    group = optimizer.param_groups[0]
-    if isinstance(optimizer, LARS):
-        if group["exclude_bias_and_norm"] and parameter.ndim <= 1:
-            return torch.ones((), device=parameter.device, dtype=parameter.dtype)
-        weights = parameter.detach()
-        update = torch.add(gradient, weights, alpha=group["weight_decay"])
-        return trust_ratio(weights, update, group["trust_coefficient"])
-    if "betas" in group:
-        state = optimizer.state.get(parameter, {})
-        second_moment = gradient**2
-        if "exp_avg_sq" in state:
-            second_moment = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-        return (1.0 / (second_moment.sqrt() + group["eps"])).mean()
-    return torch.ones((), device=parameter.device, dtype=parameter.dtype)
+def _mean_trust_ratio(group: dict[str, Any], parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    ratios, weights = [], []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        weight = parameter.detach()
+        update = torch.add(gradient, weight, alpha=group["weight_decay"])
+        ratio = trust_ratio(weight, update, group["trust_coefficient"])
+        ratios.append(torch.ones_like(ratio) if group["exclude_bias_and_norm"] and weight.ndim <= 1 else ratio)
+        weights.append(torch.any(weight != 0) * weight.numel())
+    counted = torch.stack(weights)
+    return (torch.stack(ratios) * counted).sum() / counted.sum().clamp(min=1)
+
+
+def _second_moment(optimizer: Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The bias-corrected mean of squared gradients, or the square of the gradient before the first step."""
+    state = optimizer.state.get(parameter, {})
+    if "exp_avg_sq" not in state:
+        return gradient**2
+    return state["exp_avg_sq"] / (1 - optimizer.param_groups[0]["betas"][1] ** float(state["step"]))

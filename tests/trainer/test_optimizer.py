@@ -246,7 +246,7 @@ def test_the_effective_step_length_uses_the_second_moments_collected_so_far():
         moments = 0.999 * moments + 0.001 * weight.grad**2
         optimizer.step()
     corrected = moments / (1 - 0.999**3)
-    expected = float((1 / (corrected.sqrt() + 1e-8)).mean())
+    expected = float(1 / (corrected.sqrt() + 1e-8).mean())
     assert float(step_length(optimizer, [weight], [weight.grad])) == pytest.approx(expected)
 
 

@@ -1,6 +1,5 @@
 """The trainer of the bilevel problem: alternations of lower and upper steps as epochs of a `transformers.Trainer`."""
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,19 +12,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, default_data_collator
-from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
-from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, batch_indices, read_rows
+from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, read_rows
 from ..distributed import average_flat
 from ..hypergradient import Curvature, implicit_gradient
 from ..linear_solve import SolveStatus
-from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
 from ..models.modeling_bissl import BiSSLModel
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
 from .callbacks import ShortProgressCallback
-from .keyed_trainer import KeyedTrainer, Transform, split_rows
+from .keyed_trainer import Transform, split_rows
+from .level_data import level_sources
+from .level_evaluation import LevelEvaluation
 from .optimizer import TwoLevelOptimizer, build_optimizer, clip_factor, has_step_length, step_length
 from .schedule import Schedule, level_schedule, two_level_scheduler
 from .training_args import BiSSLTrainingArguments
@@ -35,7 +34,7 @@ logger = logging.get_logger(__name__)
 LossModel = Callable[..., Any]
 
 
-class BiSSLTrainer(KeyedTrainer):
+class BiSSLTrainer(LevelEvaluation):
     """Solves the bilevel problem of BiSSL (arXiv 2410.02387).
 
     One epoch of the Trainer is one alternation: `lower_steps` steps on the pretext loss pulled towards theta_D, then
@@ -124,12 +123,15 @@ class BiSSLTrainer(KeyedTrainer):
         if not args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(ShortProgressCallback)
-        self.sources = {} if train_dataset is None and lower_dataset is None else self._make_sources()
+        self.sources: dict[Stream, KeyedSource] = {}
+        if train_dataset is not None or lower_dataset is not None:
+            self.sources = level_sources(
+                args, train_dataset, lower_dataset, self.data_collator, self.lower_data_collator
+            )
         self._start: Vector | None = None
         self._pull = 0.0
         self._current_level = "lower"
         self._curvature: tuple[int, Curvature] | None = None
-        self._evaluated: nn.Module | None = None
         self._head_is_warm = False
 
     # What to override for another pair of tasks
@@ -155,40 +157,6 @@ class BiSSLTrainer(KeyedTrainer):
         return model(**inputs).loss
 
     # Batches
-
-    def _make_sources(self) -> dict[Stream, KeyedSource]:
-        args, world = self.args, self.args.world_size
-        for name in ("train_dataset", "lower_dataset"):
-            dataset = getattr(self, name)
-            if dataset is None or len(dataset) == 0:
-                raise ValueError(f"{name} is {'missing' if dataset is None else 'empty'}; both levels need data.")
-        lower_batch = args.per_device_lower_batch_size * world
-        curvature_batch = args.curvature_batch_size or lower_batch
-        for name, batch in (("per_device_lower_batch_size", lower_batch), ("curvature_batch_size", curvature_batch)):
-            if batch > len(self.lower_dataset):
-                raise ValueError(
-                    f"{name} makes a batch of {batch}, and lower_dataset has {len(self.lower_dataset)} examples; "
-                    "choose a "
-                    "batch that is not larger."
-                )
-        upper_batch = args.per_device_train_batch_size * world
-        labelled = len(self.train_dataset)
-        if upper_batch > labelled:
-            cut = labelled // world * world
-            logger.warning(
-                f"The upper batch of {upper_batch} (per_device_train_batch_size x processes) is larger than the "
-                f"{labelled} "
-                f"labelled examples; it is cut to {cut}."
-            )
-            upper_batch = cut
-        labelled_source = partial(KeyedSource, self.train_dataset, upper_batch, self.data_collator, world_size=world)
-        lower_source = partial(KeyedSource, self.lower_dataset, collator=self.lower_data_collator, world_size=world)
-        return {
-            Stream.LOWER: lower_source(batch_size=lower_batch, steps_per_alternation=args.lower_steps),
-            Stream.CURVATURE: lower_source(batch_size=curvature_batch, steps_per_alternation=1),
-            Stream.UPPER: labelled_source(steps_per_alternation=args.upper_steps),
-            Stream.HEAD_WARMUP: labelled_source(steps_per_alternation=labelled // upper_batch),
-        }
 
     def get_train_dataloader(self) -> AlternatingDataLoader:
         """Returns the loader of tagged batches of both levels."""
@@ -571,61 +539,6 @@ class BiSSLTrainer(KeyedTrainer):
             **{stream.name.lower(): self.sources[stream].describe() for stream in streams},
             "lower_optim": self.args.lower_optim,
         }
-
-    # Evaluation
-
-    def aligned_model(self) -> nn.Module:
-        """Returns a native copy of the aligned model (theta_P with phi_D), its batch-norm statistics estimated anew on
-        downstream training images."""
-        model = self.model.aligned_model()
-        if has_batch_norm(model) and self.sources and self.args.bn_recalibration_images:
-            recalibrate_batch_norm(model, self.recalibration_batches())
-        return model.eval()
-
-    def recalibration_batches(self) -> Iterator[dict[str, Any]]:
-        """Yields the batches for `aligned_model`: the same training examples in each call and on each process, with
-        the evaluation transform."""
-        total = min(self.args.bn_recalibration_images, len(self.train_dataset))
-        if total == 0:
-            return
-        batch = min(self.args.per_device_eval_batch_size, total)
-        for position in range(total // batch):
-            key = StepKey(self.args.key_seed, int(Stream.EVALUATION), 0, position, 0)
-            rows = batch_indices(len(self.train_dataset), batch, position, seed=key.seed, level=key.level)
-            inputs = self.data_collator(read_rows(self.train_dataset, rows))
-            yield self.move_and_transform(inputs, key, self.eval_transform)
-
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Runs the aligned model, and in an evaluation the upper one too, as `{prefix}_upper_*`."""
-        prefix = kwargs.pop("metric_key_prefix", "eval")
-        output = self._evaluate_model(
-            self.aligned_model(), dataloader, description, *args, metric_key_prefix=prefix, **kwargs
-        )
-        if description == "Evaluation" and output.metrics is not None:
-            upper = copy.deepcopy(self.model.upper).eval()
-            second = self._evaluate_model(
-                upper, dataloader, description, *args, metric_key_prefix=f"{prefix}_upper", **kwargs
-            )
-            output.metrics.update(second.metrics or {})
-        return output
-
-    def _evaluate_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._evaluated = model
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            self._evaluated = None
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Uses the native model under evaluation in the place of the one that holds both levels."""
-        with self.accelerator.autocast():
-            return super().prediction_step(self._evaluated or model, inputs, prediction_loss_only, ignore_keys)
 
 
 class _BeforeFirstAlternation(TrainerCallback):

@@ -1,0 +1,62 @@
+"""Where the batches of both levels come from."""
+
+from functools import partial
+from typing import Any
+
+from transformers.utils import logging
+
+from ..data.alternation import Collator, KeyedSource, Stream
+from .training_args import BiSSLTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+
+def level_sources(
+    args: BiSSLTrainingArguments,
+    train_dataset: Any,
+    lower_dataset: Any,
+    collator: Collator,
+    lower_collator: Collator,
+) -> dict[Stream, KeyedSource]:
+    """Returns the streams of a run. An upper batch larger than the labelled set is cut to it, with a warning.
+
+    Args:
+        args ([`BiSSLTrainingArguments`]): batch sizes and steps.
+        train_dataset, lower_dataset: map-style data sets of the upper and the lower level.
+        collator, lower_collator (`Callable`): stack rows into a dictionary of tensors.
+
+    Raises:
+        `ValueError`: for data sets that are missing, empty or smaller than a pretext batch.
+    """
+    world = args.world_size
+    for name, dataset in (("train_dataset", train_dataset), ("lower_dataset", lower_dataset)):
+        if dataset is None or len(dataset) == 0:
+            raise ValueError(f"{name} is {'missing' if dataset is None else 'empty'}; both levels need data.")
+    lower_batch = args.per_device_lower_batch_size * world
+    curvature_batch = args.curvature_batch_size or lower_batch
+    for name, batch in (("per_device_lower_batch_size", lower_batch), ("curvature_batch_size", curvature_batch)):
+        if batch > len(lower_dataset):
+            raise ValueError(
+                f"{name} makes a batch of {batch}, and lower_dataset has {len(lower_dataset)} examples; choose a "
+                "batch that "
+                "is not larger."
+            )
+    upper_batch, labelled = args.per_device_train_batch_size * world, len(train_dataset)
+    if labelled < world:
+        raise ValueError(f"train_dataset has {labelled} examples for {world} processes; each needs at least one.")
+    if upper_batch > labelled:
+        cut = labelled // world * world
+        logger.warning(
+            f"The upper batch of {upper_batch} (per_device_train_batch_size x processes) is larger than the "
+            f"{labelled} "
+            f"labelled examples; it is cut to {cut}."
+        )
+        upper_batch = cut
+    labelled_source = partial(KeyedSource, train_dataset, upper_batch, collator, world_size=world)
+    lower_source = partial(KeyedSource, lower_dataset, collator=lower_collator, world_size=world)
+    return {
+        Stream.LOWER: lower_source(batch_size=lower_batch, steps_per_alternation=args.lower_steps),
+        Stream.CURVATURE: lower_source(batch_size=curvature_batch, steps_per_alternation=1),
+        Stream.UPPER: labelled_source(steps_per_alternation=args.upper_steps),
+        Stream.HEAD_WARMUP: labelled_source(steps_per_alternation=labelled // upper_batch),
+    }

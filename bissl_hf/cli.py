@@ -164,8 +164,7 @@ def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
         if named.resolve().parent != folder.resolve():
             raise ValueError(
                 f"resume_from_checkpoint is {resume}, which is not in output_dir {folder}. A run goes on in its own "
-                "folder: "
-                f"set output_dir to {named.parent}."
+                f"folder: set output_dir to {named.parent}."
             )
         return named
     checkpoint, passed_over = find_last_checkpoint(folder)

@@ -15,8 +15,8 @@ def check_same_structure(first: Sequence[Tensor], second: Sequence[Tensor], *, n
     for index, (a, b) in enumerate(zip(first, second, strict=True)):
         if a.shape != b.shape:
             raise ValueError(
-                f"Tensor {index} has shape {tuple(a.shape)} in {names[0]} and {tuple(b.shape)} in {names[1]}; "
-                "they must agree."
+                f"Tensor {index} has shape {tuple(a.shape)} in {names[0]} and {tuple(b.shape)} in {names[1]}; they "
+                "must agree."
             )
 
 

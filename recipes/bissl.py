@@ -153,8 +153,7 @@ def build_lower(arguments: ModelArguments) -> SimCLRForPreTraining:
         if not isinstance(config, SimCLRConfig):
             raise ValueError(
                 f"lower_model {arguments.lower_model} is a {config.model_type!r} model; it must be a SimCLR one. To "
-                "put a "
-                "SimCLR head on it pass it as --backbone."
+                "put a SimCLR head on it pass it as --backbone."
             )
         return SimCLRForPreTraining.from_pretrained(arguments.lower_model)
     if arguments.backbone and arguments.backbone_init == "pretrained":
@@ -169,8 +168,7 @@ def build_upper(arguments: ModelArguments, lower: SimCLRForPreTraining, class_na
         if upper.config.num_labels != len(class_names):
             raise ValueError(
                 f"upper_model {arguments.upper_model} tells {upper.config.num_labels} classes apart and the data set "
-                "has "
-                f"{len(class_names)}; leave upper_model out for a new head."
+                f"has {len(class_names)}; leave upper_model out for a new head."
             )
         return upper
     config = type(lower.config.backbone_config).from_dict(lower.config.backbone_config.to_dict())
@@ -194,8 +192,7 @@ def check_pairs(args: BiSSLTrainingArguments) -> None:
         if part is not None and (part == 1 or batch % part == 1):
             raise ValueError(
                 f"lower_micro_batch_size is {part}, which leaves a part of 1 image from {name} {batch}; SimCLR "
-                "compares images, "
-                "so each part needs at least 2."
+                "compares images, so each part needs at least 2."
             )
 
 

@@ -104,8 +104,8 @@ class DecodedImages(torch.utils.data.Dataset):
         self.class_names = class_names
         if self._pixels.dtype != np.uint8 or self._pixels.ndim != 4 or self._pixels.shape[1] != 3:
             raise ValueError(
-                f"`pixels` is {self._pixels.dtype} of shape {self._pixels.shape}; it must be uint8 of shape "
-                "(rows, 3, height, width)."
+                f"`pixels` is {self._pixels.dtype} of shape {self._pixels.shape}; it must be uint8 of shape (rows, 3, "
+                "height, width)."
             )
         if labels is not None and labels.shape != (len(self._pixels),):
             raise ValueError(f"`labels` has the shape {labels.shape}; it must be ({len(self._pixels)},).")

@@ -118,8 +118,8 @@ def load_image_dataset(
         if require_labels:
             columns = next(iter(splits.values())).column_names
             raise ValueError(
-                f"No labels were found in {name!r}, whose columns are {columns}: name one with `label_column`, or "
-                "put the images of each class into a folder of its own."
+                f"No labels were found in {name!r}, whose columns are {columns}: name one with `label_column`, or put "
+                "the images of each class into a folder of its own."
             )
         unlabeled = splits.get("unlabeled", splits.get("train", next(iter(splits.values()))))
         return DatasetDict(unlabeled=_select(name, unlabeled, image_column))
@@ -210,8 +210,8 @@ def _load_hub(name: str, revision: str | None, load_kwargs: dict[str, Any]) -> d
     except Exception as error:
         reason = (str(error).strip().splitlines() or ["no reason was given"])[0]
         raise ValueError(
-            f"{name!r} is no file or folder here and could not be loaded from the Hub: "
-            f"{type(error).__name__}: {reason}"
+            f"{name!r} is no file or folder here and could not be loaded from the Hub: {type(error).__name__}: "
+            f"{reason}"
         ) from error
     return dict(loaded)
 
@@ -336,8 +336,8 @@ def _require_column(name: str, splits: dict[str, Dataset], column: str, argument
     for split, dataset in splits.items():
         if column not in dataset.column_names:
             raise ValueError(
-                f"The split {split!r} of {name!r} has no column {column!r}; its columns are "
-                f"{dataset.column_names}: choose one with `{argument}`."
+                f"The split {split!r} of {name!r} has no column {column!r}; its columns are {dataset.column_names}: "
+                f"choose one with `{argument}`."
             )
 
 
@@ -429,8 +429,8 @@ def _carve(name: str, splits: dict[str, Dataset], new: str, fraction: float, see
     rest, chosen, single = stratified_rows(train.select_columns(["label"])[:]["label"], fraction, seed)
     if len(chosen) == 0:
         raise ValueError(
-            f"{name!r} has no {new!r} split, and none can be taken from 'train', where every class has one image: "
-            f"add images or a {new!r} split."
+            f"{name!r} has no {new!r} split, and none can be taken from 'train', where every class has one image: add "
+            f"images or a {new!r} split."
         )
     logger.info(f"{name!r} has no {new!r} split: {len(chosen)} of {len(train)} training images make it.")
     if single:

@@ -324,10 +324,8 @@ def find_shared_parameters(
     if not shared:
         raise ValueError(
             f"{type(lower).__name__} and {type(upper).__name__} share no backbone: no trainable parameter of their "
-            "base models "
-            f"({type(lower.base_model).__name__} and {type(upper.base_model).__name__}) has the same name and shape. "
-            "Use two "
-            "models on the same backbone."
+            f"base models ({type(lower.base_model).__name__} and {type(upper.base_model).__name__}) has the same name "
+            "and shape. Use two models on the same backbone."
         )
     differences = []
     for level, parameters in sides.items():
@@ -344,8 +342,7 @@ def find_shared_parameters(
     if differences:
         raise ValueError(
             f"The two backbones are not the same; {'; '.join(differences)}. Use models on the same backbone, freeze "
-            "common "
-            "parameters in both or neither, or name what may differ in unshared_parameters."
+            "common parameters in both or neither, or name what may differ in unshared_parameters."
         )
     return tuple(shared)
 

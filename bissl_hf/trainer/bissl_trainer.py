@@ -495,8 +495,8 @@ class BiSSLTrainer(LevelEvaluation):
         if pull < 0.5:
             logger.warning(
                 "The lower level will hardly feel the upper one: the pull of the whole run is estimated at "
-                f"{pull:.2g}, below "
-                f"0.5. proximal_weight={2 * self.args.proximal_weight / max(pull, 1e-30):.2g} would give about 2."
+                f"{pull:.2g}, below 0.5. proximal_weight={2 * self.args.proximal_weight / max(pull, 1e-30):.2g} would "
+                "give about 2."
             )
 
     # Logs and state
@@ -509,8 +509,8 @@ class BiSSLTrainer(LevelEvaluation):
         collected = super().collect_logs()
         if collected.get("solver/negative_curvature", 0.0) >= 0.5:
             logger.warning_once(
-                "Half or more of the linear solves of an alternation met negative curvature and stopped early: "
-                f"I + H / (lambda + delta) is not definite. Raise damping, which is {self.args.damping}."
+                "Half or more of the linear solves of an alternation met negative curvature and stopped early: I + H "
+                f"/ (lambda + delta) is not definite. Raise damping, which is {self.args.damping}."
             )
         return {
             **collected,
@@ -531,11 +531,11 @@ class BiSSLTrainer(LevelEvaluation):
         self._pull = state["pull"]
         self._head_is_warm = True
 
-    def reading(self) -> dict[str, Any]:
+    def resume_settings(self) -> dict[str, Any]:
         """Adds what each stream reads, and the other optimizer."""
         streams = (Stream.LOWER, Stream.UPPER, Stream.CURVATURE)
         return {
-            **super().reading(),
+            **super().resume_settings(),
             **{stream.name.lower(): self.sources[stream].describe() for stream in streams},
             "lower_optim": self.args.lower_optim,
         }

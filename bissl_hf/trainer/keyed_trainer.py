@@ -63,8 +63,8 @@ class KeyedTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs and would split batches by DataParallel, which is not supported. "
-                "Start "
-                f"with `accelerate launch --multi_gpu --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0."
+                f"Start with `accelerate launch --multi_gpu --num_processes {args.n_gpu}`, or set "
+                "CUDA_VISIBLE_DEVICES=0."
             )
         if trainer_kwargs.get("optimizers", (None, None)) != (None, None):
             raise ValueError("optimizers is not supported: name them in the arguments, or override create_optimizer.")
@@ -149,13 +149,13 @@ class KeyedTrainer(Trainer):
     def run_state(self) -> dict[str, Any]:
         """Returns what a resume needs beside Trainer's own files, as JSON. Called on every process. Subclasses add to
         it."""
-        return {"metrics": self.metrics_buffer.state_dict(), "reading": self.reading()}
+        return {"metrics": self.metrics_buffer.state_dict(), "settings": self.resume_settings()}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Takes over what `run_state` returned."""
         self.metrics_buffer.load_state_dict(state["metrics"])
 
-    def reading(self) -> dict[str, Any]:
+    def resume_settings(self) -> dict[str, Any]:
         """Returns the settings that a resumed run must share: those that decide which examples a step reads, and the
         shape of what a checkpoint holds. Subclasses add to it."""
         return {
@@ -176,10 +176,10 @@ class KeyedTrainer(Trainer):
             whole, _ = find_last_checkpoint(checkpoint.parent)
             advice = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
             raise ValueError(f"The checkpoint {checkpoint} is not whole: {defect}; {advice}.")
-        then = json.loads((checkpoint / RUN_STATE_NAME).read_text())["reading"]
+        then = json.loads((checkpoint / RUN_STATE_NAME).read_text())["settings"]
         changed = [
             f"{name} was {then.get(name)} and is {now}"
-            for name, now in self.reading().items()
+            for name, now in self.resume_settings().items()
             if then.get(name) != now
         ]
         if changed:

@@ -38,8 +38,7 @@ def level_sources(
         if batch > len(lower_dataset):
             raise ValueError(
                 f"{name} makes a batch of {batch}, and lower_dataset has {len(lower_dataset)} examples; choose a "
-                "batch that "
-                "is not larger."
+                "batch that is not larger."
             )
     upper_batch, labelled = args.per_device_train_batch_size * world, len(train_dataset)
     if labelled < world:
@@ -48,8 +47,7 @@ def level_sources(
         cut = labelled // world * world
         logger.warning(
             f"The upper batch of {upper_batch} (per_device_train_batch_size x processes) is larger than the "
-            f"{labelled} "
-            f"labelled examples; it is cut to {cut}."
+            f"{labelled} labelled examples; it is cut to {cut}."
         )
         upper_batch = cut
     labelled_source = partial(KeyedSource, train_dataset, upper_batch, collator, world_size=world)

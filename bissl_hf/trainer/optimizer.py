@@ -152,8 +152,8 @@ def build_optimizer(
     unknown = sorted(set(options) - free)
     if unknown:
         raise ValueError(
-            f"{optimizer_class.__name__} (from {field}={name!r}) does not take {', '.join(unknown)} as options; "
-            f"it takes {', '.join(sorted(free))}."
+            f"{optimizer_class.__name__} (from {field}={name!r}) does not take {', '.join(unknown)} as options; it "
+            f"takes {', '.join(sorted(free))}."
         )
     if weight_decay and "weight_decay" not in accepted:
         raise ValueError(f"{optimizer_class.__name__} (from {field}={name!r}) takes no weight decay; set it to 0.")
@@ -256,8 +256,7 @@ def step_length(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: S
     if not has_step_length(optimizer):
         raise ValueError(
             f"The effective step length of {type(optimizer).__name__} is not known; it is for LARS, SGD, Adam, AdamW "
-            "and "
-            "NAdam."
+            "and NAdam."
         )
     group = optimizer.param_groups[0]
     if isinstance(optimizer, LARS):

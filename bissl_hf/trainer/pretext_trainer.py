@@ -93,9 +93,9 @@ class PretextTrainer(KeyedTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def reading(self) -> dict[str, Any]:
+    def resume_settings(self) -> dict[str, Any]:
         """Adds what the stream of batches reads."""
-        return {**super().reading(), "pretext": self.source.describe()}
+        return {**super().resume_settings(), "pretext": self.source.describe()}
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

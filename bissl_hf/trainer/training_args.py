@@ -86,8 +86,7 @@ class KeyedTrainingArguments(TrainingArguments):
         if self.push_to_hub:
             raise ValueError(
                 "push_to_hub would upload both levels under the name of one model; upload the exported folder "
-                "instead, with "
-                "`hf upload user/name OUTPUT_DIR`."
+                "instead, with `hf upload user/name OUTPUT_DIR`."
             )
         if self.fp16:
             raise ValueError("fp16 needs a loss scale that hand-written gradients do not have; use bf16=True instead.")
@@ -241,22 +240,19 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         if self.solver == "blockwise_cg" and self.solver_tolerance > 0:
             raise ValueError(
                 f"solver_tolerance is {self.solver_tolerance}, and solver 'blockwise_cg' has no stopping rule: its "
-                "recursion "
-                "does not follow the residual. Set solver_tolerance to 0 or solver to 'cg'."
+                "recursion does not follow the residual. Set solver_tolerance to 0 or solver to 'cg'."
             )
 
     def _set_epochs(self) -> None:
         if self.num_train_epochs is not None and self.num_train_epochs != self.num_alternations:
             raise ValueError(
                 f"num_train_epochs is {self.num_train_epochs} and num_alternations {self.num_alternations}; one epoch "
-                "is one "
-                "alternation. Leave num_train_epochs out."
+                "is one alternation. Leave num_train_epochs out."
             )
         if self.max_steps > 0:
             raise ValueError(
                 f"max_steps is {self.max_steps}; the length of a run is num_alternations x (lower_steps + "
-                "upper_steps). "
-                "Leave max_steps out."
+                "upper_steps). Leave max_steps out."
             )
         self.num_train_epochs = float(self.num_alternations)
 

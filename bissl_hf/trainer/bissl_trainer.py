@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback, default_data_collator
+from transformers import TrainerCallback, default_data_collator
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
@@ -21,7 +21,6 @@ from ..hypergradient import Curvature, implicit_gradient
 from ..linear_solve import SolveStatus
 from ..models.modeling_bissl import BiSSLModel
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
-from .callbacks import ShortProgressCallback
 from .keyed_trainer import Transform, split_rows
 from .level_data import level_sources
 from .level_evaluation import LevelEvaluation
@@ -120,9 +119,6 @@ class BiSSLTrainer(LevelEvaluation):
         if eval_transform is not None:
             # The transform may need columns that forward does not name.
             self.args.remove_unused_columns = False
-        if not args.disable_tqdm:
-            self.pop_callback(ProgressCallback)
-            self.add_callback(ShortProgressCallback)
         self.sources: dict[Stream, KeyedSource] = {}
         if train_dataset is not None or lower_dataset is not None:
             self.sources = level_sources(

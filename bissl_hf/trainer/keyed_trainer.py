@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
@@ -26,6 +26,7 @@ from ..data.alternation import (
     keyed_random_state,
 )
 from ..distributed import average_flat
+from .callbacks import ShortProgressCallback
 from .checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
 from .metrics_buffer import MetricsBuffer
 from .training_args import KeyedTrainingArguments
@@ -75,6 +76,9 @@ class KeyedTrainer(Trainer):
         self.metrics_buffer = MetricsBuffer(average_flat)
         callbacks = [*(trainer_kwargs.pop("callbacks", None) or []), _EpochBoundary()]
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
+        if not args.disable_tqdm:
+            self.pop_callback(ProgressCallback)
+            self.add_callback(ShortProgressCallback)
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
 

@@ -12,30 +12,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from torch.utils.data import Dataset, Subset
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from bissl_hf import (
     BiSSLModel,
     BiSSLTrainer,
     BiSSLTrainingArguments,
-    SimCLRConfig,
     SimCLRForPreTraining,
-    TwoViewTransform,
     load_image_dataset,
 )
-from bissl_hf.cli import RESULTS_NAME, format_table, open_output_dir, parse_arguments, refusing_bad_input
+from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
+from bissl_hf.cli.images import (
+    DataArguments,
+    LabelledImages,
+    ViewArguments,
+    build_train_transform,
+    build_view_transform,
+    decode_labelled,
+    decode_unlabelled,
+    load_labelled,
+)
+from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
+from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_output_dir
+from bissl_hf.cli.pretraining import pretrain
 from bissl_hf.data.alternation import StepKey, Stream
-from bissl_hf.data.augment import EvalTransform, TrainTransform, image_processor
+from bissl_hf.data.augment import EvalTransform, image_processor
 from bissl_hf.data.decoded import DecodedImages
 from bissl_hf.evaluation.features import extract_features, tsne_layout
 from bissl_hf.evaluation.figures import plot_layouts, plot_run
 from bissl_hf.evaluation.metrics import classification_metrics
-from bissl_hf.models.configuration_simclr import resnet18_config
-from bissl_hf.trainer.checkpoints import STAGING_FOLDER, find_last_checkpoint, publish, write_json
+from bissl_hf.trainer.checkpoints import write_json
 from bissl_hf.trainer.optimizer import resolve_optimizer
 from bissl_hf.trainer.pretext_trainer import PretextTrainer
 from bissl_hf.trainer.training_args import PretextTrainingArguments
@@ -44,53 +53,20 @@ TSNE_ROWS = 1000
 
 
 @dataclass
-class DataArguments:
-    """What the two levels learn from, and how their views are made."""
+class LowerDataArguments:
+    """What the lower level learns from."""
 
-    dataset: str = field(
-        default="digits", metadata={"help": "Labelled images: digits, a folder, a Parquet file or a Hub id."}
-    )
     lower_dataset: str | None = field(
         default=None,
         metadata={"help": "Unlabelled images, likewise; else the `unlabeled` split or training images of --dataset."},
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; found by itself if usual."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels; found by itself if usual."})
-    image_size: int = field(default=96, metadata={"help": "Side of the square images that the model sees, in pixels."})
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.08, 1.0], metadata={"help": "Smallest and largest area of a random crop."}
-    )
-    crop_ratio: list[float] = field(
-        default_factory=lambda: [0.5, 1.0], metadata={"help": "Smallest and largest aspect ratio of a random crop."}
-    )
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
-    color_jitter: float = field(default=0.8, metadata={"help": "Probability of colour jitter in a view."})
-    grayscale: float = field(default=0.2, metadata={"help": "Probability of greyscale in a view."})
-    blur: list[float] = field(
-        default_factory=lambda: [1.0, 0.1], metadata={"help": "Probabilities of blur in the two views."}
-    )
-    solarize: list[float] = field(
-        default_factory=lambda: [0.0, 0.2], metadata={"help": "Probabilities of solarisation in the two views."}
-    )
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(PretextModelArguments):
     """Where the models come from, and the pre-training that precedes BiSSL."""
 
-    lower_model: str | None = field(default=None, metadata={"help": "Pre-trained SimCLR model: a folder or Hub id."})
-    backbone: str | None = field(
-        default=None, metadata={"help": "Backbone to start from: a folder or Hub id; a ResNet-18 if not given."}
-    )
-    backbone_init: str = field(
-        default="pretrained",
-        metadata={"help": "pretrained: load --backbone's weights; random: its architecture only."},
-    )
     upper_model: str | None = field(default=None, metadata={"help": "Image classifier whose head is kept."})
-    projection_dims: list[int] = field(
-        default_factory=lambda: [256, 256, 256], metadata={"help": "Widths of the projection head."}
-    )
-    temperature: float = field(default=0.5, metadata={"help": "Temperature of the NT-Xent loss."})
     pretrain_steps: int | None = field(
         default=None, metadata={"help": "SimCLR steps before BiSSL; 1000 if not given, 0 with --lower_model."}
     )
@@ -104,77 +80,23 @@ class ModelArguments:
 
 
 @dataclass
-class Images:
-    """The decoded data of a run."""
+class Images(LabelledImages):
+    """The decoded data of both levels."""
 
-    train: DecodedImages
-    validation: DecodedImages
-    test: DecodedImages
     lower: DecodedImages
-    class_names: list[str]
 
 
-def load_images(arguments: DataArguments, seed: int) -> Images:
-    columns: dict[str, Any] = {"image_column": arguments.image_column, "label_column": arguments.label_column}
-    labelled = load_image_dataset(arguments.dataset, seed=seed, **columns)
-    class_names = labelled["train"].features["label"].names
-    if len(class_names) < 2:
-        raise ValueError(
-            f"{arguments.dataset} has a single class, {class_names[0]!r}; there is nothing to tell apart."
-        )
-    if arguments.lower_dataset:
-        source = load_image_dataset(arguments.lower_dataset, seed=seed, require_labels=False)
-    else:
-        source = labelled
-    unlabelled = source["unlabeled"] if "unlabeled" in source else source["train"].select_columns("image")
-
-    def decode(split: datasets.Dataset, name: str, *, native_size: bool) -> DecodedImages:
-        return DecodedImages.from_dataset(
-            split, image_size=arguments.image_size, native_size=native_size, description=f"Decoding {name}"
-        )
-
-    return Images(
-        train=decode(labelled["train"], "train", native_size=True),
-        validation=decode(labelled["validation"], "validation", native_size=False),
-        test=decode(labelled["test"], "test", native_size=False),
-        lower=decode(unlabelled, "unlabelled", native_size=True),
-        class_names=class_names,
-    )
-
-
-def build_lower(arguments: ModelArguments) -> SimCLRForPreTraining:
-    heads: dict[str, Any] = {"projection_dims": arguments.projection_dims, "temperature": arguments.temperature}
-    if arguments.backbone_init not in ("pretrained", "random"):
-        raise ValueError(f"backbone_init is {arguments.backbone_init!r}; it must be pretrained or random.")
-    if arguments.lower_model and arguments.backbone:
-        raise ValueError("Both lower_model and backbone are given; a lower model brings its backbone, so drop one.")
-    if arguments.lower_model:
-        config = AutoConfig.from_pretrained(arguments.lower_model)
-        if not isinstance(config, SimCLRConfig):
-            raise ValueError(
-                f"lower_model {arguments.lower_model} is a {config.model_type!r} model; it must be a SimCLR one. To "
-                "put a SimCLR head on it pass it as --backbone."
-            )
-        return SimCLRForPreTraining.from_pretrained(arguments.lower_model)
-    if arguments.backbone and arguments.backbone_init == "pretrained":
-        return SimCLRForPreTraining.from_backbone(arguments.backbone, **heads)
-    backbone = AutoConfig.from_pretrained(arguments.backbone) if arguments.backbone else resnet18_config()
-    return SimCLRForPreTraining(SimCLRConfig(backbone_config=backbone, **heads))
+def load_images(data: DataArguments, lower_dataset: str | None, seed: int) -> Images:
+    splits = load_labelled(data, seed=seed)
+    lower = load_image_dataset(lower_dataset, seed=seed, require_labels=False) if lower_dataset else splits
+    labelled = decode_labelled(splits, data.image_size)
+    return Images(**vars(labelled), lower=decode_unlabelled(lower, data.image_size))
 
 
 def build_upper(arguments: ModelArguments, lower: SimCLRForPreTraining, class_names: list[str]) -> PreTrainedModel:
     if arguments.upper_model:
-        upper = AutoModelForImageClassification.from_pretrained(arguments.upper_model)
-        if upper.config.num_labels != len(class_names):
-            raise ValueError(
-                f"upper_model {arguments.upper_model} tells {upper.config.num_labels} classes apart and the data set "
-                f"has {len(class_names)}; leave upper_model out for a new head."
-            )
-        return upper
-    config = type(lower.config.backbone_config).from_dict(lower.config.backbone_config.to_dict())
-    config.id2label = dict(enumerate(class_names))
-    config.label2id = {name: number for number, name in enumerate(class_names)}
-    return AutoModelForImageClassification.from_config(config)
+        return load_classifier(arguments.upper_model, class_names, field="upper_model")
+    return new_classifier(lower.config.backbone_config, class_names)
 
 
 def check_pairs(args: BiSSLTrainingArguments) -> None:
@@ -197,33 +119,19 @@ def check_pairs(args: BiSSLTrainingArguments) -> None:
 
 
 def build_trainer(
-    arguments: DataArguments, args: BiSSLTrainingArguments, model: BiSSLModel, images: Images
+    data: DataArguments, views: ViewArguments, args: BiSSLTrainingArguments, model: BiSSLModel, images: Images
 ) -> BiSSLTrainer:
     check_pairs(args)
-    for name in ("crop_scale", "crop_ratio"):
-        if len(getattr(arguments, name)) != 2:
-            raise ValueError(f"{name} is {getattr(arguments, name)}; it must be two numbers, the lower one first.")
-    crop: dict[str, Any] = {
-        "crop_scale": tuple(arguments.crop_scale),
-        "crop_ratio": tuple(arguments.crop_ratio),
-        "horizontal_flip": arguments.horizontal_flip,
-    }
-    views: dict[str, Any] = {
-        "color_jitter": arguments.color_jitter,
-        "grayscale": arguments.grayscale,
-        "blur": tuple(arguments.blur),
-        "solarize": tuple(arguments.solarize),
-    }
     return BiSSLTrainer(
         model=model,
         args=args,
         train_dataset=images.train,
         lower_dataset=images.lower,
         eval_dataset=images.validation,
-        train_transform=TrainTransform(arguments.image_size, **crop),
-        eval_transform=EvalTransform(arguments.image_size),
-        lower_transform=TwoViewTransform(arguments.image_size, **crop, **views),
-        processing_class=image_processor(arguments.image_size),
+        train_transform=build_train_transform(data.image_size, views),
+        eval_transform=EvalTransform(data.image_size),
+        lower_transform=build_view_transform(data.image_size, views),
+        processing_class=image_processor(data.image_size),
         compute_metrics=classification_metrics(),
     )
 
@@ -283,23 +191,6 @@ def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
     trainer.create_optimizer()
     trainer.get_train_dataloader()
     pretrainer.create_optimizer()
-
-
-def pretrain(pretrainer: PretextTrainer, model: BiSSLModel) -> None:
-    """Pre-trains the lower model, or takes over what an earlier start of this run has finished."""
-    folder = Path(str(pretrainer.args.output_dir))
-    finished = folder / "model"
-    if pretrainer.args.max_steps > 0 and not finished.is_dir():
-        checkpoint, _ = find_last_checkpoint(folder)
-        print(f"Pre-training with SimCLR for {pretrainer.args.max_steps} steps")
-        pretrainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if pretrainer.is_world_process_zero():
-            model.lower.save_pretrained(folder / STAGING_FOLDER)
-            publish(folder / STAGING_FOLDER, finished)
-        pretrainer.accelerator.wait_for_everyone()
-    if finished.is_dir():
-        model.lower.load_state_dict(SimCLRForPreTraining.from_pretrained(finished).state_dict())
-    model.start_upper_from_lower()
 
 
 def evaluate_on_test(trainer: BiSSLTrainer, test: DecodedImages, prefix: str) -> dict[str, Any]:
@@ -364,23 +255,26 @@ def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    data, models, args = parse_arguments(
-        (DataArguments, ModelArguments, BiSSLTrainingArguments), arguments, description=str(__doc__).split("\n\n")[-1]
+    data, lower_data, views, models, args = parse_arguments(
+        (DataArguments, LowerDataArguments, ViewArguments, ModelArguments, BiSSLTrainingArguments),
+        arguments,
+        description=str(__doc__).split("\n\n")[-1],
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
         checkpoint = open_output_dir(args.output_dir, args.resume_from_checkpoint)
         set_seed(args.seed)
-        images = load_images(data, args.seed)
-        lower = build_lower(models)
+        images = load_images(data, lower_data.lower_dataset, args.seed)
+        lower = build_pretext_model(models)
         model = BiSSLModel.from_models(lower, build_upper(models, lower, images.class_names))
-        trainer = build_trainer(data, args, model, images)
+        trainer = build_trainer(data, views, args, model, images)
         pretrainer = build_pretrainer(models, args, trainer)
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
         try_out(trainer, pretrainer)
 
-    pretrain(pretrainer, model)
+    pretrain(pretrainer)
+    model.start_upper_from_lower()
     output = Path(str(args.output_dir))
     before_file = output / "before.json"
     if checkpoint is None or not before_file.is_file():

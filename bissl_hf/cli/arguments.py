@@ -1,12 +1,10 @@
-"""What recipes share: arguments from YAML and the command line, bad input as one sentence, folders, closing
-summaries."""
+"""Arguments from YAML and the command line; bad input as one sentence."""
 
 import difflib
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,10 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from .trainer.checkpoints import find_defect, find_last_checkpoint, list_checkpoints
-
 EXIT_BAD_INPUT = 2
-RESULTS_NAME = "all_results.json"
 
 
 def refuse(message: str) -> NoReturn:
@@ -115,68 +110,3 @@ def _arguments_of_yaml(path: str, known: Sequence[str]) -> list[str]:
 def _close_matches(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(matches)}?" if matches else "; see --help for those that exist."
-
-
-def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
-    """Checks that a run may use its folder, and finds the checkpoint to go on from.
-
-    Args:
-        output_dir (`str`): created if need be.
-        resume (`str` or `bool`, *optional*): a checkpoint, or true for the newest whole one.
-
-    Returns:
-        `Path | None`: the checkpoint.
-
-    Raises:
-        `ValueError`: if the folder holds a run and `resume` is not given, or the checkpoint is missing or
-            not whole.
-        `OSError`: if the folder cannot be written to.
-    """
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"output_dir {folder} cannot be written to ({error.strerror or error}); choose another."
-        ) from error
-    wants = resume if isinstance(resume, bool) else str(resume or "").lower()
-    if wants in (False, "", "false", "none"):
-        finished, started = (folder / RESULTS_NAME).is_file(), bool(list_checkpoints(folder)) or any(folder.iterdir())
-        if finished or started:
-            state = "a finished run" if finished else "files, maybe of an unfinished run"
-            raise ValueError(
-                f"output_dir {folder} holds {state}; pass --resume_from_checkpoint true to go on with it, or choose "
-                "another."
-            )
-        return None
-    if wants not in (True, "true"):
-        named = Path(str(resume))
-        if not named.is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint is {resume}; there is no such folder. Pass true for the newest one."
-            )
-        if defect := find_defect(named):
-            raise ValueError(
-                f"resume_from_checkpoint is {resume}, which is not whole: {defect}. Pass true for the newest that is."
-            )
-        if named.resolve().parent != folder.resolve():
-            raise ValueError(
-                f"resume_from_checkpoint is {resume}, which is not in output_dir {folder}. A run goes on in its own "
-                f"folder: set output_dir to {named.parent}."
-            )
-        return named
-    checkpoint, passed_over = find_last_checkpoint(folder)
-    for path, defect in passed_over.items():
-        print(f"Passing over {path}, which is not whole: {defect}.", file=sys.stderr)
-    return checkpoint
-
-
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lays rows out as a table of text, one column per key."""
-    columns = list(rows[0])
-    cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

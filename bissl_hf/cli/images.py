@@ -1,0 +1,127 @@
+"""The image data of a run: arguments, decoded splits and transforms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+
+from ..data.augment import TrainTransform, TwoViewTransform
+from ..data.decoded import DecodedImages
+from ..data.sources import load_image_dataset
+
+
+@dataclass
+class DataArguments:
+    """The labelled images of a recipe."""
+
+    dataset: str = field(
+        default="digits", metadata={"help": "Labelled images: digits, a folder, a Parquet file or a Hub id."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; found by itself if usual."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels; found by itself if usual."})
+    image_size: int = field(default=96, metadata={"help": "Side of the square images that the model sees, in pixels."})
+
+
+@dataclass
+class CropArguments:
+    """How training images are cropped and flipped."""
+
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.08, 1.0], metadata={"help": "Smallest and largest area of a random crop."}
+    )
+    crop_ratio: list[float] = field(
+        default_factory=lambda: [0.5, 1.0], metadata={"help": "Smallest and largest aspect ratio of a random crop."}
+    )
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+
+
+@dataclass
+class ViewArguments(CropArguments):
+    """How the two views of a pretext image are made."""
+
+    color_jitter: float = field(default=0.8, metadata={"help": "Probability of colour jitter in a view."})
+    grayscale: float = field(default=0.2, metadata={"help": "Probability of greyscale in a view."})
+    blur: list[float] = field(
+        default_factory=lambda: [1.0, 0.1], metadata={"help": "Probabilities of blur in the two views."}
+    )
+    solarize: list[float] = field(
+        default_factory=lambda: [0.0, 0.2], metadata={"help": "Probabilities of solarisation in the two views."}
+    )
+
+
+@dataclass
+class LabelledImages:
+    """The decoded splits of a labelled data set."""
+
+    train: DecodedImages
+    validation: DecodedImages
+    test: DecodedImages
+    class_names: list[str]
+
+
+def load_labelled(arguments: DataArguments, *, seed: int) -> datasets.DatasetDict:
+    """Loads the data set that the arguments name.
+
+    Raises:
+        `ValueError`: see [`load_image_dataset`]; also if it has a single class.
+    """
+    splits = load_image_dataset(
+        arguments.dataset, image_column=arguments.image_column, label_column=arguments.label_column, seed=seed
+    )
+    class_names = splits["train"].features["label"].names
+    if len(class_names) < 2:
+        raise ValueError(
+            f"{arguments.dataset} has a single class, {class_names[0]!r}; there is nothing to tell apart."
+        )
+    return splits
+
+
+def decode_labelled(splits: Mapping[str, datasets.Dataset], image_size: int) -> LabelledImages:
+    """Decodes the three labelled splits; training images keep their size where they are square and of one size."""
+    return LabelledImages(
+        train=_decode(splits["train"], image_size, "train", native_size=True),
+        validation=_decode(splits["validation"], image_size, "validation", native_size=False),
+        test=_decode(splits["test"], image_size, "test", native_size=False),
+        class_names=splits["train"].features["label"].names,
+    )
+
+
+def decode_unlabelled(splits: Mapping[str, datasets.Dataset], image_size: int) -> DecodedImages:
+    """Decodes the images for a pretext task: the split `unlabeled` where there is one, else the training images."""
+    unlabelled = splits["unlabeled"] if "unlabeled" in splits else splits["train"].select_columns("image")
+    return _decode(unlabelled, image_size, "unlabelled", native_size=True)
+
+
+def _decode(split: datasets.Dataset, image_size: int, name: str, *, native_size: bool) -> DecodedImages:
+    return DecodedImages.from_dataset(
+        split, image_size=image_size, native_size=native_size, description=f"Decoding {name}"
+    )
+
+
+def build_train_transform(image_size: int, arguments: CropArguments) -> TrainTransform:
+    """Returns the random crops of downstream training."""
+    return TrainTransform(image_size, **_crop_options(arguments))
+
+
+def build_view_transform(image_size: int, arguments: ViewArguments) -> TwoViewTransform:
+    """Returns the two views of the pretext task."""
+    return TwoViewTransform(
+        image_size,
+        **_crop_options(arguments),
+        color_jitter=arguments.color_jitter,
+        grayscale=arguments.grayscale,
+        blur=tuple(arguments.blur),  # type: ignore[arg-type]
+        solarize=tuple(arguments.solarize),  # type: ignore[arg-type]
+    )
+
+
+def _crop_options(arguments: CropArguments) -> dict[str, Any]:
+    for name in ("crop_scale", "crop_ratio"):
+        if len(getattr(arguments, name)) != 2:
+            raise ValueError(f"{name} is {getattr(arguments, name)}; it must be two numbers, the lower one first.")
+    return {
+        "crop_scale": tuple(arguments.crop_scale),
+        "crop_ratio": tuple(arguments.crop_ratio),
+        "horizontal_flip": arguments.horizontal_flip,
+    }

@@ -1,0 +1,81 @@
+"""The models of a run, from what its arguments name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+
+from ..models.configuration_simclr import SimCLRConfig, resnet18_config
+from ..models.modeling_simclr import SimCLRForPreTraining
+
+
+@dataclass
+class PretextModelArguments:
+    """Where the pretext model comes from."""
+
+    lower_model: str | None = field(default=None, metadata={"help": "Pre-trained SimCLR model: a folder or Hub id."})
+    backbone: str | None = field(
+        default=None, metadata={"help": "Backbone to start from: a folder or Hub id; a ResNet-18 if not given."}
+    )
+    backbone_init: str = field(
+        default="pretrained",
+        metadata={"help": "pretrained: load --backbone's weights; random: its architecture only."},
+    )
+    projection_dims: list[int] = field(
+        default_factory=lambda: [256, 256, 256], metadata={"help": "Widths of the projection head."}
+    )
+    temperature: float = field(default=0.5, metadata={"help": "Temperature of the NT-Xent loss."})
+
+
+def build_pretext_model(arguments: PretextModelArguments) -> SimCLRForPreTraining:
+    """Returns the SimCLR model that the arguments name: loaded whole, or a new head on a backbone.
+
+    Raises:
+        `ValueError`: if the arguments contradict each other or name another kind of model.
+    """
+    heads: dict[str, Any] = {"projection_dims": arguments.projection_dims, "temperature": arguments.temperature}
+    if arguments.backbone_init not in ("pretrained", "random"):
+        raise ValueError(f"backbone_init is {arguments.backbone_init!r}; it must be pretrained or random.")
+    if arguments.lower_model and arguments.backbone:
+        raise ValueError("Both lower_model and backbone are given; a lower model brings its backbone, so drop one.")
+    if arguments.lower_model:
+        config = AutoConfig.from_pretrained(arguments.lower_model)
+        if not isinstance(config, SimCLRConfig):
+            raise ValueError(
+                f"lower_model {arguments.lower_model} is a {config.model_type!r} model; it must be a SimCLR one. To "
+                "put a SimCLR head on it pass it as --backbone."
+            )
+        return SimCLRForPreTraining.from_pretrained(arguments.lower_model)
+    if arguments.backbone and arguments.backbone_init == "pretrained":
+        return SimCLRForPreTraining.from_backbone(arguments.backbone, **heads)
+    backbone = AutoConfig.from_pretrained(arguments.backbone) if arguments.backbone else resnet18_config()
+    return SimCLRForPreTraining(SimCLRConfig(backbone_config=backbone, **heads))
+
+
+def new_classifier(backbone_config: PretrainedConfig, class_names: Sequence[str]) -> PreTrainedModel:
+    """Returns the image classifier on this kind of backbone with new weights and a head for these classes."""
+    config = type(backbone_config).from_dict(backbone_config.to_dict())
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: number for number, name in enumerate(class_names)}
+    return AutoModelForImageClassification.from_config(config)
+
+
+def load_classifier(source: str, class_names: Sequence[str], *, field: str) -> PreTrainedModel:
+    """Loads an image classifier with its head.
+
+    Args:
+        source (`str`): folder or Hub id.
+        class_names (`Sequence[str]`): of the data set.
+        field (`str`): the argument that names the model, for messages.
+
+    Raises:
+        `ValueError`: if it tells another number of classes apart.
+    """
+    model = AutoModelForImageClassification.from_pretrained(source)
+    if model.config.num_labels != len(class_names):
+        raise ValueError(
+            f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "
+            f"{len(class_names)}; leave {field} out for a new head."
+        )
+    return model

@@ -1,0 +1,94 @@
+"""Image data from arguments: which splits are read, and the transforms that the arguments describe."""
+
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bissl_hf.cli.images import (
+    CropArguments,
+    DataArguments,
+    ViewArguments,
+    build_train_transform,
+    build_view_transform,
+    decode_labelled,
+    decode_unlabelled,
+    load_labelled,
+)
+from bissl_hf.data.augment import TrainTransform, TwoViewTransform
+
+VIEWS = ViewArguments(crop_scale=[0.5, 0.9], crop_ratio=[0.8, 1.2], horizontal_flip=0.3, blur=[0.5, 0.0])
+
+
+def split(brightness: Sequence[int], labels: Sequence[int] | None) -> datasets.Dataset:
+    columns: dict[str, list] = {"image": [Image.new("RGB", (16, 16), (value,) * 3) for value in brightness]}
+    features = datasets.Features({"image": datasets.Image()})
+    if labels is not None:
+        columns["label"] = list(labels)
+        features["label"] = datasets.ClassLabel(names=["dark", "light"])
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_the_digits_are_loaded_by_their_columns() -> None:
+    splits = load_labelled(DataArguments(image_column="image", label_column="label"), seed=0)
+    assert {name: len(part) for name, part in splits.items()} == {"train": 1295, "validation": 143, "test": 359}
+    with pytest.raises(ValueError, match="no column 'photo'"):
+        load_labelled(DataArguments(image_column="photo"), seed=0)
+
+
+def test_a_single_class_is_refused(tmp_path) -> None:
+    for name in ("train", "test"):
+        folder = tmp_path / name / "cat"
+        folder.mkdir(parents=True)
+        for number in range(3):
+            Image.new("L", (8, 8), number).save(folder / f"{number}.png")
+    with pytest.raises(ValueError, match="has a single class, 'cat'; there is nothing to tell apart"):
+        load_labelled(DataArguments(dataset=str(tmp_path)), seed=0)
+
+
+def test_training_images_keep_their_size_and_the_others_are_resized() -> None:
+    splits = {name: split([10, 200], [0, 1]) for name in ("train", "validation", "test")}
+    images = decode_labelled(splits, 14)
+    assert [part.image_shape for part in (images.train, images.validation, images.test)] == [
+        (3, 16, 16),
+        (3, 16, 16),
+        (3, 16, 16),
+    ]
+    small = decode_labelled(splits, 7)
+    assert [part.image_shape for part in (small.train, small.validation, small.test)] == [
+        (3, 16, 16),
+        (3, 8, 8),
+        (3, 8, 8),
+    ]
+    assert small.class_names == ["dark", "light"]
+    assert small.test[1]["labels"] == 1
+
+
+def test_the_pretext_task_reads_unlabelled_images_where_there_are_any() -> None:
+    splits = {"train": split([10, 200], [0, 1])}
+    rows = decode_unlabelled(splits, 14)
+    assert [set(rows[row]) for row in range(2)] == [{"pixel_values"}] * 2
+    assert np.allclose([rows[row]["pixel_values"].float().mean() for row in range(2)], [10, 200])
+    splits["unlabeled"] = split([7], None)
+    assert decode_unlabelled(splits, 14)[0]["pixel_values"].float().mean() == 7
+
+
+def test_transforms_follow_their_arguments() -> None:
+    images = torch.randint(0, 256, (6, 3, 20, 20), dtype=torch.uint8)
+    crop = {"crop_scale": (0.5, 0.9), "crop_ratio": (0.8, 1.2), "horizontal_flip": 0.3}
+    colours = {"color_jitter": 0.8, "grayscale": 0.2, "blur": (0.5, 0.0), "solarize": (0.0, 0.2)}
+    for found, expected in (
+        (build_train_transform(16, VIEWS), TrainTransform(16, **crop)),
+        (build_view_transform(16, VIEWS), TwoViewTransform(16, **crop, **colours)),
+    ):
+        outputs = [transform({"pixel_values": images}, (1, 2))["pixel_values"] for transform in (found, expected)]
+        assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", ["crop_scale", "crop_ratio"])
+def test_a_range_is_two_numbers(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is \[0.5\]; it must be two numbers, the lower one first"):
+        build_train_transform(16, CropArguments(**{name: [0.5]}))

@@ -1,0 +1,73 @@
+"""Models from arguments: whose weights they hold, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, ResNetForImageClassification
+
+from bissl_hf import SimCLRConfig, SimCLRForPreTraining
+from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
+
+from ..conftest import tiny_resnet_config
+
+
+def same_weights(first: PreTrainedModel, second: PreTrainedModel) -> bool:
+    others = second.state_dict()
+    return all(torch.equal(value, others[name]) for name, value in first.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    ResNetForImageClassification(tiny_resnet_config()).save_pretrained(folder)
+    return folder
+
+
+def test_a_pretext_model_is_loaded_whole(tmp_path: Path) -> None:
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=tiny_resnet_config(), projection_dims=(6, 5)))
+    model.save_pretrained(tmp_path)
+    loaded = build_pretext_model(PretextModelArguments(lower_model=str(tmp_path), projection_dims=[9]))
+    assert loaded.config.projection_dims == [6, 5]
+    assert same_weights(loaded, model)
+
+
+def test_a_backbone_gets_a_new_head(classifier: Path) -> None:
+    source = ResNetForImageClassification.from_pretrained(classifier)
+    arguments = PretextModelArguments(backbone=str(classifier), projection_dims=[7, 3], temperature=0.2)
+    model = build_pretext_model(arguments)
+    assert same_weights(model.backbone, source.base_model)
+    assert (model.config.projection_dims, model.config.temperature) == ([7, 3], 0.2)
+    arguments.backbone_init = "random"
+    assert not same_weights(build_pretext_model(arguments).backbone, source.base_model)
+
+
+def test_a_resnet18_by_default() -> None:
+    backbone = build_pretext_model(PretextModelArguments()).backbone
+    assert sum(parameter.numel() for parameter in backbone.parameters()) == 11_176_512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone_init": "zeros"}, "backbone_init is 'zeros'; it must be pretrained or random"),
+        ({"lower_model": "a", "backbone": "b"}, "Both lower_model and backbone are given"),
+        ({"lower_model": "{classifier}"}, "is a 'resnet' model; it must be a SimCLR one.*--backbone"),
+    ],
+)
+def test_contradictions_are_refused(arguments: dict[str, str], message: str, classifier: Path) -> None:
+    arguments = {name: value.format(classifier=classifier) for name, value in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        build_pretext_model(PretextModelArguments(**arguments))
+
+
+def test_a_new_classifier_names_its_classes() -> None:
+    model = new_classifier(tiny_resnet_config(), ["ant", "bee"])
+    assert model.config.id2label == {0: "ant", 1: "bee"}
+    assert model.classifier[-1].out_features == 2
+
+
+def test_a_classifier_must_tell_as_many_classes_apart(classifier: Path) -> None:
+    assert load_classifier(str(classifier), ["a", "b", "c"], field="upper_model").config.num_labels == 3
+    with pytest.raises(ValueError, match=r"upper_model .* tells 3 classes apart and the data set has 2; leave upper_m"):
+        load_classifier(str(classifier), ["a", "b"], field="upper_model")

@@ -1,0 +1,99 @@
+"""Folders of runs, and tables."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bissl_hf.cli import outputs
+from bissl_hf.trainer.checkpoints import write_manifest
+
+# Folders
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    write_manifest(folder)
+    return folder
+
+
+@pytest.mark.parametrize("resume", [None, False, "false", "False", "", "none", "true", True])
+def test_a_new_folder_is_made(resume: str | bool | None, tmp_path: Path) -> None:
+    assert outputs.open_output_dir(str(tmp_path / "a" / "b"), resume) is None
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("resume", [None, False, "false"])
+def test_a_folder_in_use_needs_a_resume(resume: str | bool | None, tmp_path: Path) -> None:
+    checkpoint(tmp_path, 4)
+    with pytest.raises(ValueError, match="holds files, maybe of an unfinished run; pass --resume_from_checkpoint tr"):
+        outputs.open_output_dir(str(tmp_path), resume)
+    (tmp_path / outputs.RESULTS_NAME).write_text("{}")
+    with pytest.raises(ValueError, match="holds a finished run; pass --resume_from_checkpoint true"):
+        outputs.open_output_dir(str(tmp_path), resume)
+
+
+@pytest.mark.parametrize("resume", [True, "true", "True"])
+def test_the_newest_whole_checkpoint_is_found(
+    resume: str | bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path, 4)
+    whole, cut, bare = (checkpoint(tmp_path, step) for step in (8, 12, 100))
+    (cut / "model.safetensors").write_bytes(b"weight")
+    (bare / "manifest.json").unlink()
+    assert outputs.open_output_dir(str(tmp_path), resume) == whole
+    assert capsys.readouterr().err.splitlines() == [
+        f"Passing over {bare}, which is not whole: it has no manifest.json, which is written last.",
+        f"Passing over {cut}, which is not whole: model.safetensors has 6 bytes instead of 7.",
+    ]
+
+
+def test_a_checkpoint_that_is_named_is_taken(tmp_path: Path) -> None:
+    older = checkpoint(tmp_path, 4)
+    checkpoint(tmp_path, 8)
+    assert outputs.open_output_dir(str(tmp_path), str(older)) == older
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint is .*checkpoint-5; there is no such folder"):
+        outputs.open_output_dir(str(tmp_path), str(tmp_path / "checkpoint-5"))
+    (older / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4, which is not whole: model.safetensors is missing\. Pass true"
+    ):
+        outputs.open_output_dir(str(tmp_path), str(older))
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=f"output_dir {path} cannot be written to .*; choose another"):
+            outputs.open_output_dir(str(path), None)
+
+    def refuse(**kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # Permissions do not hold the superuser back, so the file system is played.
+    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match=r"cannot be written to \(Permission denied\)"):
+        outputs.open_output_dir(str(tmp_path / "new"), None)
+
+
+# Tables
+
+
+def test_table() -> None:
+    rows = [{"model": "before", "accuracy": 7}, {"model": "the aligned one", "accuracy": "98.00 %"}]
+    assert outputs.format_table(rows).splitlines() == [
+        "model            accuracy",
+        "---------------  --------",
+        "before           7",
+        "the aligned one  98.00 %",
+    ]
+
+
+def test_a_checkpoint_of_another_folder_is_refused(tmp_path):
+    checkpoint = tmp_path / "elsewhere" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match="is not in output_dir"):
+        outputs.open_output_dir(str(tmp_path / "here"), str(checkpoint))

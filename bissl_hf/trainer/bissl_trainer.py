@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,25 +14,22 @@ from transformers import TrainerCallback, default_data_collator
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
-from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, read_rows
+from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
 from ..distributed import average_flat
-from ..hypergradient import Curvature, implicit_gradient
-from ..linear_solve import SolveStatus
 from ..models.modeling_bissl import BiSSLModel
-from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
-from .keyed_trainer import Transform, split_rows
+from ..tensors import Vector, fill_missing, norm, subtract
+from .keyed_trainer import Transform
 from .level_data import level_sources
-from .level_evaluation import LevelEvaluation
-from .optimizer import TwoLevelOptimizer, build_optimizer, clip_factor, has_step_length, step_length
+from .level_steps import LevelSteps
+from .optimizer import TwoLevelOptimizer, build_optimizer, clip_factor, has_step_length
+from .pull import Pull, warn_about_pull
 from .schedule import Schedule, level_schedule, two_level_scheduler
 from .training_args import BiSSLTrainingArguments
 
 logger = logging.get_logger(__name__)
 
-LossModel = Callable[..., Any]
 
-
-class BiSSLTrainer(LevelEvaluation):
+class BiSSLTrainer(LevelSteps):
     """Solves the bilevel problem of BiSSL (arXiv 2410.02387).
 
     One epoch of the Trainer is one alternation: `lower_steps` steps on the pretext loss pulled towards theta_D, then
@@ -125,32 +121,8 @@ class BiSSLTrainer(LevelEvaluation):
                 args, train_dataset, lower_dataset, self.data_collator, self.lower_data_collator
             )
         self._start: Vector | None = None
-        self._pull = 0.0
-        self._current_level = "lower"
-        self._curvature: tuple[int, Curvature] | None = None
+        self.pull = Pull(args.proximal_weight)
         self._head_is_warm = False
-
-    # What to override for another pair of tasks
-
-    def compute_lower_loss(self, model: LossModel, inputs: dict[str, Any]) -> Tensor:
-        """Returns the pretext loss L_P, the mean over this process's rows, shape `()`. It may be called several times
-        per step and must not have side effects.
-
-        Args:
-            model (`Callable`): the lower model; takes the inputs as keyword arguments.
-            inputs (`dict`): a batch of the lower data set, on the device.
-        """
-        return model(**inputs).loss
-
-    def compute_upper_loss(self, model: LossModel, inputs: dict[str, Any]) -> Tensor:
-        """Returns the downstream loss L_D, the mean over this process's rows, shape `()`. It is called with two
-        models: that of (theta_D, phi_D) and the aligned one of (theta_P, phi_D).
-
-        Args:
-            model (`Callable`): takes the inputs as keyword arguments.
-            inputs (`dict`): a batch of the labelled data set, on the device.
-        """
-        return model(**inputs).loss
 
     # Batches
 
@@ -234,172 +206,13 @@ class BiSSLTrainer(LevelEvaluation):
         size = self.accelerator.clip_grad_norm_(model.parameters(), bound or float("inf"))
         self.metrics_buffer.add(f"{self._current_level}/gradient_norm", size)
         if self._current_level == "lower":
-            self._count_pull(clip_factor(size, bound))
+            optimizer, theta_p = self.two_level_optimizer.lower, self.model.lower_shared_parameters()
+            self.pull.count(optimizer, theta_p, clip_factor(size, bound))
         return size
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
         """Trainer skips clipping where the upper bound is 0; the lower level may still have one."""
         return super()._get_grad_norm(model, self._clip_grad_norm(model) if grad_norm is None else grad_norm)
-
-    # Steps
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Leaves the gradients of one lower or one upper step on that level's parameters, as the batch's key says."""
-        key = inputs["key"]
-        model.train()
-        self._current_level = "lower" if key.level == Stream.LOWER else "upper"
-        transform = self.lower_transform if key.level == Stream.LOWER else self.train_transform
-        batch = self.move_and_transform(inputs["inputs"], key, transform)
-        self.count_samples(batch)
-        if key.level == Stream.LOWER:
-            self._curvature = None
-            if key.step == 0:
-                self._adapt_upper(key.alternation)
-            with self.model_randomness(key):
-                return self._lower_step(model, batch)
-        curvature = self._curvature_of(key)
-        with self.model_randomness(key):
-            return self._upper_step(curvature, batch)
-
-    def _lower_step(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Gradient of  L_P(theta_P, phi_P) + lambda/2 ||theta_P - theta_D||^2  (section 2 of the paper)."""
-        loss = torch.zeros((), device=self.args.device)
-        parts = split_rows(inputs, self.args.lower_micro_batch_size)
-        for index, (part, share) in enumerate(parts):
-            synchronised = index == len(parts) - 1
-            with self._synchronised_if(synchronised, model), self.accelerator.autocast():
-                part_loss = self.compute_lower_loss(partial(model, level="lower"), part) * share
-                self.accelerator.backward(part_loss)
-            loss = loss + part_loss.detach()
-
-        theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
-        pull = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
-        gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
-        for parameter, gradient in zip(theta_p, add_scaled(gradients, pull, self.args.proximal_weight), strict=True):
-            parameter.grad = gradient
-        self.metrics_buffer.add("loss", loss)
-        self.metrics_buffer.add("lower/loss", loss)
-        self.metrics_buffer.add("lower/proximal", 0.5 * self.args.proximal_weight * dot(pull, pull))
-        return loss
-
-    @contextmanager
-    def _synchronised_if(self, synchronised: bool, model: nn.Module) -> Iterator[None]:
-        """Averages gradients over processes in the last part of a batch only."""
-        if synchronised:
-            yield
-        else:
-            with self.accelerator.no_sync(model):
-                yield
-
-    def _curvature_of(self, key: StepKey) -> Curvature:
-        """Returns H of this alternation, linearised at its first upper step that is executed (after a resume, any)."""
-        if self._curvature is None or self._curvature[0] != key.alternation:
-            batch_key = key._replace(level=int(Stream.CURVATURE), step=0)
-            inputs = self.move_and_transform(
-                self.sources[Stream.CURVATURE].read(batch_key), batch_key, self.lower_transform
-            )
-            parts = split_rows(inputs, self.args.lower_micro_batch_size)
-
-            def lower_loss() -> Tensor:
-                with self.accelerator.autocast():
-                    losses = [share * self.compute_lower_loss(self.model.pure("lower"), part) for part, share in parts]
-                return torch.stack(losses).sum()
-
-            with self.model_randomness(batch_key):
-                curvature = Curvature(
-                    lower_loss,
-                    self.model.lower_shared_parameters(),
-                    mode=self.args.curvature_mode,
-                    reduce=average_flat,
-                )
-            self._curvature = (key.alternation, curvature)
-        return self._curvature[1]
-
-    def _upper_step(self, curvature: Curvature, inputs: dict[str, Any]) -> Tensor:
-        """Hypergradient (section 2 of the paper):
-        g_theta = x + gamma grad_theta L_D(theta_D, phi_D)  with  (I + H/(lambda + delta)) x = grad_theta L_D(theta_P,
-        phi_D), g_phi = grad_phi L_D(theta_P, phi_D) + gamma grad_phi L_D(theta_D, phi_D).
-        """
-        args = self.args
-        theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
-        phi_d = self.model.upper_head_parameters()
-        loss, at_theta_p = self._upper_gradient(self.model.pure("aligned"), inputs, (*theta_p, *phi_d))
-        direct_loss, at_theta_d = self._upper_gradient(
-            self.model.upper, inputs, (*theta_d, *phi_d), differentiate=args.direct_weight > 0
-        )
-        reduced = average_flat([*at_theta_p, *at_theta_d])
-        at_theta_p, at_theta_d = reduced[: len(at_theta_p)], reduced[len(at_theta_p) :]
-        rhs = at_theta_p[: len(theta_p)]
-        solution, info = implicit_gradient(
-            curvature,
-            rhs,
-            proximal_weight=args.proximal_weight,
-            damping=args.damping,
-            max_iterations=args.solver_max_iterations,
-            tolerance=args.solver_tolerance,
-            solver=args.solver,
-        )
-        gradient: Vector = (*solution, *at_theta_p[len(theta_p) :])
-        if at_theta_d:
-            gradient = add_scaled(gradient, at_theta_d, args.direct_weight)
-        for parameter, value in zip((*theta_d, *phi_d), gradient, strict=True):
-            parameter.grad = value
-
-        self.metrics_buffer.add("loss", loss)
-        self.metrics_buffer.add("upper/loss", loss)
-        self.metrics_buffer.add("upper/direct_loss", direct_loss)
-        self.metrics_buffer.add("alignment/cosine", cosine(curvature.gradient, rhs))
-        if args.solver != "identity":
-            self.metrics_buffer.add("solver/iterations", info.iterations_tensor)
-            self.metrics_buffer.add("solver/residual", info.residual_tensor)
-            for position, status in enumerate(SolveStatus):
-                if status in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.NON_FINITE):
-                    self.metrics_buffer.add(f"solver/{status}", info.status_tensor == position)
-        return loss
-
-    def _upper_gradient(
-        self, model: LossModel, inputs: dict[str, Any], parameters: tuple[Tensor, ...], *, differentiate: bool = True
-    ) -> tuple[Tensor, Vector]:
-        """Returns the upper loss of a model and its gradient; no gradient (an empty vector) if not asked for. The
-        gradient is linear in the rows, so parts of a batch add up to it exactly."""
-        total = torch.zeros((), device=self.args.device)
-        gradient: Vector = ()
-        for part, share in split_rows(inputs, self.args.upper_micro_batch_size):
-            with torch.set_grad_enabled(differentiate), self.accelerator.autocast():
-                loss = self.compute_upper_loss(model, part) * share
-            total = total + loss.detach()
-            if differentiate:
-                found = fill_missing(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
-                gradient = tuple(g.detach() for g in found) if not gradient else add_scaled(gradient, found, 1.0)
-        return total, gradient
-
-    @torch.no_grad()
-    def _adapt_upper(self, alternation: int) -> None:
-        """theta_D <- (1 - s) theta_D + s theta_P at the start of every so many alternations (off by default)."""
-        every = self.args.upper_adaptation_every
-        if every and alternation and alternation % every == 0:
-            theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
-            torch._foreach_lerp_(list(theta_d), list(theta_p), self.args.upper_adaptation_strength)
-
-    @torch.no_grad()
-    def try_losses(self, rows: int) -> None:
-        """Computes both losses on the first rows, without side effects, so that data and models that do not fit come
-        to light before training.
-
-        Args:
-            rows (`int`): how many rows of each data set to take.
-        """
-        for stream, level, transform, loss in (
-            (Stream.LOWER, "lower", self.lower_transform, self.compute_lower_loss),
-            (Stream.UPPER, "aligned", self.train_transform, self.compute_upper_loss),
-        ):
-            source = self.sources[stream]
-            key = StepKey(self.args.key_seed, int(stream), 0, 0, 0)
-            inputs = source.collator(read_rows(source.dataset, range(min(rows, len(source.dataset)))))
-            with self.model_randomness(key), self.accelerator.autocast():
-                loss(self.model.pure(level), self.move_and_transform(inputs, key, transform))
 
     # Before the first alternation
 
@@ -449,51 +262,25 @@ class BiSSLTrainer(LevelEvaluation):
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
-    # The pull of the lower level towards theta_D
-
-    @torch.no_grad()
-    def _count_pull(self, clipped: Tensor) -> None:
-        """Adds this step's (effective step length) x lambda. The gradients, the proximal force among them, have been
-        scaled by the factor `clipped`."""
-        optimizer = self.two_level_optimizer.lower
-        if not has_step_length(optimizer):
-            return
-        theta_p = self.model.lower_shared_parameters()
-        length = step_length(optimizer, theta_p, fill_missing([p.grad for p in theta_p], theta_p))
-        self._pull = self._pull + optimizer.param_groups[0]["lr"] * self.args.proximal_weight * length * clipped
-
     def estimate_pull(self) -> float:
-        """Estimates the pull of the whole run, the sum over lower steps of (effective step length) x lambda, from the
-        gradient at the present weights on the first lower batch. NaN for a lower optimizer of unknown step length."""
+        """Estimates the pull of the whole run from the gradient at the present weights on the first lower batch. NaN
+        for a lower optimizer of unknown step length."""
         self.create_optimizer()
-        optimizer = self.two_level_optimizer.lower
-        if not has_step_length(optimizer):
-            return float("nan")
         key = StepKey(self.args.key_seed, int(Stream.LOWER), 0, 0, self.args.process_index)
         batch = self.move_and_transform(self.sources[Stream.LOWER].read(key), key, self.lower_transform)
-        theta_p, phi_p = self.model.lower_shared_parameters(), self.model.lower_head_parameters()
+        parameters = self._level_parameters("lower")
         self.model.train()
         with self.model_randomness(key), self.accelerator.autocast():
             loss = self.compute_lower_loss(self.model.pure("lower"), batch)
-        gradient = fill_missing(torch.autograd.grad(loss, (*theta_p, *phi_p), allow_unused=True), (*theta_p, *phi_p))
-        gradient = average_flat([g.detach() for g in gradient])
-        clipped = clip_factor(norm(gradient), self.args.lower_max_grad_norm)
-        lower_steps = self.args.num_alternations * self.args.lower_steps
-        schedule = self.level_schedules()["lower"]
-        length = step_length(optimizer, theta_p, [clipped * g for g in gradient[: len(theta_p)]]) * clipped
-        rates = self.args.lower_learning_rate * sum(schedule(step) for step in range(lower_steps))
-        return float(length) * rates * self.args.proximal_weight
-
-    def warn_about_pull(self) -> None:
-        """Warns if the upper level will hardly reach the lower one."""
-        pull = self.estimate_pull()
-        logger.info(f"Estimated pull of the whole run: {pull:.3g}.")
-        if pull < 0.5:
-            logger.warning(
-                "The lower level will hardly feel the upper one: the pull of the whole run is estimated at "
-                f"{pull:.2g}, below 0.5. proximal_weight={2 * self.args.proximal_weight / max(pull, 1e-30):.2g} would "
-                "give about 2."
-            )
+        gradient = fill_missing(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+        schedule, steps = self.level_schedules()["lower"], self.args.num_alternations * self.args.lower_steps
+        return self.pull.estimate(
+            self.two_level_optimizer.lower,
+            self.model.lower_shared_parameters(),
+            average_flat([g.detach() for g in gradient]),
+            bound=self.args.lower_max_grad_norm,
+            learning_rates=self.args.lower_learning_rate * sum(schedule(step) for step in range(steps)),
+        )
 
     # Logs and state
 
@@ -510,7 +297,7 @@ class BiSSLTrainer(LevelEvaluation):
             )
         return {
             **collected,
-            **({"levels/pull": float(self._pull)} if has_step_length(self.two_level_optimizer.lower) else {}),
+            **({"levels/pull": float(self.pull.total)} if has_step_length(self.two_level_optimizer.lower) else {}),
             "levels/distance": float(norm(subtract(theta_p, self.model.upper_shared_parameters())).detach() / size),
             "levels/moved": float(norm(subtract(theta_p, self._start or theta_p)) / size),
             "lower/learning_rate": rates["lower"],
@@ -519,12 +306,12 @@ class BiSSLTrainer(LevelEvaluation):
 
     def run_state(self) -> dict[str, Any]:
         """Adds the pull so far."""
-        return {**super().run_state(), "pull": float(self._pull)}
+        return {**super().run_state(), "pull": float(self.pull.total)}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """A resumed run has its head warmed up and some pull behind it."""
         super().load_run_state(state)
-        self._pull = state["pull"]
+        self.pull.total = torch.tensor(state["pull"], dtype=torch.float64)
         self._head_is_warm = True
 
     def resume_settings(self) -> dict[str, Any]:
@@ -547,4 +334,4 @@ class _BeforeFirstAlternation(TrainerCallback):
         if state.global_step == 0:
             self.trainer.remember_start()
             self.trainer.warm_up_head()
-            self.trainer.warn_about_pull()
+            warn_about_pull(self.trainer.estimate_pull(), args.proximal_weight)

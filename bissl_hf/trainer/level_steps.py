@@ -1,0 +1,211 @@
+"""The steps of both levels: what [`BiSSLTrainer`] does with one batch."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.alternation import StepKey, Stream, read_rows
+from ..distributed import average_flat
+from ..hypergradient import Curvature, implicit_gradient
+from ..linear_solve import SolveStatus
+from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, subtract
+from .keyed_trainer import Transform, split_rows
+from .level_evaluation import LevelEvaluation
+
+LossModel = Callable[..., Any]
+
+
+class LevelSteps(LevelEvaluation):
+    """The part of [`BiSSLTrainer`] that computes losses and gradients. It leaves them on the parameters of one level;
+    the optimizer does the rest."""
+
+    lower_transform: Transform | None = None
+    train_transform: Transform | None = None
+    _current_level: str = "lower"
+    _curvature: tuple[int, Curvature] | None = None
+
+    # What to override for another pair of tasks
+
+    def compute_lower_loss(self, model: LossModel, inputs: dict[str, Any]) -> Tensor:
+        """Returns the pretext loss L_P, the mean over this process's rows, shape `()`. It may be called several times
+        per step and must not have side effects.
+
+        Args:
+            model (`Callable`): the lower model; takes the inputs as keyword arguments.
+            inputs (`dict`): a batch of the lower data set, on the device.
+        """
+        return model(**inputs).loss
+
+    def compute_upper_loss(self, model: LossModel, inputs: dict[str, Any]) -> Tensor:
+        """Returns the downstream loss L_D, the mean over this process's rows, shape `()`. It is called with two
+        models: that of (theta_D, phi_D) and the aligned one of (theta_P, phi_D).
+
+        Args:
+            model (`Callable`): takes the inputs as keyword arguments.
+            inputs (`dict`): a batch of the labelled data set, on the device.
+        """
+        return model(**inputs).loss
+
+    # Steps
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Leaves the gradients of one lower or one upper step on that level's parameters, as the batch's key says."""
+        key = inputs["key"]
+        model.train()
+        self._current_level = "lower" if key.level == Stream.LOWER else "upper"
+        transform = self.lower_transform if key.level == Stream.LOWER else self.train_transform
+        batch = self.move_and_transform(inputs["inputs"], key, transform)
+        self.count_samples(batch)
+        if key.level == Stream.LOWER:
+            self._curvature = None
+            if key.step == 0:
+                self._adapt_upper(key.alternation)
+            with self.model_randomness(key):
+                return self._lower_step(model, batch)
+        curvature = self._curvature_of(key)
+        with self.model_randomness(key):
+            return self._upper_step(curvature, batch)
+
+    def _lower_step(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Gradient of  L_P(theta_P, phi_P) + lambda/2 ||theta_P - theta_D||^2  (section 2 of the paper)."""
+        loss = torch.zeros((), device=self.args.device)
+        parts = split_rows(inputs, self.args.lower_micro_batch_size)
+        for index, (part, share) in enumerate(parts):
+            synchronised = index == len(parts) - 1
+            with self._synchronised_if(synchronised, model), self.accelerator.autocast():
+                part_loss = self.compute_lower_loss(partial(model, level="lower"), part) * share
+                self.accelerator.backward(part_loss)
+            loss = loss + part_loss.detach()
+
+        theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
+        pull = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
+        gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
+        for parameter, gradient in zip(theta_p, add_scaled(gradients, pull, self.args.proximal_weight), strict=True):
+            parameter.grad = gradient
+        self.metrics_buffer.add("loss", loss)
+        self.metrics_buffer.add("lower/loss", loss)
+        self.metrics_buffer.add("lower/proximal", 0.5 * self.args.proximal_weight * dot(pull, pull))
+        return loss
+
+    @contextmanager
+    def _synchronised_if(self, synchronised: bool, model: nn.Module) -> Iterator[None]:
+        """Averages gradients over processes in the last part of a batch only."""
+        if synchronised:
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def _curvature_of(self, key: StepKey) -> Curvature:
+        """Returns H of this alternation, linearised at its first upper step that is executed (after a resume, any)."""
+        if self._curvature is None or self._curvature[0] != key.alternation:
+            batch_key = key._replace(level=int(Stream.CURVATURE), step=0)
+            inputs = self.move_and_transform(
+                self.sources[Stream.CURVATURE].read(batch_key), batch_key, self.lower_transform
+            )
+            parts = split_rows(inputs, self.args.lower_micro_batch_size)
+
+            def lower_loss() -> Tensor:
+                with self.accelerator.autocast():
+                    losses = [share * self.compute_lower_loss(self.model.pure("lower"), part) for part, share in parts]
+                return torch.stack(losses).sum()
+
+            with self.model_randomness(batch_key):
+                curvature = Curvature(
+                    lower_loss,
+                    self.model.lower_shared_parameters(),
+                    mode=self.args.curvature_mode,
+                    reduce=average_flat,
+                )
+            self._curvature = (key.alternation, curvature)
+        return self._curvature[1]
+
+    def _upper_step(self, curvature: Curvature, inputs: dict[str, Any]) -> Tensor:
+        """Hypergradient (section 2 of the paper):
+        g_theta = x + gamma grad_theta L_D(theta_D, phi_D)  with  (I + H/(lambda + delta)) x = grad_theta L_D(theta_P,
+        phi_D), g_phi = grad_phi L_D(theta_P, phi_D) + gamma grad_phi L_D(theta_D, phi_D).
+        """
+        args = self.args
+        theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
+        phi_d = self.model.upper_head_parameters()
+        loss, at_theta_p = self._upper_gradient(self.model.pure("aligned"), inputs, (*theta_p, *phi_d))
+        direct_loss, at_theta_d = self._upper_gradient(
+            self.model.upper, inputs, (*theta_d, *phi_d), differentiate=args.direct_weight > 0
+        )
+        reduced = average_flat([*at_theta_p, *at_theta_d])
+        at_theta_p, at_theta_d = reduced[: len(at_theta_p)], reduced[len(at_theta_p) :]
+        rhs = at_theta_p[: len(theta_p)]
+        solution, info = implicit_gradient(
+            curvature,
+            rhs,
+            proximal_weight=args.proximal_weight,
+            damping=args.damping,
+            max_iterations=args.solver_max_iterations,
+            tolerance=args.solver_tolerance,
+            solver=args.solver,
+        )
+        gradient: Vector = (*solution, *at_theta_p[len(theta_p) :])
+        if at_theta_d:
+            gradient = add_scaled(gradient, at_theta_d, args.direct_weight)
+        for parameter, value in zip((*theta_d, *phi_d), gradient, strict=True):
+            parameter.grad = value
+
+        self.metrics_buffer.add("loss", loss)
+        self.metrics_buffer.add("upper/loss", loss)
+        self.metrics_buffer.add("upper/direct_loss", direct_loss)
+        self.metrics_buffer.add("alignment/cosine", cosine(curvature.gradient, rhs))
+        if args.solver != "identity":
+            self.metrics_buffer.add("solver/iterations", info.iterations_tensor)
+            self.metrics_buffer.add("solver/residual", info.residual_tensor)
+            for position, status in enumerate(SolveStatus):
+                if status in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.NON_FINITE):
+                    self.metrics_buffer.add(f"solver/{status}", info.status_tensor == position)
+        return loss
+
+    def _upper_gradient(
+        self, model: LossModel, inputs: dict[str, Any], parameters: tuple[Tensor, ...], *, differentiate: bool = True
+    ) -> tuple[Tensor, Vector]:
+        """Returns the upper loss of a model and its gradient; no gradient (an empty vector) if not asked for. The
+        gradient is linear in the rows, so parts of a batch add up to it exactly."""
+        total = torch.zeros((), device=self.args.device)
+        gradient: Vector = ()
+        for part, share in split_rows(inputs, self.args.upper_micro_batch_size):
+            with torch.set_grad_enabled(differentiate), self.accelerator.autocast():
+                loss = self.compute_upper_loss(model, part) * share
+            total = total + loss.detach()
+            if differentiate:
+                found = fill_missing(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+                gradient = tuple(g.detach() for g in found) if not gradient else add_scaled(gradient, found, 1.0)
+        return total, gradient
+
+    @torch.no_grad()
+    def _adapt_upper(self, alternation: int) -> None:
+        """theta_D <- (1 - s) theta_D + s theta_P at the start of every so many alternations (off by default)."""
+        every = self.args.upper_adaptation_every
+        if every and alternation and alternation % every == 0:
+            theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
+            torch._foreach_lerp_(list(theta_d), list(theta_p), self.args.upper_adaptation_strength)
+
+    @torch.no_grad()
+    def try_losses(self, rows: int) -> None:
+        """Computes both losses on the first rows, without side effects, so that data and models that do not fit come
+        to light before training.
+
+        Args:
+            rows (`int`): how many rows of each data set to take.
+        """
+        for stream, level, transform, loss in (
+            (Stream.LOWER, "lower", self.lower_transform, self.compute_lower_loss),
+            (Stream.UPPER, "aligned", self.train_transform, self.compute_upper_loss),
+        ):
+            source = self.sources[stream]
+            key = StepKey(self.args.key_seed, int(stream), 0, 0, 0)
+            inputs = source.collator(read_rows(source.dataset, range(min(rows, len(source.dataset)))))
+            with self.model_randomness(key), self.accelerator.autocast():
+                loss(self.model.pure(level), self.move_and_transform(inputs, key, transform))

@@ -1,8 +1,9 @@
 """Callbacks that only observe."""
 
+import time
 from typing import Any
 
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
 
 _SHOWN = {
     "loss": "loss",
@@ -38,3 +39,23 @@ class ShortProgressCallback(ProgressCallback):
         if shown:
             figures = "  ".join(f"{title} {float(value):.4g}" for title, value in shown.items())
             self.training_bar.write(f"epoch {logs.get('epoch', 0):.4g}/{state.num_train_epochs}  {figures}")
+
+
+class TrainingClock(TrainerCallback):
+    """Counts the seconds of training. A run that is resumed sets `seconds` to what lies behind it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    def read(self) -> float:
+        """Returns the seconds so far."""
+        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.seconds = 0.0
+        self._since = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds, self._since = self.read(), None

@@ -17,16 +17,19 @@ from transformers.utils import logging
 
 from ..data.alternation import (
     MODEL_RANDOMNESS,
+    READING_RANDOMNESS,
     AlternatingDataLoader,
     AlternationSampler,
     KeyedDataset,
     KeyedSource,
     StepKey,
     Stream,
+    batch_indices,
     keyed_random_state,
+    read_rows,
 )
 from ..distributed import average_flat
-from .callbacks import ShortProgressCallback
+from .callbacks import ShortProgressCallback, TrainingClock
 from .checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
 from .metrics_buffer import MetricsBuffer
 from .training_args import KeyedTrainingArguments
@@ -56,6 +59,7 @@ class KeyedTrainer(Trainer):
     args: KeyedTrainingArguments
     model: PreTrainedModel
     train_dataset: Any
+    _evaluated: nn.Module | None = None
     data_collator: Callable[[list[Any]], dict[str, Any]]
 
     def __init__(
@@ -74,7 +78,8 @@ class KeyedTrainer(Trainer):
         self._samples = 0
         self._samples_since = time.perf_counter()
         self.metrics_buffer = MetricsBuffer(average_flat)
-        callbacks = [*(trainer_kwargs.pop("callbacks", None) or []), _EpochBoundary()]
+        self._clock = TrainingClock()
+        callbacks = [self._clock, *(trainer_kwargs.pop("callbacks", None) or []), _EpochBoundary()]
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
         if not args.disable_tqdm:
             self.pop_callback(ProgressCallback)
@@ -143,21 +148,60 @@ class KeyedTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Applies the evaluation transform on the device."""
+        """Applies the evaluation transform on the device, and runs the model of [`~KeyedTrainer.evaluating`] if there
+        is one."""
         key = StepKey(self.args.key_seed, int(Stream.EVALUATION), 0, 0, self.args.process_index)
         inputs = self.move_and_transform(inputs, key, self.eval_transform)
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with self.accelerator.autocast():
+            return super().prediction_step(self._evaluated or model, inputs, prediction_loss_only, ignore_keys)
+
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Has evaluation run `model`, on the device, in the place of the model that is trained."""
+        self._evaluated = model
+        try:
+            yield
+        finally:
+            self._evaluated = None
+
+    def calibration_batches(self, num_images: int) -> Iterator[dict[str, Any]]:
+        """Yields the batches from which batch-norm statistics are estimated: the same training examples in each call
+        and on each process, with the evaluation transform.
+
+        Args:
+            num_images (`int`): about how many; whole batches of at most `per_device_eval_batch_size`.
+        """
+        total = min(num_images, len(self.train_dataset))
+        if total == 0:
+            return
+        batch = min(self.args.per_device_eval_batch_size, total)
+        for position in range(total // batch):
+            key = StepKey(self.args.key_seed, int(Stream.EVALUATION), 0, position, 0)
+            rows = batch_indices(len(self.train_dataset), batch, position, seed=key.seed, level=key.level)
+            with keyed_random_state((*key, READING_RANDOMNESS)):
+                inputs = self.data_collator(read_rows(self.train_dataset, rows))
+            yield self.move_and_transform(inputs, key, self.eval_transform)
 
     # Checkpoints
 
     def run_state(self) -> dict[str, Any]:
         """Returns what a resume needs beside Trainer's own files, as JSON. Called on every process. Subclasses add to
         it."""
-        return {"metrics": self.metrics_buffer.state_dict(), "settings": self.resume_settings()}
+        return {
+            "metrics": self.metrics_buffer.state_dict(),
+            "settings": self.resume_settings(),
+            "seconds": self.training_seconds,
+        }
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Takes over what `run_state` returned."""
         self.metrics_buffer.load_state_dict(state["metrics"])
+        self._clock.seconds = state["seconds"]
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds that training has taken so far, those before a resume included."""
+        return self._clock.read()
 
     def resume_settings(self) -> dict[str, Any]:
         """Returns the settings that a resumed run must share: those that decide which examples a step reads, and the

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data.alternation import Collator, KeyedSource, Stream
-from .training_args import BiSSLTrainingArguments
+from .training_args import BiSSLTrainingArguments, KeyedTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -40,16 +40,8 @@ def level_sources(
                 f"{name} makes a batch of {batch}, and lower_dataset has {len(lower_dataset)} examples; choose a "
                 "batch that is not larger."
             )
-    upper_batch, labelled = args.per_device_train_batch_size * world, len(train_dataset)
-    if labelled < world:
-        raise ValueError(f"train_dataset has {labelled} examples for {world} processes; each needs at least one.")
-    if upper_batch > labelled:
-        cut = labelled // world * world
-        logger.warning(
-            f"The upper batch of {upper_batch} (per_device_train_batch_size x processes) is larger than the "
-            f"{labelled} labelled examples; it is cut to {cut}."
-        )
-        upper_batch = cut
+    labelled = len(train_dataset)
+    upper_batch = labelled_batch_size(args, labelled)
     labelled_source = partial(KeyedSource, train_dataset, upper_batch, collator, world_size=world)
     lower_source = partial(KeyedSource, lower_dataset, collator=lower_collator, world_size=world)
     return {
@@ -58,3 +50,27 @@ def level_sources(
         Stream.UPPER: labelled_source(steps_per_alternation=args.upper_steps),
         Stream.HEAD_WARMUP: labelled_source(steps_per_alternation=labelled // upper_batch),
     }
+
+
+def labelled_batch_size(args: KeyedTrainingArguments, num_examples: int) -> int:
+    """Returns the batch of all processes for labelled data; one larger than the data is cut to them, with a warning.
+
+    Args:
+        args ([`KeyedTrainingArguments`])
+        num_examples (`int`): size of the data set.
+
+    Raises:
+        `ValueError`: if there is not even one example per process.
+    """
+    world = args.world_size
+    if num_examples < world:
+        raise ValueError(f"train_dataset has {num_examples} examples for {world} processes; each needs at least one.")
+    batch = args.per_device_train_batch_size * world
+    if batch <= num_examples:
+        return batch
+    cut = num_examples // world * world
+    logger.warning(
+        f"The upper batch of {batch} (per_device_train_batch_size x processes) is larger than the {num_examples} "
+        f"labelled examples; it is cut to {cut}."
+    )
+    return cut

@@ -1,22 +1,15 @@
 """Self-supervised pre-training of the lower model alone."""
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel
 
-from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream
-from .keyed_trainer import KeyedTrainer, Transform
-from .optimizer import build_optimizer
-from .schedule import level_schedule
+from ..data.alternation import Stream
+from .single_level_trainer import SingleLevelTrainer
 from .training_args import PretextTrainingArguments
 
 
-class PretextTrainer(KeyedTrainer):
+class PretextTrainer(SingleLevelTrainer):
     """Trains a pretext model on unlabelled examples, the stage before BiSSL. One epoch is one pass over the data,
     without the rows that do not fill a batch.
 
@@ -24,87 +17,30 @@ class PretextTrainer(KeyedTrainer):
         model (`PreTrainedModel`): `model(**inputs).loss` is the pretext loss.
         args ([`PretextTrainingArguments`])
         train_dataset: map-style data set.
-        data_collator (`Callable`, *optional*): stacks rows into a dictionary of tensors.
-        train_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the device.
-        **trainer_kwargs: further arguments of `transformers.Trainer`.
+        **trainer_kwargs: further arguments of [`SingleLevelTrainer`] (`data_collator`, `train_transform`) and of
+            `transformers.Trainer`.
 
     Raises:
         `ValueError`: if the data set is missing or smaller than a batch.
     """
 
     args: PretextTrainingArguments
-    model: PreTrainedModel
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        args: PretextTrainingArguments,
-        *,
-        train_dataset: Any,
-        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
-        train_transform: Transform | None = None,
-        **trainer_kwargs: Any,
+        self, model: PreTrainedModel, args: PretextTrainingArguments, *, train_dataset: Any, **trainer_kwargs: Any
     ) -> None:
-        self.train_transform = train_transform
         batch = args.per_device_train_batch_size * args.world_size
         if train_dataset is None or len(train_dataset) < batch:
             raise ValueError(
                 f"per_device_train_batch_size makes a batch of {batch}, and train_dataset has "
                 f"{0 if train_dataset is None else len(train_dataset)} examples; choose a batch that is not larger."
             )
-        self.source = KeyedSource(
-            train_dataset,
-            batch,
-            data_collator or default_data_collator,
-            steps_per_alternation=len(train_dataset) // batch,
-            world_size=args.world_size,
+        super().__init__(
+            model=model,
+            args=args,
+            task="pretext",
+            stream=Stream.LOWER,
+            batch_size=batch,
+            train_dataset=train_dataset,
+            **trainer_kwargs,
         )
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer_kwargs)
-
-    def get_train_dataloader(self) -> AlternatingDataLoader:
-        """Returns the loader of tagged batches."""
-        return self.keyed_loader({Stream.LOWER: self.source}, [(Stream.LOWER, self.source.steps_per_alternation)])
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Returns the optimizer; weight decay applies to every parameter."""
-        if self.optimizer is None:
-            self.optimizer = build_optimizer(
-                self.args.optim,
-                [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-                learning_rate=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                options=self.args.optimizer_options,
-                field="optim",
-            )
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
-        """Returns the schedule, whose warm-up starts with the first step."""
-        if self.lr_scheduler is None:
-            schedule = level_schedule(
-                self.args.lr_scheduler_type,
-                num_steps=num_training_steps,
-                learning_rate=self.args.learning_rate,
-                warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                options=self.args.lr_scheduler_kwargs,
-                field="lr_scheduler_type",
-            )
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), schedule)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def resume_settings(self) -> dict[str, Any]:
-        """Adds what the stream of batches reads."""
-        return {**super().resume_settings(), "pretext": self.source.describe()}
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> Tensor:
-        """Makes the views of a tagged batch and takes Trainer's step on them."""
-        key = inputs["key"]
-        batch = self.move_and_transform(inputs["inputs"], key, self.train_transform)
-        self.count_samples(batch)
-        with self.model_randomness(key):
-            loss = super().training_step(model, batch, num_items_in_batch)
-        self.metrics_buffer.add("loss", loss)
-        return loss

@@ -12,16 +12,34 @@ from ..hypergradient import CURVATURE_MODES, SOLVERS
 from .optimizer import parse_optimizer_options, resolve_optimizer, takes_momentum
 from .schedule import level_schedule
 
-# Smallest values allowed.
+# Smallest values allowed, for each trainer and for BiSSL.
 _AT_LEAST = {
-    **dict.fromkeys(("num_alternations", "lower_steps", "upper_steps", "solver_max_iterations"), 1),
-    **dict.fromkeys(("per_device_lower_batch_size", "per_device_train_batch_size", "curvature_batch_size"), 1),
-    **dict.fromkeys(("lower_micro_batch_size", "upper_micro_batch_size", "per_device_eval_batch_size"), 1),
-    **dict.fromkeys(("damping", "direct_weight", "solver_tolerance", "lower_weight_decay", "weight_decay"), 0),
-    **dict.fromkeys(("head_warmup_epochs", "bn_recalibration_images", "upper_adaptation_every"), 0),
-    **dict.fromkeys(("lower_warmup_steps", "warmup_steps", "lower_max_grad_norm", "max_grad_norm"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers"), 0),
 }
+_BISSL_AT_LEAST = {
+    **dict.fromkeys(("num_alternations", "lower_steps", "upper_steps", "solver_max_iterations"), 1),
+    **dict.fromkeys(("per_device_lower_batch_size", "curvature_batch_size"), 1),
+    **dict.fromkeys(("lower_micro_batch_size", "upper_micro_batch_size"), 1),
+    **dict.fromkeys(("damping", "direct_weight", "solver_tolerance", "lower_weight_decay"), 0),
+    **dict.fromkeys(("head_warmup_epochs", "bn_recalibration_images", "upper_adaptation_every"), 0),
+    **dict.fromkeys(("lower_warmup_steps", "lower_max_grad_norm"), 0),
+}
+
+
+def check_at_least(args: Any, **bounds: float) -> None:
+    """Refuses values of fields that are below a bound or not finite; `None` passes.
+
+    Raises:
+        `ValueError`: with the field, its value and the bound.
+    """
+    for name, bound in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not bound <= value < float("inf"):
+            raise ValueError(f"{name} is {value}; it must be a finite number of at least {bound}.")
+
+
 # The last learning rate of the paper's cosine, as a fraction of the first.
 _MIN_LR_RATE = 0.001
 
@@ -57,6 +75,7 @@ class KeyedTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_at_least(self, **_AT_LEAST)
         self._refuse_unsupported()
         optim = getattr(self.optim, "value", self.optim)
         resolve_optimizer(optim, field="optim")
@@ -116,8 +135,50 @@ class PretextTrainingArguments(KeyedTrainingArguments):
     learning_rate: float = field(default=4.8, metadata={"help": "Learning rate, not scaled by the batch."})
     weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay, on all parameters."})
     optim: str = field(default="lars", metadata={"help": "Optimizer: lars or one of torch.optim by name."})
+    num_train_epochs: float = field(default=600.0, metadata={"help": "Passes over the images."})
+    warmup_steps: float = field(
+        default=10 / 600, metadata={"help": "Warm-up steps; below 1 a fraction of all, here 10 of 600 epochs."}
+    )
     per_device_train_batch_size: int = field(default=1024, metadata={"help": "Pairs of views per device and step."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Bound on the gradient norm; 0 for none."})
+
+
+BATCH_NORM_TREATMENTS = ("running", "recalibrated")
+
+
+@dataclass
+class FineTuningArguments(KeyedTrainingArguments):
+    """Arguments of supervised fine-tuning, with the paper's values (section 4) as defaults. The paper searches for the
+    learning rate and the weight decay; the defaults lie in the middle of its ranges.
+
+    Batch-norm statistics get the same treatment whatever the model starts from: they are estimated on training images
+    before the first step, and what they are in the end depends on the fine-tuning alone.
+    """
+
+    learning_rate: float = field(default=0.01, metadata={"help": "Learning rate; 1e-4 to 1 is the range to search."})
+    weight_decay: float = field(default=3e-4, metadata={"help": "Weight decay, on all parameters; 1e-5 to 1e-2."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule, by name."})
+    num_train_epochs: float = field(default=400.0, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Images per device and step."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Bound on the gradient norm; 0 for none."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    batch_norm: str = field(
+        default="running",
+        metadata={
+            "help": "Batch-norm statistics of the final model: running (collected in training) or recalibrated "
+            "(estimated anew on training images)."
+        },
+    )
+    bn_recalibration_images: int = field(
+        default=1024, metadata={"help": "Training images for batch-norm statistics estimated anew."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_norm not in BATCH_NORM_TREATMENTS:
+            allowed = ", ".join(BATCH_NORM_TREATMENTS)
+            raise ValueError(f"batch_norm is {self.batch_norm!r}; it must be one of {allowed}.")
+        check_at_least(self, bn_recalibration_images=1)
+        super().__post_init__()
 
 
 def _parse_dict(text: str, *, field: str) -> dict[str, Any]:
@@ -224,10 +285,7 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         super().__post_init__()
 
     def _check_ranges(self) -> None:
-        for name, bound in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not bound <= value < float("inf"):
-                raise ValueError(f"{name} is {value}; it must be a finite number of at least {bound}.")
+        check_at_least(self, **_BISSL_AT_LEAST)
         for name in ("proximal_weight", "learning_rate", "lower_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number above 0.")

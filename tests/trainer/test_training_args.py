@@ -7,7 +7,7 @@ import torch
 from transformers import HfArgumentParser
 
 from bissl_hf import BiSSLTrainingArguments
-from bissl_hf.trainer.training_args import KeyedTrainingArguments, PretextTrainingArguments
+from bissl_hf.trainer.training_args import FineTuningArguments, KeyedTrainingArguments, PretextTrainingArguments
 
 
 def make_args(**overrides) -> BiSSLTrainingArguments:
@@ -185,3 +185,29 @@ def test_refusals_come_before_anything_is_set_up(tmp_path):
 def test_bf16_is_allowed_on_a_cpu():
     assert make_args(bf16=True).bf16
     assert torch.device(make_args().device).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"batch_norm": "frozen"}, "batch_norm is 'frozen'; it must be one of running, recalibrated"),
+        ({"bn_recalibration_images": 0}, "bn_recalibration_images is 0; it must be a finite number of at least 1"),
+        ({"learning_rate": -0.1}, r"learning_rate is -0.1; it must be a finite number of at least 0"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+    ],
+)
+def test_fine_tuning_refuses(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        FineTuningArguments(output_dir="unused", use_cpu=True, **overrides)
+
+
+def test_the_papers_values_are_the_defaults_of_the_other_stages():
+    pretext = PretextTrainingArguments(output_dir="unused", use_cpu=True)
+    assert (pretext.optim, pretext.learning_rate, pretext.weight_decay) == ("lars", 4.8, 1e-6)
+    assert (pretext.num_train_epochs, pretext.per_device_train_batch_size) == (600, 1024)
+    assert pretext.get_warmup_steps(600 * 97) == 10 * 97
+    tuning = FineTuningArguments(output_dir="unused", use_cpu=True)
+    assert (tuning.optim, tuning.optimizer_options, tuning.lr_scheduler_type) == ("sgd", {"momentum": 0.9}, "cosine")
+    assert (tuning.num_train_epochs, tuning.per_device_train_batch_size) == (400, 256)

@@ -1,0 +1,82 @@
+"""Supervised fine-tuning, the stage after BiSSL."""
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..data.alternation import Stream
+from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
+from .level_data import labelled_batch_size
+from .single_level_trainer import SingleLevelTrainer
+from .training_args import FineTuningArguments
+
+
+class FineTuneTrainer(SingleLevelTrainer):
+    """Trains a classifier, backbone and head, on labelled examples. A batch larger than the data is cut to them.
+
+    Batch-norm statistics do not depend on where the model comes from: they are estimated on training examples before
+    the first step, and `batch_norm="recalibrated"` estimates them once more for evaluation and for the final model, on
+    a copy.
+
+    Args:
+        args ([`FineTuningArguments`])
+        train_dataset: labelled, map-style data set.
+        eval_dataset (*optional*): likewise; without one nothing is evaluated in training.
+        **trainer_kwargs: further arguments of [`SingleLevelTrainer`] (`train_transform`, ...), [`KeyedTrainer`]
+            (`eval_transform`) and `transformers.Trainer` (`model` or `model_init`, `compute_metrics`, ...).
+
+    Raises:
+        `ValueError`: if there is no training example for each process.
+    """
+
+    args: FineTuningArguments
+
+    def __init__(
+        self, *, args: FineTuningArguments, train_dataset: Any, eval_dataset: Any = None, **trainer_kwargs: Any
+    ) -> None:
+        if eval_dataset is None and args.eval_strategy != "no":
+            args.eval_strategy = type(args.eval_strategy)("no")
+        super().__init__(
+            args=args,
+            task="downstream",
+            stream=Stream.UPPER,
+            batch_size=labelled_batch_size(args, len(train_dataset)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **trainer_kwargs,
+        )
+        if self.eval_transform is not None:
+            # The transform may need columns that forward does not name.
+            self.args.remove_unused_columns = False
+        self.add_callback(_StartBatchNorm(self))
+
+    def final_model(self) -> PreTrainedModel:
+        """Returns the model to evaluate and to keep, in evaluation mode: the trained one, or a copy with its
+        batch-norm statistics estimated anew."""
+        if self.args.batch_norm == "running" or not has_batch_norm(self.model):
+            return self.model.eval()
+        model = copy.deepcopy(self.model)
+        recalibrate_batch_norm(model, self.calibration_batches(self.args.bn_recalibration_images))
+        return model.eval()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluates the final model."""
+        with self.evaluating(self.final_model()):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def start_batch_norm(self) -> None:
+        """Estimates batch-norm statistics on training examples, so that no statistics of another stage are left."""
+        recalibrate_batch_norm(self.model, self.calibration_batches(self.args.bn_recalibration_images))
+
+
+class _StartBatchNorm(TrainerCallback):
+    """Brings the batch norm into its first state where training begins, and not where it is resumed."""
+
+    def __init__(self, trainer: FineTuneTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.trainer.start_batch_norm()

@@ -99,6 +99,11 @@ class Curvature:
         """Returns H times `vector`, averaged over processes."""
         check_same_structure(vector, self.parameters, names=("the vector", "the parameters"))
         self._check_unchanged()
+        product = self._product(vector)
+        return self._reduce(product) if self._reduce else product
+
+    def _product(self, vector: Sequence[Tensor]) -> Vector:
+        """Returns H times `vector` for the loss of this process."""
         graph = self._graph if self._graph is not None else self._linearise()
         # H v = d <g, v> / d theta, for the gradient g and a constant v. A gradient that is a constant of the
         # parameters (a linear loss) has no graph, and no curvature.
@@ -109,24 +114,23 @@ class Curvature:
             products = torch.autograd.grad(
                 outputs, self.parameters, weights, retain_graph=self.mode == "cached", allow_unused=True
             )
-        product = fill_missing(products, self.parameters)
-        return self._reduce(product) if self._reduce else product
+        return fill_missing(products, self.parameters)
 
     def _linearise(self) -> Vector:
         """Returns the gradient with its graph; keeps the graph in mode `cached`."""
-        with self._forked_random_state(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            torch.set_rng_state(self._random_state[0])
-            for index, state in zip(self._devices, self._random_state[1], strict=True):
-                torch.cuda.set_rng_state(state, index)
+        with self._evaluating():
             loss = self._loss_fn()
             gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
         graph = fill_missing(gradients, self.parameters)
-        if self._gradient is None:
-            gradient = tuple(g.detach() for g in graph)
-            self._gradient = self._reduce(gradient) if self._reduce else gradient
+        self._keep_gradient(graph)
         if self.mode == "cached":
             self._graph = graph
         return graph
+
+    def _keep_gradient(self, gradient: Vector) -> None:
+        if self._gradient is None:
+            gradient = tuple(g.detach() for g in gradient)
+            self._gradient = self._reduce(gradient) if self._reduce else gradient
 
     def _check_unchanged(self) -> None:
         if self._current_versions() != self._versions:
@@ -137,6 +141,15 @@ class Curvature:
 
     def _current_versions(self) -> tuple[int, ...]:
         return tuple(parameter._version for parameter in self.parameters)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """What every evaluation of the loss runs in: the same random state, and kernels with second derivatives."""
+        with self._forked_random_state(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            torch.set_rng_state(self._random_state[0])
+            for index, state in zip(self._devices, self._random_state[1], strict=True):
+                torch.cuda.set_rng_state(state, index)
+            yield
 
     @contextmanager
     def _forked_random_state(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .distributed import gather_rows, rank
+from .tensors import at_least_float32
 
 
 def nt_xent_loss(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:
@@ -49,9 +50,8 @@ def nt_xent_loss(first: Tensor, second: Tensor, *, temperature: float) -> Tensor
 
 
 def _nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    if first.dtype in (torch.float16, torch.bfloat16):
-        # The loss compares many close numbers; half precision is for the network.
-        first, second = first.float(), second.float()
+    # The loss compares many close numbers; half precision is for the network.
+    first, second = at_least_float32(first), at_least_float32(second)
     first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
     all_first, all_second = gather_rows(torch.stack([first, second], dim=1)).unbind(1)
     pairs, own_pairs = len(all_first), len(first)

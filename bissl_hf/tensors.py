@@ -51,6 +51,11 @@ def cosine(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     return dot(x, y) / (norm(x) * norm(y))
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Returns a tensor of half precision in float32, and any other as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def fill_missing(tensors: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:
     """Replaces each `None` by zeros of the shape of its neighbour in `like`."""
     return tuple(

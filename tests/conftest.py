@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny, and two test 
 
 import pytest
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
 
@@ -25,6 +25,18 @@ def tiny_model(seed: int = 0) -> BiSSLModel:
     torch.manual_seed(seed)
     lower = SimCLRForPreTraining(SimCLRConfig(backbone_config=tiny_resnet_config(), projection_dims=(6, 5)))
     return BiSSLModel.from_models(lower, ResNetForImageClassification(tiny_resnet_config()))
+
+
+def vit_model(*, projection_dims: tuple[int, ...] = (6, 5), dropout: float = 0.1) -> BiSSLModel:
+    """A pair on layer norm. Its checkpoints hold other names than the model: transformers keeps those of older
+    releases in files."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
+        num_channels=1, num_labels=NUM_LABELS, hidden_dropout_prob=dropout,
+    )  # fmt: skip
+    lower = SimCLRForPreTraining(SimCLRConfig(backbone_config=config, projection_dims=projection_dims))
+    return BiSSLModel.from_models(lower, ViTForImageClassification(config))
 
 
 class TinyImages(torch.utils.data.Dataset):

@@ -182,12 +182,13 @@ class SimCLRForPreTraining(PreTrainedModel):
         model.backbone.load_state_dict(weights, strict=False)
         return model
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> SimCLROutput:
+    def forward(self, pixel_values: Tensor, return_loss: bool = True, **kwargs: Any) -> SimCLROutput:
         """Embeds both views and compares them. The views pass one after the other, so that batch-norm statistics are
         taken per view (paper, section 4).
 
         Args:
             pixel_values (`torch.Tensor`): shape `(batch, 2, channels, height, width)`.
+            return_loss (`bool`, *optional*, defaults to `True`): whether to compare the embeddings.
 
         Raises:
             `ValueError`: for another shape.
@@ -197,9 +198,13 @@ class SimCLRForPreTraining(PreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}; it must be (batch, 2, channels, height, width): "
                 "two views."
             )
-        first, second = (self.embed(pixel_values[:, view]) for view in range(2))
-        loss = nt_xent_loss(first, second, temperature=self.config.temperature)
-        return SimCLROutput(loss=loss, embeddings=torch.stack([first, second], dim=1))
+        embeddings = torch.stack([self.embed(pixel_values[:, view]) for view in range(2)], dim=1)
+        return SimCLROutput(loss=self.loss_from_embeddings(embeddings) if return_loss else None, embeddings=embeddings)
+
+    def loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Returns the NT-Xent loss of embeddings `(batch, 2, projection_dims[-1])`, shape `()`. A model with this
+        method and `return_loss` can be trained in parts with the loss of the whole batch (`lower_gradient_cache`)."""
+        return nt_xent_loss(*embeddings.unbind(1), temperature=self.config.temperature)
 
     def embed(self, images: Tensor) -> Tensor:
         """Returns the embeddings of images `(batch, channels, height, width)`, shape `(batch,

@@ -49,7 +49,8 @@ class BiSSLTrainer(LevelSteps):
 
     Raises:
         `TypeError`: if `model` is not a [`BiSSLModel`].
-        `ValueError`: for data sets that are missing, empty or smaller than a pretext batch.
+        `ValueError`: for data sets that are missing, empty or smaller than a pretext batch, or a lower model that does
+            not fit `lower_gradient_cache`.
 
     Example:
 
@@ -120,6 +121,7 @@ class BiSSLTrainer(LevelSteps):
             self.sources = level_sources(
                 args, train_dataset, lower_dataset, self.data_collator, self.lower_data_collator
             )
+        self.check_gradient_cache()
         self._start: Vector | None = None
         self.pull = Pull(args.proximal_weight)
         self._head_is_warm = False

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from ..data.alternation import StepKey, Stream, read_rows
 from ..distributed import average_flat
+from ..gradient_cache import Embed, EmbeddingCurvature, embedding_gradients
 from ..hypergradient import Curvature, implicit_gradient
 from ..linear_solve import SolveStatus
-from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, subtract
+from ..tensors import Vector, add_scaled, at_least_float32, cosine, dot, fill_missing, subtract
 from .keyed_trainer import Transform, split_rows
 from .level_evaluation import LevelEvaluation
 
 LossModel = Callable[..., Any]
+Parts = list[tuple[dict[str, Any], float]]
 
 
 class LevelSteps(LevelEvaluation):
@@ -50,6 +52,27 @@ class LevelSteps(LevelEvaluation):
         """
         return model(**inputs).loss
 
+    def check_gradient_cache(self) -> None:
+        """Refuses `lower_gradient_cache` where the lower loss is not known as a loss of embeddings.
+
+        Raises:
+            `ValueError`: with what is missing.
+        """
+        if not self.args.lower_gradient_cache:
+            return
+        lower = type(self.model.lower)
+        if not hasattr(lower, "loss_from_embeddings"):
+            raise ValueError(
+                f"lower_gradient_cache needs a lower model with `loss_from_embeddings`, which {lower.__name__} does "
+                "not have. Leave lower_gradient_cache out: each part of a lower batch then has a loss of its own."
+            )
+        if type(self).compute_lower_loss is not LevelSteps.compute_lower_loss:
+            raise ValueError(
+                "lower_gradient_cache takes the loss from the lower model's `loss_from_embeddings` and would pass "
+                f"over the compute_lower_loss of {type(self).__name__}. Put the loss into the model, or leave "
+                "lower_gradient_cache out."
+            )
+
     # Steps
 
     def training_step(
@@ -67,19 +90,18 @@ class LevelSteps(LevelEvaluation):
             if key.step == 0:
                 self._adapt_upper(key.alternation)
             with self.model_randomness(key):
-                return self._lower_step(model, batch)
+                return self._lower_step(model, batch, key)
         curvature = self._curvature_of(key)
         with self.model_randomness(key):
             return self._upper_step(curvature, batch)
 
-    def _lower_step(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _lower_step(self, model: nn.Module, inputs: dict[str, Any], key: StepKey) -> Tensor:
         """Gradient of  L_P(theta_P, phi_P) + lambda/2 ||theta_P - theta_D||^2  (section 2 of the paper)."""
         loss = torch.zeros((), device=self.args.device)
-        parts = split_rows(inputs, self.args.lower_micro_batch_size)
-        for index, (part, share) in enumerate(parts):
-            synchronised = index == len(parts) - 1
-            with self._synchronised_if(synchronised, model), self.accelerator.autocast():
-                part_loss = self.compute_lower_loss(partial(model, level="lower"), part) * share
+        terms = self.lower_loss_terms(partial(model, level="lower"), inputs, key)
+        for index, term in enumerate(terms):
+            with self._synchronised_if(index == len(terms) - 1, model):
+                part_loss = term()
                 self.accelerator.backward(part_loss)
             loss = loss + part_loss.detach()
 
@@ -92,6 +114,43 @@ class LevelSteps(LevelEvaluation):
         self.metrics_buffer.add("lower/loss", loss)
         self.metrics_buffer.add("lower/proximal", 0.5 * self.args.proximal_weight * dot(pull, pull))
         return loss
+
+    def lower_loss_terms(self, model: LossModel, inputs: dict[str, Any], key: StepKey) -> list[Callable[[], Tensor]]:
+        """Returns a term for each part of a lower batch, to be called in their order in the random state of `key`. The
+        terms add up to the lower loss, in value and in gradient: with `lower_gradient_cache` to that of the whole
+        batch, else to the mean of the losses of its parts."""
+        parts = split_rows(inputs, self.args.lower_micro_batch_size)
+        if not self.args.lower_gradient_cache or len(parts) == 1:
+            return [partial(self._lower_term, model, part, share) for part, share in parts]
+        with self.model_randomness(key):
+            without_graph = self._embed_parts(self.model.pure("lower"), parts)
+            loss, gradients = embedding_gradients(without_graph, self._loss_from_embeddings)
+        return [
+            partial(self._cached_term, embed, gradient, share * loss)
+            for embed, gradient, (_, share) in zip(self._embed_parts(model, parts), gradients, parts, strict=True)
+        ]
+
+    def _lower_term(self, model: LossModel, part: dict[str, Any], share: float) -> Tensor:
+        with self.accelerator.autocast():
+            return self.compute_lower_loss(model, part) * share
+
+    @staticmethod
+    def _cached_term(embed: Embed, gradient: Tensor, value: Tensor) -> Tensor:
+        """A number of this value whose gradient is J^T `gradient`, J that of the embeddings."""
+        product = (embed() * gradient).sum()
+        return product + (value - product).detach()
+
+    def _embed_parts(self, model: LossModel, parts: Parts) -> list[Embed]:
+        return [partial(self._embed, model, part) for part, _ in parts]
+
+    def _embed(self, model: LossModel, part: dict[str, Any]) -> Tensor:
+        with self.accelerator.autocast():
+            return at_least_float32(model(**part, return_loss=False).embeddings)
+
+    def _loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
+        lower: Any = self.model.lower
+        with self.accelerator.autocast():
+            return lower.loss_from_embeddings(embeddings)
 
     @contextmanager
     def _synchronised_if(self, synchronised: bool, model: nn.Module) -> Iterator[None]:
@@ -109,22 +168,24 @@ class LevelSteps(LevelEvaluation):
             inputs = self.move_and_transform(
                 self.sources[Stream.CURVATURE].read(batch_key), batch_key, self.lower_transform
             )
-            parts = split_rows(inputs, self.args.lower_micro_batch_size)
-
-            def lower_loss() -> Tensor:
-                with self.accelerator.autocast():
-                    losses = [share * self.compute_lower_loss(self.model.pure("lower"), part) for part, share in parts]
-                return torch.stack(losses).sum()
-
             with self.model_randomness(batch_key):
-                curvature = Curvature(
-                    lower_loss,
-                    self.model.lower_shared_parameters(),
-                    mode=self.args.curvature_mode,
-                    reduce=average_flat,
-                )
+                curvature = self._build_curvature(inputs, batch_key)
             self._curvature = (key.alternation, curvature)
         return self._curvature[1]
+
+    def _build_curvature(self, inputs: dict[str, Any], key: StepKey) -> Curvature:
+        """Returns H of the loss that the lower steps take, on one batch."""
+        model, parameters = self.model.pure("lower"), self.model.lower_shared_parameters()
+        parts = split_rows(inputs, self.args.lower_micro_batch_size)
+        if self.args.lower_gradient_cache and len(parts) > 1:
+            return EmbeddingCurvature(
+                self._embed_parts(model, parts), self._loss_from_embeddings, parameters, reduce=average_flat
+            )
+
+        def lower_loss() -> Tensor:
+            return torch.stack([term() for term in self.lower_loss_terms(model, inputs, key)]).sum()
+
+        return Curvature(lower_loss, parameters, mode=self.args.curvature_mode, reduce=average_flat)
 
     def _upper_step(self, curvature: Curvature, inputs: dict[str, Any]) -> Tensor:
         """Hypergradient (section 2 of the paper):

@@ -226,7 +226,10 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         lower_lr_scheduler_kwargs (`dict`, *optional*): its arguments; a cosine ends at a thousandth if not given.
         per_device_lower_batch_size (`int`, *optional*, defaults to 1024)
         lower_micro_batch_size (`int`, *optional*): split a lower batch into parts of this size. A contrastive loss
-            then takes its negatives from the part.
+            then takes its negatives from the part, unless `lower_gradient_cache` is on.
+        lower_gradient_cache (`bool`, *optional*, defaults to `False`): the parts of a lower batch give the loss, the
+            gradient and the curvature of the whole batch, for about half as much time again. The lower model must
+            have `loss_from_embeddings` (see [`SimCLRForPreTraining`]).
         upper_micro_batch_size (`int`, *optional*): likewise for an upper batch; there is still one solve per step.
         lower_max_grad_norm (`float`, *optional*, defaults to 10.0): bound on the lower gradient norm; 0 for none.
 
@@ -266,6 +269,9 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
     lower_lr_scheduler_kwargs: dict | str | None = field(default=None, metadata={"help": "Its arguments, as JSON."})
     per_device_lower_batch_size: int = field(default=1024, metadata={"help": "Lower batch per device."})
     lower_micro_batch_size: int | None = field(default=None, metadata={"help": "Split lower batches into such parts."})
+    lower_gradient_cache: bool = field(
+        default=False, metadata={"help": "The parts of a lower batch give the loss of the whole batch."}
+    )
     upper_micro_batch_size: int | None = field(default=None, metadata={"help": "Split upper batches into such parts."})
     lower_max_grad_norm: float = field(default=10.0, metadata={"help": "Bound on the lower gradient norm; 0: none."})
 
@@ -295,6 +301,10 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         for name, allowed in (("solver", SOLVERS), ("curvature_mode", CURVATURE_MODES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if self.lower_gradient_cache and self.lower_micro_batch_size is None:
+            raise ValueError(
+                "lower_gradient_cache is on, and lower_micro_batch_size is not set; set it to the size of the parts."
+            )
         if self.solver == "blockwise_cg" and self.solver_tolerance > 0:
             raise ValueError(
                 f"solver_tolerance is {self.solver_tolerance}, and solver 'blockwise_cg' has no stopping rule: its "

@@ -2,25 +2,14 @@
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification, default_data_collator
+from transformers import default_data_collator
 
-from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
+from bissl_hf import BiSSLModel
 
-from ..conftest import NUM_LABELS, tiny_model
+from ..conftest import tiny_model, vit_model
 from .test_bissl_trainer import make_trainer, same_tensors
 
 SETTINGS = {"num_alternations": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
-
-
-def vit_model() -> BiSSLModel:
-    """Its checkpoints hold other names than the model: transformers keeps those of older releases in files."""
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
-        num_channels=1, num_labels=NUM_LABELS, hidden_dropout_prob=0.1,
-    )  # fmt: skip
-    lower = SimCLRForPreTraining(SimCLRConfig(backbone_config=config, projection_dims=(6, 5)))
-    return BiSSLModel.from_models(lower, ViTForImageClassification(config))
 
 
 def noisy_collator(rows):

@@ -143,6 +143,7 @@ REFUSED = [
     ({"num_train_epochs": 3}, "num_train_epochs is 3 and num_alternations 500; one epoch is one alternation"),
     ({"max_steps": 5}, "max_steps is 5; the length of a run is num_alternations x"),
     ({"num_alternations": 2, "lower_steps": 3, "lower_warmup_steps": 7}, "lower_warmup_steps is 7; a run has 6"),
+    ({"lower_gradient_cache": True}, "lower_gradient_cache is on, and lower_micro_batch_size is not set"),
     ({"hub_token": "secret"}, "hub_token would be written in clear"),
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2; it must be 1.* lower_micro_batch_size"),
     ({"push_to_hub": True}, "push_to_hub would upload both levels"),

@@ -1,0 +1,132 @@
+"""Batches split inside their step against whole batches, in float64 and with models without batch statistics."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+import bissl_hf.trainer.level_steps as level_steps
+from bissl_hf import BiSSLModel, BiSSLTrainer
+from bissl_hf.data.alternation import StepKey
+
+from ..conftest import TinyImages, tiny_model, vit_model
+from .test_bissl_trainer import all_equal, make_trainer, recorded, snapshot
+
+CACHED = {"lower_micro_batch_size": 3, "lower_gradient_cache": True}
+# A batch of 8 in parts of 3, 3 and 2.
+SETTINGS = {"damping": 20.0, "solver_max_iterations": 3}
+
+
+def layer_norm_model(dropout: float = 0.0) -> BiSSLModel:
+    return vit_model(projection_dims=(5,), dropout=dropout).double()
+
+
+def train(output_dir, **settings):
+    trainer = make_trainer(output_dir, model=layer_norm_model(), dtype=torch.float64, **{**SETTINGS, **settings})
+    trainer.train()
+    return trainer
+
+
+def largest_difference(first: dict, second: dict) -> float:
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> BiSSLTrainer:
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("split", [CACHED, {"upper_micro_batch_size": 2}, {**CACHED, "upper_micro_batch_size": 4}])
+def test_a_run_in_parts_is_the_run_on_whole_batches(tmp_path, whole, split):
+    parts = train(tmp_path, **split)
+    assert largest_difference(parts.model.state_dict(), whole.model.state_dict()) < 1e-10
+    start = layer_norm_model().lower.state_dict()
+    assert largest_difference(parts.model.lower.state_dict(), start) > 1e-3
+    for found, expected in zip(parts.state.log_history, whole.state.log_history, strict=True):
+        for name in found.keys() & {"lower/loss", "upper/loss", "lower/gradient_norm", "upper/gradient_norm"}:
+            assert found[name] == pytest.approx(expected[name], rel=1e-10), name
+
+
+def test_without_the_cache_the_negatives_come_from_the_part(tmp_path, whole):
+    parts = train(tmp_path, lower_micro_batch_size=4)
+    losses = [trainer.state.log_history[0]["lower/loss"] for trainer in (parts, whole)]
+    assert losses[0] < losses[1] - 0.3, "log 7 and log 15 where all are alike"
+
+
+def test_one_solve_per_step_whatever_the_parts(tmp_path, monkeypatch):
+    solves = []
+
+    def counting(curvature, rhs, **keywords):
+        solves.append(snapshot(rhs))
+        return solve(curvature, rhs, **keywords)
+
+    solve = level_steps.implicit_gradient
+    monkeypatch.setattr(level_steps, "implicit_gradient", counting)
+    for size in (None, 2):
+        train(tmp_path, upper_micro_batch_size=size, num_alternations=1, upper_steps=2)
+    assert len(solves) == 4
+    for first, second in zip(solves[:2], solves[2:], strict=True):
+        for one, other in zip(first, second, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_both_passes_see_the_same_dropout_masks(tmp_path):
+    trainer = make_trainer(
+        tmp_path, model=layer_norm_model(dropout=0.3), dtype=torch.float64, num_alternations=1, **CACHED
+    )
+    model = trainer.model.train()
+    parameters = list(model.lower.parameters())
+    pixels = TinyImages(8, pairs=True, dtype=torch.float64).images
+    key = StepKey(7, 0, 0, 0, 0)
+    with trainer.model_randomness(key):
+        embeddings = torch.cat([model.lower(part, return_loss=False).embeddings for part in pixels.split(3)])
+        whole = model.lower.loss_from_embeddings(embeddings)
+        undisturbed = torch.rand(1)
+    expected = torch.autograd.grad(whole, parameters, allow_unused=True)
+    with trainer.model_randomness(key):
+        terms = [term() for term in trainer.lower_loss_terms(model.pure("lower"), {"pixel_values": pixels}, key)]
+        assert torch.equal(torch.rand(1), undisturbed)
+    assert len(terms) == 3
+    found = torch.autograd.grad(torch.stack(terms).sum(), parameters, allow_unused=True)
+    assert torch.stack(terms).sum().item() == pytest.approx(whole.item(), rel=1e-13)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+
+
+def test_running_statistics_move_once_per_part(tmp_path):
+    def statistics(trainer):
+        return snapshot(buffer for buffer in trainer.model.lower.buffers() if buffer.dtype == torch.long)
+
+    _, steps = recorded(statistics, tmp_path, num_alternations=1, lower_micro_batch_size=4, lower_gradient_cache=True)
+    for level, before, after in steps:
+        expected = 4 if level == "lower" else 0  # two views of two parts
+        assert all_equal(after, [count + expected for count in before])
+        assert before
+
+
+def test_the_parts_resume_to_the_bit(tmp_path):
+    settings = {
+        "save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "num_alternations": 1, **CACHED
+    }  # fmt: skip
+    runs = [
+        make_trainer(tmp_path / name, model=layer_norm_model(0.2), dtype=torch.float64, **settings) for name in "ab"
+    ]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=f"{tmp_path}/a/checkpoint-2")
+    assert all_equal(*(run.model.state_dict().values() for run in runs))
+
+
+def test_the_cache_needs_a_loss_of_embeddings(tmp_path):
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = BiSSLModel.from_models(BertForMaskedLM(config), BertForSequenceClassification(config))
+    with pytest.raises(ValueError, match="needs a lower model with `loss_from_embeddings`, which BertForMaskedLM"):
+        make_trainer(tmp_path, model=model, **CACHED)
+
+
+def test_the_cache_does_not_pass_over_a_loss_of_ones_own(tmp_path):
+    class Own(BiSSLTrainer):
+        def compute_lower_loss(self, model, inputs):
+            return 2 * model(**inputs).loss
+
+    with pytest.raises(ValueError, match="would pass over the compute_lower_loss of Own"):
+        make_trainer(tmp_path, cls=Own, model=tiny_model(), **CACHED)
+    assert make_trainer(tmp_path, cls=Own, lower_micro_batch_size=3)

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-SINGLE_WIDTH = 6.4  # inches
+RESIDUAL_TITLE = "Residual of the linear solve"
 
 
 def _new_figure(width: float, height: float) -> Figure:
@@ -28,23 +28,45 @@ def plot_run(history: Sequence[dict[str, Any]], path: str | Path) -> None:
         history (`Sequence[dict]`): `trainer.state.log_history`.
         path (`str` or `Path`): the PNG file.
     """
-    rows = [row for row in history if "lower/loss" in row]
-    epochs = [row["epoch"] for row in rows]
-    series = [
+    panels = [
         ("Pretext loss", [("lower/loss", r"at $\theta_P$")]),
         ("Downstream loss", [("upper/loss", r"at $\theta_P$"), ("upper/direct_loss", r"at $\theta_D$")]),
+        (RESIDUAL_TITLE, [("solver/residual", "relative")]),
     ]
-    if any("solver/residual" in row for row in rows):
-        series.append(("Residual of the linear solve", [("solver/residual", "relative")]))
-    figure = _new_figure(3.4 * len(series), 3.0)
-    for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(series))), series, strict=True):
+    plot_curves([row for row in history if "lower/loss" in row], panels, path, unit="Alternation")
+
+
+def plot_curves(
+    history: Sequence[dict[str, Any]],
+    panels: Sequence[tuple[str, Sequence[tuple[str, str]]]],
+    path: str | Path,
+    *,
+    unit: str = "Epoch",
+) -> None:
+    """Draws figures of a run over its epochs, one panel beside the other. Those that the run does not have are left
+    out.
+
+    Args:
+        history (`Sequence[dict]`): `trainer.state.log_history`.
+        panels (`Sequence`): titles, each with the lines of its panel: name in the history and label.
+        path (`str` or `Path`): the PNG file.
+        unit (`str`, *optional*, defaults to `"Epoch"`): what an epoch is called.
+    """
+    names = {name for row in history for name in row}
+    shown = [(title, [line for line in lines if line[0] in names]) for title, lines in panels]
+    shown = [(title, lines) for title, lines in shown if lines]
+    figure = _new_figure(3.4 * len(shown), 3.0)
+    for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
         for name, label in lines:
-            axes.plot(epochs, [row.get(name, np.nan) for row in rows], marker="o", markersize=3, label=label)
+            rows = [row for row in history if name in row]
+            marker = "o" if len(rows) <= 50 else ""
+            epochs, values = [row["epoch"] for row in rows], [row[name] for row in rows]
+            axes.plot(epochs, values, marker=marker, markersize=3, label=label)
         axes.set_title(title, fontsize=11)
-        axes.set_xlabel("Alternation")
+        axes.set_xlabel(unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        if title.startswith("Residual"):
+        if title == RESIDUAL_TITLE:
             axes.set_yscale("log")
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)

@@ -1,8 +1,6 @@
 """The model that holds both levels: a pretext and a downstream model with a backbone each."""
 
 import copy
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
@@ -18,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .batch_norm import has_batch_norm, recalibrate_batch_norm
 from .configuration_bissl import BiSSLConfig
+from .saving import save_model
 
 LEVELS = ("lower", "upper", "aligned")
 
@@ -266,16 +265,7 @@ class BiSSLModel(PreTrainedModel):
                 stacklevel=2,
             )
         model.eval()
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as staging:
-            model.save_pretrained(staging)
-            if processing_class is not None:
-                processing_class.save_pretrained(staging)
-            for path in sorted(Path(staging).iterdir()):
-                if path.is_dir():
-                    shutil.rmtree(directory / path.name, ignore_errors=True)
-                path.replace(directory / path.name)
+        save_model(model, directory, processing_class)
         return model
 
 

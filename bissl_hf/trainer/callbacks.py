@@ -13,6 +13,7 @@ _SHOWN = {
     "levels/pull": "pull",
     "eval_loss": "eval loss",
     "eval_accuracy": "eval accuracy",
+    "knn_accuracy": "kNN accuracy",
 }
 
 

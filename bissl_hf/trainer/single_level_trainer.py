@@ -1,5 +1,6 @@
 """What the stages before and after BiSSL share: one model, one data set, one optimizer."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, default_data_collator
 
-from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream
+from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, read_rows
+from ..models.saving import save_model
 from .keyed_trainer import KeyedTrainer, Transform
 from .optimizer import build_optimizer
 from .schedule import level_schedule
@@ -104,3 +106,20 @@ class SingleLevelTrainer(KeyedTrainer):
             loss = super().training_step(model, batch, num_items_in_batch)
         self.metrics_buffer.add("loss", loss)
         return loss
+
+    def try_loss(self, rows: int) -> None:
+        """Computes the loss on the first rows, without side effects, so that data and a model that do not fit come to
+        light before training."""
+        key = StepKey(self.args.key_seed, int(self.stream), 0, 0, 0)
+        inputs = self.source.collator(read_rows(self.train_dataset, range(min(rows, len(self.train_dataset)))))
+        self.model.eval()
+        with torch.no_grad(), self.model_randomness(key), self.accelerator.autocast():
+            self.model(**self.move_and_transform(inputs, key, self.train_transform))
+
+    def final_model(self) -> PreTrainedModel:
+        """Returns the model to keep, in evaluation mode."""
+        return self.model.eval()
+
+    def write_model(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the final model, and the processing class beside it."""
+        save_model(self.final_model(), folder, self.processing_class)

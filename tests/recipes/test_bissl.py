@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from bissl_hf import SimCLRConfig, SimCLRForPreTraining, load_image_dataset
 from bissl_hf.data.augment import EvalTransform
@@ -25,39 +25,16 @@ from bissl_hf.data.decoded import DecodedImages
 from bissl_hf.trainer.checkpoints import STAGING_FOLDER, find_last_checkpoint
 from recipes import bissl
 
-ROOT = Path(__file__).parents[2]
+from . import runs
+from .runs import CLASSES, ROOT, as_arguments, environment, launch, only_sentence, resnet_config, write_splits
+
 RECIPE = ROOT / "recipes" / "bissl.py"
-CLASSES = ("cat", "dog", "emu")
-MODES = ("L", "RGB", "RGBA", "P")
-PROGRESS = re.compile(r"(Loading weights|Generating train split): ")
-SIZES = ((24, 18), (17, 30), (20, 20))
-
-
-def resnet_config(depth: int = 1, num_labels: int = len(CLASSES)) -> ResNetConfig:
-    return ResNetConfig(
-        embedding_size=4, hidden_sizes=[4, 6], depths=[1, depth], layer_type="basic", num_labels=num_labels
-    )
-
-
-def write_images(folder: Path, per_class: int, seed: int) -> None:
-    """Writes PNG files of mixed modes and sizes; each class is noise around a brightness of its own."""
-    generator = np.random.default_rng(seed)
-    for number, name in enumerate(CLASSES):
-        (folder / name).mkdir(parents=True)
-        for index in range(per_class):
-            width, height = SIZES[(index + number) % len(SIZES)]
-            low = 80 * number
-            pixels = generator.integers(low, low + 90, (height, width, 3), dtype=np.uint8)
-            Image.fromarray(pixels).convert(MODES[index % len(MODES)]).save(folder / name / f"{index:02d}.png")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the three splits: 36 training, 6 validation and 24 test images."""
-    root = tmp_path_factory.mktemp("images")
-    for seed, (split, per_class) in enumerate({"train": 12, "validation": 2, "test": 8}.items()):
-        write_images(root / split, per_class, seed)
-    return root
+    return write_splits(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -96,38 +73,14 @@ def settings(images: Path, models: Path, output: Path, **changes: Any) -> list[s
         "disable_tqdm": True,
         **changes,
     }
-    arguments: list[str] = []
-    for name, value in values.items():
-        if value is not None:
-            items = value if isinstance(value, list) else [value]
-            arguments += [f"--{name}", *(str(item) for item in items)]
-    return arguments
-
-
-def environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
+    return as_arguments(values)
 
 
 # What is refused
 
 
 def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """Runs the recipe in this process; returns its one sentence after the checks that hold for every refusal."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        bissl.main(arguments)
-    assert stop.value.code == 2
-    out, err = capsys.readouterr()
-    assert "Pre-training" not in out
-    return only_sentence(err)
-
-
-def only_sentence(stderr: str) -> str:
-    """Returns the sentence that ends what a refused run writes. Nothing but progress bars may come before it."""
-    *bars, sentence = stderr.removesuffix("\n").splitlines()
-    assert sentence.startswith("error: "), stderr
-    assert [bar for bar in bars if bar and not PROGRESS.match(bar)] == []
-    return sentence
+    return runs.refusal(capsys, bissl.main, arguments)
 
 
 WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
@@ -394,18 +347,7 @@ def test_refuses_in_a_process_of_its_own(images: Path, models: Path, tmp_path: P
 def finished(images: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The output folder of a run through the launcher, and what the run printed."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml"), str(RECIPE)]
-    done = subprocess.run(
-        [*launcher, *settings(images, models, output, head_warmup_epochs=10)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return output, done.stdout
+    return output, launch("bissl.py", settings(images, models, output, head_warmup_epochs=10))
 
 
 def test_a_run_leaves_its_files(finished: tuple[Path, str]) -> None:

@@ -36,12 +36,12 @@ from bissl_hf.cli.images import (
     load_labelled,
 )
 from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
-from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_output_dir
+from bissl_hf.cli.outputs import RESULTS_NAME, format_table, name_metrics, open_output_dir
 from bissl_hf.cli.pretraining import pretrain
 from bissl_hf.data.alternation import StepKey, Stream
 from bissl_hf.data.augment import EvalTransform, image_processor
 from bissl_hf.data.decoded import DecodedImages
-from bissl_hf.evaluation.features import extract_features, tsne_layout
+from bissl_hf.evaluation.features import extract_features, tsne_layout, with_one_class
 from bissl_hf.evaluation.figures import plot_layouts, plot_run
 from bissl_hf.evaluation.metrics import classification_metrics
 from bissl_hf.trainer.checkpoints import write_json
@@ -59,6 +59,9 @@ class LowerDataArguments:
     lower_dataset: str | None = field(
         default=None,
         metadata={"help": "Unlabelled images, likewise; else the `unlabeled` split or training images of --dataset."},
+    )
+    drop_test_duplicates: bool = field(
+        default=False, metadata={"help": "Leave out unlabelled images that are test images, pixel by pixel."}
     )
 
 
@@ -86,17 +89,20 @@ class Images(LabelledImages):
     lower: DecodedImages
 
 
-def load_images(data: DataArguments, lower_dataset: str | None, seed: int) -> Images:
-    splits = load_labelled(data, seed=seed)
-    lower = load_image_dataset(lower_dataset, seed=seed, require_labels=False) if lower_dataset else splits
+def load_images(data: DataArguments, lower_data: LowerDataArguments, seed: int) -> Images:
+    splits = lower = load_labelled(data, seed=seed)
+    if lower_data.lower_dataset:
+        lower = load_image_dataset(lower_data.lower_dataset, seed=seed, require_labels=False)
     labelled = decode_labelled(splits, data.image_size)
-    return Images(**vars(labelled), lower=decode_unlabelled(lower, data.image_size))
+    without = splits["test"] if lower_data.drop_test_duplicates else None
+    return Images(**vars(labelled), lower=decode_unlabelled(lower, data.image_size, without=without))
 
 
-def build_upper(arguments: ModelArguments, lower: SimCLRForPreTraining, class_names: list[str]) -> PreTrainedModel:
+def build_upper(arguments: ModelArguments, lower: SimCLRForPreTraining, images: Images) -> PreTrainedModel:
+    names, problem_type = images.class_names, images.problem_type
     if arguments.upper_model:
-        return load_classifier(arguments.upper_model, class_names, field="upper_model")
-    return new_classifier(lower.config.backbone_config, class_names)
+        return load_classifier(arguments.upper_model, names, field="upper_model", problem_type=problem_type)
+    return new_classifier(lower.config.backbone_config, names, problem_type=problem_type)
 
 
 def check_pairs(args: BiSSLTrainingArguments) -> None:
@@ -132,7 +138,7 @@ def build_trainer(
         eval_transform=EvalTransform(data.image_size),
         lower_transform=build_view_transform(data.image_size, views),
         processing_class=image_processor(data.image_size),
-        compute_metrics=classification_metrics(),
+        compute_metrics=classification_metrics(images.problem_type, num_labels=len(images.class_names)),
     )
 
 
@@ -197,7 +203,7 @@ def evaluate_on_test(trainer: BiSSLTrainer, test: DecodedImages, prefix: str) ->
     """The aligned model's metrics on the test split, and a layout of its features."""
     metrics = trainer.evaluate(test, metric_key_prefix=prefix)
     rows: Dataset = Subset(test, range(min(len(test), TSNE_ROWS)))
-    features, labels = extract_features(trainer.aligned_model(), batches_of(trainer, rows))
+    features, labels = with_one_class(*extract_features(trainer.aligned_model(), batches_of(trainer, rows)))
     layout = tsne_layout(features, seed=trainer.args.seed) if len(features) >= 4 else np.zeros((len(features), 2))
     return {"metrics": metrics, "layout": layout.tolist(), "labels": labels.tolist()}
 
@@ -217,16 +223,14 @@ def write_outputs(
     )
     trainer.model.save_pretrained(output / "bilevel")
     plot_run(trainer.state.log_history, output / "figures" / "training.png")
-    layouts = [
-        (
-            f"{title}: accuracy {100 * stage['metrics'][f'{prefix}_accuracy']:.1f} %",
-            np.array(stage["layout"]),
-            stage["labels"],
+    layouts = []
+    for title, prefix, stage in (("Before BiSSL", "before", before), ("After BiSSL", "test", after)):
+        figures = name_metrics(stage["metrics"], prefix)
+        layouts.append(
+            (f"{title}: {next(iter(figures))} {next(iter(figures.values()))}", stage["layout"], stage["labels"])
         )
-        for title, prefix, stage in (("Before BiSSL", "before", before), ("After BiSSL", "test", after))
-    ]
     plot_layouts(
-        [(title, points, np.array(labels)) for title, points, labels in layouts],
+        [(title, np.reshape(points, (-1, 2)), np.array(labels)) for title, points, labels in layouts],
         class_names,
         output / "figures" / "tsne.png",
     )
@@ -236,11 +240,7 @@ def write_outputs(
 
 def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     def row(name: str, metrics: dict[str, Any], prefix: str) -> dict[str, str]:
-        return {
-            "test split": name,
-            "accuracy": f"{100 * metrics[f'{prefix}_accuracy']:.2f} %",
-            "loss": f"{metrics[f'{prefix}_loss']:.4f}",
-        }
+        return {"test split": name, **name_metrics(metrics, prefix), "loss": f"{metrics[f'{prefix}_loss']:.4f}"}
 
     rows = [
         row("linear head on the pre-trained backbone", before["metrics"], "before"),
@@ -264,9 +264,9 @@ def main(arguments: list[str] | None = None) -> None:
     with refusing_bad_input():
         checkpoint = open_output_dir(args.output_dir, args.resume_from_checkpoint)
         set_seed(args.seed)
-        images = load_images(data, lower_data.lower_dataset, args.seed)
+        images = load_images(data, lower_data, args.seed)
         lower = build_pretext_model(models)
-        model = BiSSLModel.from_models(lower, build_upper(models, lower, images.class_names))
+        model = BiSSLModel.from_models(lower, build_upper(models, lower, images))
         trainer = build_trainer(data, views, args, model, images)
         pretrainer = build_pretrainer(models, args, trainer)
         if checkpoint:

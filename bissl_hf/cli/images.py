@@ -8,7 +8,11 @@ import datasets
 
 from ..data.augment import TrainTransform, TwoViewTransform
 from ..data.decoded import DecodedImages
+from ..data.duplicates import drop_duplicates
+from ..data.schema import class_names
 from ..data.sources import load_image_dataset
+from ..data.subsets import take_examples
+from ..evaluation.metrics import MULTI_LABEL, SINGLE_LABEL
 
 
 @dataclass
@@ -16,10 +20,18 @@ class DataArguments:
     """The labelled images of a recipe."""
 
     dataset: str = field(
-        default="digits", metadata={"help": "Labelled images: digits, a folder, a Parquet file or a Hub id."}
+        default="digits",
+        metadata={"help": "Labelled images: a known name (digits, stl10, ...), a folder, a Parquet file or a Hub id."},
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of --dataset on the Hub; else that of the known name."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of images; found by itself if usual."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels; found by itself if usual."})
+    train_examples: int | None = field(
+        default=None,
+        metadata={"help": "Labelled training images to use, in the same mix of classes; all if not given."},
+    )
     image_size: int = field(default=96, metadata={"help": "Side of the square images that the model sees, in pixels."})
 
 
@@ -59,21 +71,32 @@ class LabelledImages:
     test: DecodedImages
     class_names: list[str]
 
+    @property
+    def problem_type(self) -> str:
+        """Whether an image has one class or may have several, as the configuration of a model says it."""
+        return SINGLE_LABEL if self.train.labels is None or self.train.labels.ndim == 1 else MULTI_LABEL
+
 
 def load_labelled(arguments: DataArguments, *, seed: int) -> datasets.DatasetDict:
-    """Loads the data set that the arguments name.
+    """Loads the data set that the arguments name. If they choose some of its training images, the others stay as
+    unlabelled ones where it has no such split.
 
     Raises:
-        `ValueError`: see [`load_image_dataset`]; also if it has a single class.
+        `ValueError`: see [`load_image_dataset`] and [`take_examples`]; also if it has a single class.
     """
     splits = load_image_dataset(
-        arguments.dataset, image_column=arguments.image_column, label_column=arguments.label_column, seed=seed
+        arguments.dataset,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        seed=seed,
+        revision=arguments.dataset_revision,
     )
-    class_names = splits["train"].features["label"].names
-    if len(class_names) < 2:
-        raise ValueError(
-            f"{arguments.dataset} has a single class, {class_names[0]!r}; there is nothing to tell apart."
-        )
+    names = class_names(splits["train"])
+    if len(names) < 2:
+        raise ValueError(f"{arguments.dataset} has a single class, {names[0]!r}; there is nothing to tell apart.")
+    if arguments.train_examples is not None:
+        splits.setdefault("unlabeled", splits["train"].select_columns("image"))
+        splits["train"] = take_examples(splits["train"], arguments.train_examples, seed=seed)
     return splits
 
 
@@ -83,13 +106,24 @@ def decode_labelled(splits: Mapping[str, datasets.Dataset], image_size: int) -> 
         train=_decode(splits["train"], image_size, "train", native_size=True),
         validation=_decode(splits["validation"], image_size, "validation", native_size=False),
         test=_decode(splits["test"], image_size, "test", native_size=False),
-        class_names=splits["train"].features["label"].names,
+        class_names=class_names(splits["train"]),
     )
 
 
-def decode_unlabelled(splits: Mapping[str, datasets.Dataset], image_size: int) -> DecodedImages:
-    """Decodes the images for a pretext task: the split `unlabeled` where there is one, else the training images."""
+def decode_unlabelled(
+    splits: Mapping[str, datasets.Dataset], image_size: int, *, without: datasets.Dataset | None = None
+) -> DecodedImages:
+    """Decodes the images for a pretext task: the split `unlabeled` where there is one, else the training images;
+    without those that are exact duplicates of images in the split `without`.
+
+    Raises:
+        `ValueError`: if all of them are.
+    """
     unlabelled = splits["unlabeled"] if "unlabeled" in splits else splits["train"].select_columns("image")
+    if without is not None:
+        before, unlabelled = len(unlabelled), drop_duplicates(unlabelled, without)
+        if len(unlabelled) == 0:
+            raise ValueError(f"All {before} unlabelled images are test images too; give others with --lower_dataset.")
     return _decode(unlabelled, image_size, "unlabelled", native_size=True)
 
 

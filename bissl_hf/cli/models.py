@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
+from ..evaluation.metrics import SINGLE_LABEL
 from ..models.configuration_simclr import SimCLRConfig, resnet18_config
 from ..models.modeling_simclr import SimCLRForPreTraining
 
@@ -53,21 +54,27 @@ def build_pretext_model(arguments: PretextModelArguments) -> SimCLRForPreTrainin
     return SimCLRForPreTraining(SimCLRConfig(backbone_config=backbone, **heads))
 
 
-def new_classifier(backbone_config: PretrainedConfig, class_names: Sequence[str]) -> PreTrainedModel:
+def new_classifier(
+    backbone_config: PretrainedConfig, class_names: Sequence[str], *, problem_type: str = SINGLE_LABEL
+) -> PreTrainedModel:
     """Returns the image classifier on this kind of backbone with new weights and a head for these classes."""
-    config = type(backbone_config).from_dict(backbone_config.to_dict())
+    config: Any = type(backbone_config).from_dict(backbone_config.to_dict())
+    config.problem_type = problem_type
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: number for number, name in enumerate(class_names)}
     return AutoModelForImageClassification.from_config(config)
 
 
-def load_classifier(source: str, class_names: Sequence[str], *, field: str) -> PreTrainedModel:
+def load_classifier(
+    source: str, class_names: Sequence[str], *, field: str, problem_type: str = SINGLE_LABEL
+) -> PreTrainedModel:
     """Loads an image classifier with its head.
 
     Args:
         source (`str`): folder or Hub id.
         class_names (`Sequence[str]`): of the data set.
         field (`str`): the argument that names the model, for messages.
+        problem_type (`str`, *optional*): whether an image has one class or may have several; decides the loss.
 
     Raises:
         `ValueError`: if it tells another number of classes apart.
@@ -78,4 +85,5 @@ def load_classifier(source: str, class_names: Sequence[str], *, field: str) -> P
             f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "
             f"{len(class_names)}; leave {field} out for a new head."
         )
+    model.config.problem_type = problem_type
     return model

@@ -74,3 +74,16 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def name_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    """Returns the metrics of a classifier that an evaluation under `prefix` has left, as they are shown to users: the
+    one by which models are compared first."""
+    names = {
+        "accuracy": "accuracy",
+        "map": "11-point mAP",
+        "top5_accuracy": "top-5 accuracy",
+        "mean_class_accuracy": "mean per class",
+    }
+    found = {name: metrics.get(f"{prefix}_{key}") for key, name in names.items()}
+    return {name: f"{100 * value:.2f} %" for name, value in found.items() if value is not None}

@@ -23,6 +23,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers.image_utils import load_image
 
+from .schema import class_names, labels_of
+
 logger = logging.getLogger(__name__)
 
 MAX_BYTES_IN_MEMORY = 256 * 2**20
@@ -74,11 +76,13 @@ class DecodedImages(torch.utils.data.Dataset):
     """A split whose images are stored as one uint8 array of shape (rows, 3, height, width), with its labels.
 
     Build it with [`DecodedImages.from_dataset`]. An example is a dict with `pixel_values`, a uint8 tensor of shape
-    (3, height, width), and `labels`, an `int`; a split without labels has no `labels`.
+    (3, height, width), and `labels`: an `int`, or, where an image may have several classes, a float32 tensor of zeros
+    and ones of shape (classes,). A split without labels has no `labels`.
 
     Args:
         pixels (`np.ndarray` or `Path`): the array, or the `.npy` file that holds it.
-        labels (`np.ndarray`, *optional*): class numbers, int64, shape (rows,).
+        labels (`np.ndarray`, *optional*): class numbers, int64, shape (rows,); or multi-hot, float32, shape (rows,
+            classes).
         class_names (`list[str]`, *optional*): name of each class.
 
     Raises:
@@ -107,8 +111,11 @@ class DecodedImages(torch.utils.data.Dataset):
                 f"`pixels` is {self._pixels.dtype} of shape {self._pixels.shape}; it must be uint8 of shape (rows, 3, "
                 "height, width)."
             )
-        if labels is not None and labels.shape != (len(self._pixels),):
-            raise ValueError(f"`labels` has the shape {labels.shape}; it must be ({len(self._pixels)},).")
+        if labels is not None and (labels.ndim not in (1, 2) or len(labels) != len(self._pixels)):
+            raise ValueError(
+                f"`labels` has the shape {labels.shape}; it must be ({len(self._pixels)},) or "
+                f"({len(self._pixels)}, classes)."
+            )
 
     @classmethod
     def from_dataset(
@@ -163,7 +170,9 @@ class DecodedImages(torch.utils.data.Dataset):
             pixels = folder / f"{_cache_key(dataset, reader)}-{geometry}-{shape[2]}.npy"
             if not pixels.exists():
                 _write_file(pixels, shape, lambda array: reader.decode_into(array, convert, description))
-        return cls(pixels, *_labels_of(dataset))
+        if "label" not in dataset.column_names:
+            return cls(pixels)
+        return cls(pixels, labels_of(dataset), class_names(dataset))
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -181,7 +190,8 @@ class DecodedImages(torch.utils.data.Dataset):
         pixels = torch.from_numpy(self._pixels[np.asarray(indices, dtype=np.int64)])
         if self.labels is None:
             return [{"pixel_values": image} for image in pixels]
-        labels = self.labels[np.asarray(indices, dtype=np.int64)].tolist()
+        labels: Any = self.labels[np.asarray(indices, dtype=np.int64)]
+        labels = labels.tolist() if labels.ndim == 1 else torch.from_numpy(labels)
         return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -272,13 +282,6 @@ def _header_size(value: dict[str, Any]) -> tuple[int, int]:
     # The EXIF orientation may swap width and height, which does not matter for squares.
     with PIL.Image.open(value["path"] if value["bytes"] is None else BytesIO(value["bytes"])) as image:
         return image.size
-
-
-def _labels_of(dataset: datasets.Dataset) -> tuple[np.ndarray | None, list[str] | None]:
-    if "label" not in dataset.column_names:
-        return None, None
-    labels = np.asarray(dataset.with_format(None).select_columns(["label"])[:]["label"], dtype=np.int64)
-    return labels, getattr(dataset.features["label"], "names", None)
 
 
 def _cache_key(dataset: datasets.Dataset, reader: _ImageReader) -> str:

@@ -20,7 +20,8 @@ def extract_features(model: Any, batches: Iterable[dict[str, Any]]) -> tuple[np.
         batches (`Iterable[dict]`): with `pixel_values` and `labels`, on the device of the model.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: features of shape `(rows, width)` and labels of shape `(rows,)`.
+        `tuple[np.ndarray, np.ndarray]`: features of shape `(rows, width)`, and labels: of shape `(rows,)`, or
+            multi-hot of shape `(rows, classes)`.
     """
     backbone: nn.Module = model.base_model
     was_training = backbone.training
@@ -31,6 +32,20 @@ def extract_features(model: Any, batches: Iterable[dict[str, Any]]) -> tuple[np.
         labels.append(batch["labels"].cpu().numpy())
     backbone.train(was_training)
     return np.concatenate(features), np.concatenate(labels)
+
+
+def with_one_class(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows that have exactly one class and their class numbers, for what compares classes with each other.
+
+    Args:
+        features (`np.ndarray`): shape `(rows, ...)`.
+        labels (`np.ndarray`): class numbers of shape `(rows,)`, with which all rows are returned; or multi-hot of
+            shape `(rows, classes)`.
+    """
+    if labels.ndim == 1:
+        return features, labels
+    chosen = labels.sum(axis=1) == 1
+    return features[chosen], labels[chosen].argmax(axis=1)
 
 
 def tsne_layout(features: np.ndarray, *, seed: int = 0) -> np.ndarray:

@@ -92,3 +92,46 @@ def test_transforms_follow_their_arguments() -> None:
 def test_a_range_is_two_numbers(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} is \[0.5\]; it must be two numbers, the lower one first"):
         build_train_transform(16, CropArguments(**{name: [0.5]}))
+
+
+def test_some_training_images_are_chosen_and_all_of_them_stay_for_the_pretext_task() -> None:
+    whole = load_labelled(DataArguments(), seed=3)
+    some = load_labelled(DataArguments(train_examples=50), seed=3)
+    assert len(some["train"]) == 50
+    assert set(some["train"]["label"]) == set(range(10))
+    assert some["unlabeled"].column_names == ["image"]
+    assert len(decode_unlabelled(some, 8)) == len(whole["train"])
+    for name in ("validation", "test"):
+        assert some[name]["label"][:] == whole[name]["label"][:]
+    with pytest.raises(ValueError, match="9 training examples are asked for; there must be between 10, one per class"):
+        load_labelled(DataArguments(train_examples=9), seed=0)
+
+
+def test_a_revision_is_for_the_hub() -> None:
+    with pytest.raises(ValueError, match=r"\['revision'\] apply to data sets on the Hub only"):
+        load_labelled(DataArguments(dataset_revision="main"), seed=0)
+
+
+def test_unlabelled_images_are_taken_without_those_of_the_test_split() -> None:
+    splits = {"train": split([10, 200, 30], [0, 1, 0])}
+    left = decode_unlabelled(splits, 14, without=split([200, 7], None))
+    assert [int(left[row]["pixel_values"].float().mean()) for row in range(len(left))] == [10, 30]
+    with pytest.raises(ValueError, match="All 3 unlabelled images are test images too; give others with --lower_data"):
+        decode_unlabelled(splits, 14, without=split([200, 30, 10], None))
+
+
+def test_the_kind_of_task_is_that_of_the_labels() -> None:
+    one = {name: split([10, 200], [0, 1]) for name in ("train", "validation", "test")}
+    assert decode_labelled(one, 14).problem_type == "single_label_classification"
+    several = {
+        name: datasets.Dataset.from_dict(
+            {"image": part["image"][:], "label": [[0], [0, 1]]},
+            features=datasets.Features(
+                {"image": datasets.Image(), "label": datasets.List(datasets.ClassLabel(names=["dark", "light"]))}
+            ),
+        )
+        for name, part in one.items()
+    }
+    images = decode_labelled(several, 14)
+    assert images.problem_type == "multi_label_classification"
+    assert images.class_names == ["dark", "light"]

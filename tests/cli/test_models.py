@@ -71,3 +71,17 @@ def test_a_classifier_must_tell_as_many_classes_apart(classifier: Path) -> None:
     assert load_classifier(str(classifier), ["a", "b", "c"], field="upper_model").config.num_labels == 3
     with pytest.raises(ValueError, match=r"upper_model .* tells 3 classes apart and the data set has 2; leave upper"):
         load_classifier(str(classifier), ["a", "b"], field="upper_model")
+
+
+def test_the_kind_of_task_decides_the_loss(classifier: Path) -> None:
+    kind = "multi_label_classification"
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    for model in (
+        new_classifier(tiny_resnet_config(), ["a", "b", "c"], problem_type=kind),
+        load_classifier(str(classifier), ["a", "b", "c"], field="upper_model", problem_type=kind),
+    ):
+        found = model.eval()(pixel_values=images, labels=labels)
+        probability = 1 / (1 + torch.exp(-found.logits))
+        by_hand = -(labels * probability.log() + (1 - labels) * (1 - probability).log()).mean()
+        torch.testing.assert_close(found.loss, by_hand)

@@ -91,6 +91,15 @@ def test_table() -> None:
     ]
 
 
+def test_metrics_are_named_for_users_the_main_one_first() -> None:
+    metrics = {"test_loss": 1.5, "test_mean_class_accuracy": 0.5, "test_accuracy": 0.12345, "eval_accuracy": 1.0}
+    assert list(outputs.name_metrics(metrics, "test").items()) == [
+        ("accuracy", "12.35 %"),
+        ("mean per class", "50.00 %"),
+    ]
+    assert outputs.name_metrics({"before_map": 0.0}, "before") == {"11-point mAP": "0.00 %"}
+
+
 def test_a_checkpoint_of_another_folder_is_refused(tmp_path):
     checkpoint = tmp_path / "elsewhere" / "checkpoint-3"
     checkpoint.mkdir(parents=True)

@@ -6,8 +6,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, List
 from torch.utils.data import DataLoader
+from transformers import default_data_collator
 
 from bissl_hf.data import decoded
 from bissl_hf.data.decoded import DecodedImages, resize_and_crop_square, resize_side
@@ -243,5 +244,16 @@ class TestErrors:
             DecodedImages(np.zeros((1, 3, 2, 2)))
 
     def test_wrong_labels(self):
-        with pytest.raises(ValueError, match=r"`labels` has the shape \(2,\); it must be \(1,\)"):
+        with pytest.raises(ValueError, match=r"`labels` has the shape \(2,\); it must be \(1,\) or \(1, classes\)"):
             DecodedImages(np.zeros((1, 3, 2, 2), dtype=np.uint8), labels=np.zeros(2, dtype=np.int64))
+
+
+def test_several_classes_become_rows_of_zeros_and_ones():
+    features = Features({"image": Image(), "label": List(ClassLabel(names=["a", "b", "c"]))})
+    pictures = [PIL.Image.new("RGB", (4, 4), (row, 0, 0)) for row in range(4)]
+    split = Dataset.from_dict({"image": pictures, "label": [[2, 0], [], [1], [1, 1]]}, features=features)
+    images = DecodedImages.from_dataset(split, image_size=4)
+    assert images.class_names == ["a", "b", "c"]
+    expected = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0], [0, 1, 0]], dtype=torch.float32)
+    batch = default_data_collator([images[row] for row in range(4)])
+    torch.testing.assert_close(batch["labels"], expected, rtol=0, atol=0)

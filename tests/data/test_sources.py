@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Sequence, Value
 
-from bissl_hf.data import sources
-from bissl_hf.data.sources import load_image_dataset, stratified_rows
+from bissl_hf.data import hub as hub_module
+from bissl_hf.data.sources import load_image_dataset
 
 
 def write_image(path: Path, value: int = 0) -> None:
@@ -41,7 +41,7 @@ def hub(monkeypatch):
             calls.append((name, options))
             return DatasetDict(splits)
 
-        monkeypatch.setattr(sources, "load_dataset", fake)
+        monkeypatch.setattr(hub_module, "load_dataset", fake)
         return calls
 
     return set_splits
@@ -82,22 +82,6 @@ class TestDigits:
         assert first["validation"]["label"][:] == again["validation"]["label"][:]
         assert first["validation"]["label"][:] != other["validation"]["label"][:]
         assert first["test"]["label"][:] == other["test"]["label"][:]
-
-
-class TestStratifiedRows:
-    def test_fraction_of_each_class(self):
-        labels = np.repeat([0, 1, 2], [100, 20, 4])
-        first, second, single = stratified_rows(labels, 0.1, seed=3)
-        assert np.bincount(labels[second]).tolist() == [10, 2, 1]
-        assert sorted([*first, *second]) == list(range(124))
-        assert single == []
-
-    def test_class_with_one_row_stays_in_first_part(self):
-        first, second, single = stratified_rows([0, 0, 7], 0.9, seed=0)
-        assert single == [7]
-        assert 2 in first
-        assert len(first) == 2
-        assert len(second) == 1
 
 
 class TestFolder:
@@ -248,6 +232,18 @@ class TestHub:
         assert loaded["train"].features["label"].names == ["owl", "wren"]
         assert loaded["test"]["label"][:] == [1]
 
+    @pytest.mark.parametrize("element", [ClassLabel(names=["a", "b", "c"]), Value("int64"), Value("string")])
+    def test_lists_of_labels_stay_lists_of_classes(self, hub, element):
+        lists = [[0, 2], [], [1]] * 10
+        if element == Value("string"):
+            lists = [["abc"[label] for label in labels] for labels in lists]
+        hub(train=make_split(lists, Sequence(element)), test=make_split(lists[:3], Sequence(element)))
+        loaded = load_image_dataset("user/name")
+        names = ["0", "1", "2"] if element == Value("int64") else ["a", "b", "c"]
+        for split in loaded.values():
+            assert split.features["label"] == List(ClassLabel(names=names))
+        assert loaded["test"]["label"][:] == [[0, 2], [], [1]]
+
     def test_unlabeled_split_may_have_no_labels(self, hub):
         feature = ClassLabel(names=["a", "b"])
         hub(train=make_split([0, 1] * 5, feature), unlabeled=make_split([-1, -1], Value("int64")))
@@ -255,17 +251,17 @@ class TestHub:
         assert unlabeled.column_names == ["image"]
         assert len(unlabeled) == 2
 
-    def test_failure_is_one_sentence(self, monkeypatch):
-        def unreachable(name, **options):
-            raise ConnectionError("Couldn't reach the Hub\nand more lines")
+    def test_other_failure_is_one_sentence(self, monkeypatch):
+        def failing(name, **options):
+            raise RuntimeError("Dataset scripts are no longer supported\nand more lines")
 
-        monkeypatch.setattr(sources, "load_dataset", unreachable)
+        monkeypatch.setattr(hub_module, "load_dataset", failing)
         with pytest.raises(
-            ValueError, match="could not be loaded from the Hub: ConnectionError: Couldn't reach"
+            ValueError, match="could not be loaded from the Hub: RuntimeError: Dataset scripts are no"
         ) as info:
             load_image_dataset("user/name")
         assert "\n" not in str(info.value)
-        assert isinstance(info.value.__cause__, ConnectionError)
+        assert isinstance(info.value.__cause__, RuntimeError)
 
     @pytest.mark.parametrize("options", [{"split": "train"}, {"streaming": True}])
     def test_whole_splits_only(self, options):
@@ -291,7 +287,23 @@ class TestHub:
             ({"train": (["a", None], Value("string"))}, {}, "There is no label in row 1 of the split 'train'"),
             ({"train": ([0, -1], ClassLabel(names=["a"]))}, {}, "is -1; it must be 0 to 0"),
             ({"train": ([0.5], Value("float32"))}, {}, "labels must be class labels, integers or strings"),
-            ({"train": ([[0]], Sequence(Value("int64")))}, {}, "labels must be class labels, integers or strings"),
+            ({"train": ([[0.5]], Sequence(Value("float32")))}, {}, "labels must be class labels, integers or strings"),
+            (
+                {"train": ([[0, None]], Sequence(Value("int64")))},
+                {},
+                "There is no label in row 0 of the split 'train'",
+            ),
+            (
+                {"train": ([[0], None], Sequence(Value("int64")))},
+                {},
+                "There is no label in row 1 of the split 'train'",
+            ),
+            ({"train": ([[0], [0, -1]], Sequence(ClassLabel(names=["a"])))}, {}, "row 1 .* is -1; it must be 0 to 0"),
+            (
+                {"train": ([0], Value("int64")), "test": ([[0]], Sequence(Value("int64")))},
+                {},
+                "are integers in 'train' and lists of integers in 'test'; they must be the same",
+            ),
             (
                 {"train": ([0], ClassLabel(names=["a"])), "test": ([0], ClassLabel(names=["b"]))},
                 {},
@@ -325,7 +337,7 @@ def test_negative_seed():
 
 @pytest.mark.parametrize("name", ["digit", "/no/such/folder", "a/b/c"])
 def test_unknown_name(name):
-    with pytest.raises(ValueError, match=r"There is no data set .*known name \(these are \['digits'\]\)"):
+    with pytest.raises(ValueError, match=r"There is no data set .*known name \(these are \['aircraft', 'caltech101'"):
         load_image_dataset(name)
 
 

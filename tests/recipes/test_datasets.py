@@ -1,0 +1,113 @@
+"""Recipes on data sets of the catalogue, from a stand-in for the Hub."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForImageClassification, ResNetConfig
+
+from bissl_hf.data.catalogue import CATALOGUE
+from recipes import bissl
+from tests.data.hub_parquet import make_split, png, serve
+from tests.hub_stand_in import HubStandIn
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def hub() -> Iterator[HubStandIn]:
+    with HubStandIn() as hub:
+        yield hub
+
+
+def settings(folder: Path, **changes: Any) -> list[str]:
+    """A short run on a tiny backbone."""
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
+    config.save_pretrained(folder / "backbone")
+    values = {
+        "backbone": folder / "backbone",
+        "backbone_init": "random",
+        "projection_dims": "6 5",
+        "image_size": 8,
+        "output_dir": folder / "out",
+        "num_alternations": 1,
+        "lower_steps": 1,
+        "upper_steps": 1,
+        "per_device_lower_batch_size": 16,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 500,
+        "pretrain_steps": 2,
+        "head_warmup_epochs": 1,
+        "bn_recalibration_images": 32,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", *str(value).split())]
+
+
+@pytest.mark.slow
+def test_stl10_with_all_its_images_through_the_launcher(hub: HubStandIn, tmp_path: Path) -> None:
+    """The real number of images, of 8x8 pixels: 5,000, 8,000 and 100,000 without labels."""
+    entry = CATALOGUE["stl10"]
+    splits = {
+        split: make_split(entry, rows, labelled=split != "unlabeled", side=8) for split, rows in entry.rows.items()
+    }
+    serve(hub, entry, splits, also={f"train_{fold}": make_split(entry, 3) for fold in range(10)})
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml"), str(ROOT / "recipes/bissl.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **hub.environment(tmp_path / "home")}
+    done = subprocess.run(
+        [*launcher, *settings(tmp_path, dataset="stl10")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Decoding unlabelled" in done.stderr
+    assert "top-5 accuracy" in done.stdout
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert 0 <= results["test_accuracy"] <= results["test_top5_accuracy"] <= 1
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label[3] == "class 3"
+
+
+def test_voc2007_with_several_classes_per_image(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = replace(CATALOGUE["voc2007"], rows={"train": 80, "test": 40})
+    monkeypatch.setitem(CATALOGUE, "voc2007", entry)
+    serve(hub, entry, {split: make_split(entry, rows, side=8) for split, rows in entry.rows.items()})
+    hub.patch(monkeypatch, tmp_path / "home")
+    bissl.main(settings(tmp_path, dataset="voc2007", head_warmup_epochs=30, learning_rate=0.1))
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    rows = [line for line in printed.splitlines() if line.startswith("aligned model, after BiSSL")]
+    assert "11-point mAP" in printed
+    assert f"{100 * results['test_map']:.2f} %" in rows[0]
+    assert "test_accuracy" not in results
+    # Guessing gives 0.1: two of twenty classes are there.
+    assert results["before_map"] > 0.15
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
+    assert config.problem_type == "multi_label_classification"
+
+
+def test_duplicates_of_test_images_are_left_out_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "images"
+    colors = {"train": range(32), "test": range(100, 108), "unlabeled": range(90, 120)}
+    for split, values in colors.items():
+        for value in values:
+            place = folder / split / ("" if split == "unlabeled" else "ab"[value % 2])
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{value}.png").write_bytes(png(value, side=8))
+    with pytest.raises(SystemExit):
+        bissl.main(settings(tmp_path, dataset=folder, drop_test_duplicates=True, per_device_lower_batch_size=23))
+    # 30 unlabelled images, 8 of which are test images.
+    assert "makes a batch of 23, and lower_dataset has 22 examples" in capsys.readouterr().err

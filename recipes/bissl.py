@@ -25,6 +25,7 @@ from bissl_hf import (
     load_image_dataset,
 )
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
+from bissl_hf.cli.card import CardArguments, recipe_facts
 from bissl_hf.cli.images import (
     DataArguments,
     LabelledImages,
@@ -45,6 +46,8 @@ from bissl_hf.evaluation.features import extract_features, tsne_layout, with_one
 from bissl_hf.evaluation.figures import plot_layouts, plot_run
 from bissl_hf.evaluation.metrics import classification_metrics
 from bissl_hf.trainer.checkpoints import write_json
+from bissl_hf.trainer.model_card.facts import ModelFacts
+from bissl_hf.trainer.model_card.tables import Evaluation, metrics_of
 from bissl_hf.trainer.optimizer import resolve_optimizer
 from bissl_hf.trainer.pretext_trainer import PretextTrainer
 from bissl_hf.trainer.training_args import PretextTrainingArguments
@@ -214,8 +217,21 @@ def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]
         yield trainer.move_and_transform(batch, key, trainer.eval_transform)
 
 
+def known_facts(
+    card: CardArguments, data: DataArguments, lower_dataset: str | None, views: ViewArguments, models: ModelArguments
+) -> ModelFacts:
+    backbone = models.backbone if models.backbone_init == "pretrained" else None
+    return recipe_facts(
+        card,
+        dataset=data.dataset,
+        lower_dataset=lower_dataset or data.dataset,
+        base_models=[models.lower_model, backbone, models.upper_model],
+        settings={"Data": data, "Views": views, "Models and pre-training": models},
+    )
+
+
 def write_outputs(
-    trainer: BiSSLTrainer, before: dict[str, Any], after: dict[str, Any], class_names: list[str]
+    trainer: BiSSLTrainer, before: dict[str, Any], after: dict[str, Any], test: DecodedImages, class_names: list[str]
 ) -> None:
     output = Path(str(trainer.args.output_dir))
     trainer.model.export(
@@ -236,6 +252,12 @@ def write_outputs(
     )
     history = [row for row in trainer.state.log_history if "step" in row]
     write_json(output / RESULTS_NAME, {**before["metrics"], **after["metrics"], "log_history": history})
+    head = metrics_of(before["metrics"], "before")
+    trainer.facts.evaluations = [
+        Evaluation("Linear head on the pre-trained backbone", "test", head, len(test), described=False),
+        Evaluation("This model", "test", metrics_of(after["metrics"], "test"), len(test)),
+    ]
+    trainer.create_model_card()
 
 
 def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -255,8 +277,8 @@ def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    data, lower_data, views, models, args = parse_arguments(
-        (DataArguments, LowerDataArguments, ViewArguments, ModelArguments, BiSSLTrainingArguments),
+    data, lower_data, views, models, card, args = parse_arguments(
+        (DataArguments, LowerDataArguments, ViewArguments, ModelArguments, CardArguments, BiSSLTrainingArguments),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
@@ -268,6 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
         lower = build_pretext_model(models)
         model = BiSSLModel.from_models(lower, build_upper(models, lower, images))
         trainer = build_trainer(data, views, args, model, images)
+        trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
         pretrainer = build_pretrainer(models, args, trainer)
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
@@ -289,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = evaluate_on_test(trainer, images.test, "test")
     if trainer.is_world_process_zero():
-        write_outputs(trainer, before, after, images.class_names)
+        write_outputs(trainer, before, after, images.test, images.class_names)
         print_summary(output, before, after)
 
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..tensors import Vector, fill_missing, norm, subtract
 from .keyed_trainer import Transform
 from .level_data import level_sources
 from .level_steps import LevelSteps
+from .model_card.text import Description, describe_aligned
 from .optimizer import TwoLevelOptimizer, build_optimizer, clip_factor, has_step_length
 from .pull import Pull, warn_about_pull
 from .schedule import Schedule, level_schedule, two_level_scheduler
@@ -305,6 +307,10 @@ class BiSSLTrainer(LevelSteps):
             "lower/learning_rate": rates["lower"],
             "upper/learning_rate": rates["upper"],
         }
+
+    def describe(self, folder: Path) -> Description:
+        """Returns what a card says of the aligned model."""
+        return describe_aligned(self, has_both_levels=(folder / "bilevel" / "config.json").is_file())
 
     def run_state(self) -> dict[str, Any]:
         """Adds the pull so far."""

@@ -14,15 +14,20 @@ MANIFEST_NAME = "manifest.json"
 STAGING_FOLDER = ".unfinished"
 
 
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Writes a JSON file that is either the old one or the new one, whatever happens meanwhile."""
+def write_text(path: str | os.PathLike[str], content: str) -> None:
+    """Writes a text file that is either the old one or the new one, whatever happens meanwhile."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as stream:
-        json.dump(content, stream, indent=2, sort_keys=True)
+    with temporary.open("w", encoding="utf-8", newline="") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Writes a JSON file likewise."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True))
 
 
 def write_manifest(folder: str | os.PathLike[str]) -> None:

@@ -32,6 +32,10 @@ from ..distributed import average_flat
 from .callbacks import ShortProgressCallback, TrainingClock
 from .checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
 from .metrics_buffer import MetricsBuffer
+from .model_card.card import build_model_card
+from .model_card.facts import ModelFacts
+from .model_card.text import Description, describe_classifier
+from .model_card.writing import write_model_card
 from .training_args import KeyedTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -74,6 +78,7 @@ class KeyedTrainer(Trainer):
         if trainer_kwargs.get("optimizers", (None, None)) != (None, None):
             raise ValueError("optimizers is not supported: name them in the arguments, or override create_optimizer.")
         self.eval_transform = eval_transform
+        self.facts = ModelFacts()
         self._staging: Path | None = None
         self._samples = 0
         self._samples_since = time.perf_counter()
@@ -181,6 +186,36 @@ class KeyedTrainer(Trainer):
             with keyed_random_state((*key, READING_RANDOMNESS)):
                 inputs = self.data_collator(read_rows(self.train_dataset, rows))
             yield self.move_and_transform(inputs, key, self.eval_transform)
+
+    # Model card
+
+    def describe(self, folder: Path) -> Description:
+        """Returns what a card in `folder` says of this kind of model."""
+        return describe_classifier(self)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Writes README.md into the output folder, see [`write_model_card`]. Trainer's own card reports an optimizer
+        that is not used. Arguments take the place of what `facts` says; of two data sets the second is the lower
+        level's."""
+        if not self.is_world_process_zero():
+            return
+        facts = self.facts.with_card_arguments(
+            language, license, tags, finetuned_from, tasks, dataset_tags or dataset, dataset_args
+        )
+        folder = Path(str(self.args.output_dir))
+        card = build_model_card(self, self.describe(folder), facts, folder=folder, model_name=model_name)
+        write_model_card(card, folder)
 
     # Checkpoints
 

@@ -1,10 +1,12 @@
 """Self-supervised pre-training of the lower model alone."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..data.alternation import Stream
+from .model_card.text import Description, describe_pretext
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import PretextTrainingArguments
 
@@ -44,3 +46,7 @@ class PretextTrainer(SingleLevelTrainer):
             train_dataset=train_dataset,
             **trainer_kwargs,
         )
+
+    def describe(self, folder: Path) -> Description:
+        """Returns what a card says of a pretext model."""
+        return describe_pretext(self)

@@ -48,10 +48,15 @@ def _checked_options(schedule: str, options: dict[str, Any] | str | None, *, fie
     """Returns the arguments of a schedule: read from JSON, filled in for the paper's cosine, and tried out."""
     if isinstance(options, str):
         options = _parse_dict(options, field=f"{field.removesuffix('_type')}_kwargs")
-    if options is None and schedule == SchedulerType.COSINE_WITH_MIN_LR:
-        options = {"min_lr_rate": _MIN_LR_RATE}
+    if options is None:
+        options = default_schedule_options(schedule)
     level_schedule(schedule, num_steps=1, options=options, field=field)
     return options
+
+
+def default_schedule_options(schedule: str) -> dict[str, Any] | None:
+    """Returns the arguments that a schedule gets when none are given."""
+    return {"min_lr_rate": _MIN_LR_RATE} if schedule == SchedulerType.COSINE_WITH_MIN_LR else None
 
 
 @dataclass

@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
@@ -121,6 +122,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor"),
     ({"report_to": "nobody"}, "nobody"),
     ({"save_strategy": "sometimes"}, "sometimes"),
+    ({"license": "mine"}, "license is 'mine'; it must be an identifier that the Hub knows"),
     ({"hub_token": "hf_x"}, "hub_token.*HF_TOKEN"),
     ({"temperature": 0.0}, "temperature.* 0.0"),
     ({"projection_dims": [0]}, "projection_dims"),
@@ -364,6 +366,22 @@ def test_a_run_leaves_its_files(finished: tuple[Path, str]) -> None:
     rows = [line for line in printed.splitlines() if line.startswith("aligned model, after BiSSL")]
     accuracy, loss = f"{100 * results['test_accuracy']:.2f}", f"{results['test_loss']:.4f}"
     assert [row.split()[-3:] for row in rows] == [[accuracy, "%", loss]]
+
+
+def test_the_model_card_says_what_the_run_has_shown(finished: tuple[Path, str], images: Path) -> None:
+    output, _ = finished
+    results = json.loads((output / "all_results.json").read_text())
+    card = ModelCard.load(output / "README.md")
+    test = [result for result in card.data.eval_results if result.dataset_split == "test"]
+    found = {result.metric_type: result.metric_value for result in test}
+    assert {"accuracy", "loss"} <= set(found)
+    assert found == {name: results[f"test_{name}"] for name in found}
+    assert f"| **This model** | test (24) | {results['test_loss']:.4f} | {results['test_accuracy']:.4f} |" in card.text
+    assert f"| test (24) | {results['before_loss']:.4f} | {results['before_accuracy']:.4f} |" in card.text
+    assert re.findall(r"!\[.*\]\((.*)\)", card.text) == ["figures/tsne.png", "figures/training.png"]
+    assert 'BiSSLModel.from_pretrained("path/to/this/folder", subfolder="bilevel")' in card.text
+    assert str(images) not in str(card)
+    assert str(output.parent) not in str(card)
 
 
 ELSEWHERE = """

@@ -1,0 +1,72 @@
+"""What data sets and models are called where others read it. Nobody learns where they lie on a user's disk."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .catalogue import CATALOGUE
+from .sources import DIGITS
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class PublicName:
+    """What may be said of a data set in public.
+
+    Args:
+        title (`str`): for people.
+        identifier (`str`, *optional*): for machines: a Hub id, the name of a builder of `datasets`, or a short name.
+        repository (`str`, *optional*): its Hub id, where it has one.
+    """
+
+    title: str
+    identifier: str | None = None
+    repository: str | None = None
+
+
+def hub_repository(name: str | os.PathLike[str] | None) -> str | None:
+    """Returns a name that is a Hub id, and `None` for anything else, such as a file or folder here."""
+    name = os.fspath(name or "")
+    if not _HUB_ID.fullmatch(name) or Path(name).expanduser().exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def public_name(name: str | os.PathLike[str]) -> PublicName:
+    """Returns what may be said of a data set.
+
+    Args:
+        name (`str` or `os.PathLike`): as [`load_image_dataset`] takes it: a short name, a file, a folder or a Hub id;
+            or else a title.
+
+    Example:
+
+    ```python
+    >>> public_name("uoft-cs/cifar10")
+    PublicName(title='uoft-cs/cifar10', identifier='uoft-cs/cifar10', repository='uoft-cs/cifar10')
+    ```
+    """
+    name = os.fspath(name)
+    if entry := CATALOGUE.get(name):
+        return PublicName(entry.title, entry.repository, entry.repository)
+    if name == DIGITS:
+        return PublicName("the digits of scikit-learn", DIGITS)
+    path = Path(name).expanduser()
+    if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
+        return PublicName("a folder of images", "imagefolder")
+    if path.exists():
+        return PublicName("Parquet files", "parquet")
+    if repository := hub_repository(name):
+        return PublicName(repository, repository, repository)
+    if "/" in name or "\\" in name:
+        return PublicName("local files")
+    return PublicName(name, re.sub(r"[^\w.-]+", "-", name).strip("-").lower() or None)

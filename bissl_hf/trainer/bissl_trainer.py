@@ -208,6 +208,11 @@ class BiSSLTrainer(LevelSteps):
         """Clips the gradients of the current level, the only ones that there are, to that level's bound."""
         bound = self.args.lower_max_grad_norm if self._current_level == "lower" else self.args.max_grad_norm
         size = self.accelerator.clip_grad_norm_(model.parameters(), bound or float("inf"))
+        if self.loss_scale.is_active:
+            skipped = not size.isfinite().item()
+            self.metrics_buffer.add(f"{self._current_level}/skipped_steps", float(skipped))
+            if skipped:
+                return size
         self.metrics_buffer.add(f"{self._current_level}/gradient_norm", size)
         if self._current_level == "lower":
             optimizer, theta_p = self.two_level_optimizer.lower, self.model.lower_shared_parameters()
@@ -253,7 +258,7 @@ class BiSSLTrainer(LevelSteps):
                     _, gradient = self._upper_gradient(self.model.upper, batch, head)
                 for parameter, value in zip(head, average_flat(gradient), strict=True):
                     parameter.grad = value
-                optimizer.step()
+                self.loss_scale.step(optimizer)
                 optimizer.zero_grad()
 
     @contextmanager

@@ -36,6 +36,7 @@ from .model_card.card import build_model_card
 from .model_card.facts import ModelFacts
 from .model_card.text import Description, describe_classifier
 from .model_card.writing import write_model_card
+from .precision import LossScale, ScheduleFollowsSteps, check_master_weights
 from .training_args import KeyedTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -77,6 +78,7 @@ class KeyedTrainer(Trainer):
             )
         if trainer_kwargs.get("optimizers", (None, None)) != (None, None):
             raise ValueError("optimizers is not supported: name them in the arguments, or override create_optimizer.")
+        check_master_weights(trainer_kwargs.get("model"))
         self.eval_transform = eval_transform
         self.facts = ModelFacts()
         self._staging: Path | None = None
@@ -85,12 +87,28 @@ class KeyedTrainer(Trainer):
         self.metrics_buffer = MetricsBuffer(average_flat)
         self._clock = TrainingClock()
         callbacks = [self._clock, *(trainer_kwargs.pop("callbacks", None) or []), _EpochBoundary()]
+        if args.fp16:
+            callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
         if not args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(ShortProgressCallback)
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
+
+    # Precision
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """On a CPU Accelerate leaves fp16 out without a word; torch has it there too."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fp16 and self.args.device.type == "cpu":
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """Scales losses and gradients under fp16."""
+        return LossScale(self.accelerator.scaler)
 
     # Batches
 

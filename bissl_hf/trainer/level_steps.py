@@ -108,7 +108,8 @@ class LevelSteps(LevelEvaluation):
         theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
         pull = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
         gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
-        for parameter, gradient in zip(theta_p, add_scaled(gradients, pull, self.args.proximal_weight), strict=True):
+        force = [self.loss_scale(part) for part in pull]
+        for parameter, gradient in zip(theta_p, add_scaled(gradients, force, self.args.proximal_weight), strict=True):
             parameter.grad = gradient
         self.metrics_buffer.add("loss", loss)
         self.metrics_buffer.add("lower/loss", loss)
@@ -202,15 +203,7 @@ class LevelSteps(LevelEvaluation):
         reduced = average_flat([*at_theta_p, *at_theta_d])
         at_theta_p, at_theta_d = reduced[: len(at_theta_p)], reduced[len(at_theta_p) :]
         rhs = at_theta_p[: len(theta_p)]
-        solution, info = implicit_gradient(
-            curvature,
-            rhs,
-            proximal_weight=args.proximal_weight,
-            damping=args.damping,
-            max_iterations=args.solver_max_iterations,
-            tolerance=args.solver_tolerance,
-            solver=args.solver,
-        )
+        solution = self._solve(curvature, rhs)
         gradient: Vector = (*solution, *at_theta_p[len(theta_p) :])
         if at_theta_d:
             gradient = add_scaled(gradient, at_theta_d, args.direct_weight)
@@ -220,6 +213,24 @@ class LevelSteps(LevelEvaluation):
         self.metrics_buffer.add("loss", loss)
         self.metrics_buffer.add("upper/loss", loss)
         self.metrics_buffer.add("upper/direct_loss", direct_loss)
+        return loss
+
+    def _solve(self, curvature: Curvature, rhs: Vector) -> Vector:
+        """Returns (I + H/(lambda + delta))^-1 rhs, and notes how the solve went. A right-hand side that overflowed in
+        fp16 comes back as it is, for the optimizer to skip the step. The loss scale of any other stays in it, since
+        the solution is linear in it."""
+        if self.loss_scale.overflowed(rhs):
+            return rhs
+        args = self.args
+        solution, info = implicit_gradient(
+            curvature,
+            rhs,
+            proximal_weight=args.proximal_weight,
+            damping=args.damping,
+            max_iterations=args.solver_max_iterations,
+            tolerance=args.solver_tolerance,
+            solver=args.solver,
+        )
         self.metrics_buffer.add("alignment/cosine", cosine(curvature.gradient, rhs))
         if args.solver != "identity":
             self.metrics_buffer.add("solver/iterations", info.iterations_tensor)
@@ -227,13 +238,13 @@ class LevelSteps(LevelEvaluation):
             for position, status in enumerate(SolveStatus):
                 if status in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.NON_FINITE):
                     self.metrics_buffer.add(f"solver/{status}", info.status_tensor == position)
-        return loss
+        return solution
 
     def _upper_gradient(
         self, model: LossModel, inputs: dict[str, Any], parameters: tuple[Tensor, ...], *, differentiate: bool = True
     ) -> tuple[Tensor, Vector]:
-        """Returns the upper loss of a model and its gradient; no gradient (an empty vector) if not asked for. The
-        gradient is linear in the rows, so parts of a batch add up to it exactly."""
+        """Returns the upper loss of a model and its gradient, with the loss scale of fp16; no gradient (an empty
+        vector) if not asked for. The gradient is linear in the rows, so parts of a batch add up to it exactly."""
         total = torch.zeros((), device=self.args.device)
         gradient: Vector = ()
         for part, share in split_rows(inputs, self.args.upper_micro_batch_size):
@@ -241,7 +252,8 @@ class LevelSteps(LevelEvaluation):
                 loss = self.compute_upper_loss(model, part) * share
             total = total + loss.detach()
             if differentiate:
-                found = fill_missing(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+                scaled = self.loss_scale(loss)
+                found = fill_missing(torch.autograd.grad(scaled, parameters, allow_unused=True), parameters)
                 gradient = tuple(g.detach() for g in found) if not gradient else add_scaled(gradient, found, 1.0)
         return total, gradient
 

@@ -112,8 +112,6 @@ class KeyedTrainingArguments(TrainingArguments):
                 "push_to_hub would upload both levels under the name of one model; upload the exported folder "
                 "instead, with `hf upload user/name OUTPUT_DIR`."
             )
-        if self.fp16:
-            raise ValueError("fp16 needs a loss scale that hand-written gradients do not have; use bf16=True instead.")
         for name in (
             "torch_compile",
             "fsdp",

@@ -147,7 +147,6 @@ REFUSED = [
     ({"hub_token": "secret"}, "hub_token would be written in clear"),
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2; it must be 1.* lower_micro_batch_size"),
     ({"push_to_hub": True}, "push_to_hub would upload both levels"),
-    ({"fp16": True}, "fp16 needs a loss scale"),
     ({"torch_compile": True}, "torch_compile is not supported"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
     ({"fsdp": "full_shard"}, "fsdp is not supported"),

@@ -220,12 +220,11 @@ def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]
 def known_facts(
     card: CardArguments, data: DataArguments, lower_dataset: str | None, views: ViewArguments, models: ModelArguments
 ) -> ModelFacts:
-    backbone = models.backbone if models.backbone_init == "pretrained" else None
     return recipe_facts(
         card,
         dataset=data.dataset,
         lower_dataset=lower_dataset or data.dataset,
-        base_models=[models.lower_model, backbone, models.upper_model],
+        base_models=[*models.loaded_models(), models.upper_model],
         settings={"Data": data, "Views": views, "Models and pre-training": models},
     )
 

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bissl_hf import load_image_dataset
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
+from bissl_hf.cli.card import CardArguments, recipe_facts
 from bissl_hf.cli.images import (
     DataArguments,
     LabelledImages,
@@ -127,6 +128,7 @@ def write_outputs(trainer: PretextTrainer) -> None:
             "log_history": history,
         },
     )
+    trainer.create_model_card()
 
 
 def last(history: list[dict[str, Any]], name: str) -> float | None:
@@ -147,8 +149,8 @@ def print_summary(trainer: PretextTrainer) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    data, views, models, args = parse_arguments(
-        (PretextDataArguments, ViewArguments, PretextModelArguments, PretextTrainingArguments),
+    data, views, models, card, args = parse_arguments(
+        (PretextDataArguments, ViewArguments, PretextModelArguments, CardArguments, PretextTrainingArguments),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
@@ -157,6 +159,12 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = open_output_dir(args.output_dir, args.resume_from_checkpoint)
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)
+        trainer.facts = recipe_facts(
+            card,
+            dataset=data.dataset,
+            base_models=models.loaded_models(),
+            settings={"Data": data, "Views": views, "Model": models},
+        )
         if (knn_images := load_knn_images(data, args.seed)) is not None:
             add_knn_check(trainer, knn_images, data)
         if checkpoint:

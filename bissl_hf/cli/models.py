@@ -28,6 +28,11 @@ class PretextModelArguments:
     )
     temperature: float = field(default=0.5, metadata={"help": "Temperature of the NT-Xent loss."})
 
+    def loaded_models(self) -> list[str]:
+        """Returns the models, as the user named them, whose weights training starts from."""
+        backbone = self.backbone if self.backbone_init == "pretrained" else None
+        return [name for name in (self.lower_model, backbone) if name]
+
 
 def build_pretext_model(arguments: PretextModelArguments) -> SimCLRForPreTraining:
     """Returns the SimCLR model that the arguments name: loaded whole, or a new head on a backbone.

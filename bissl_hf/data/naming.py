@@ -2,7 +2,8 @@
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -22,11 +23,16 @@ class PublicName:
         title (`str`): for people.
         identifier (`str`, *optional*): for machines: a Hub id, the name of a builder of `datasets`, or a short name.
         repository (`str`, *optional*): its Hub id, where it has one.
+        config, revision (`str`, *optional*): which part and state of the repository is read.
+        splits (`Mapping[str, str]`, *optional*): the repository's names of the splits, where they differ from ours.
     """
 
     title: str
     identifier: str | None = None
     repository: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
 
 
 def hub_repository(name: str | os.PathLike[str] | None) -> str | None:
@@ -51,13 +57,20 @@ def public_name(name: str | os.PathLike[str]) -> PublicName:
     Example:
 
     ```python
-    >>> public_name("uoft-cs/cifar10")
-    PublicName(title='uoft-cs/cifar10', identifier='uoft-cs/cifar10', repository='uoft-cs/cifar10')
+    >>> public_name("cifar10").repository
+    'uoft-cs/cifar10'
     ```
     """
     name = os.fspath(name)
     if entry := CATALOGUE.get(name):
-        return PublicName(entry.title, entry.repository, entry.repository)
+        return PublicName(
+            entry.title,
+            entry.repository,
+            entry.repository,
+            config=entry.config,
+            revision=entry.revision,
+            splits=entry.splits,
+        )
     if name == DIGITS:
         return PublicName("the digits of scikit-learn", DIGITS)
     path = Path(name).expanduser()

@@ -57,6 +57,9 @@ class KeyedTrainer(Trainer):
             evaluation.
         **trainer_kwargs: arguments of `transformers.Trainer`.
 
+    Attributes:
+        facts ([`ModelFacts`]): what the model card should say and the trainer cannot know.
+
     Raises:
         `ValueError`: if several GPUs would be driven by one process, or optimizers are passed in.
     """

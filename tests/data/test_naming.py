@@ -15,7 +15,10 @@ def test_a_short_name_stands_for_what_it_means(tmp_path, monkeypatch):
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
     assert public_name("digits") == PublicName("the digits of scikit-learn", "digits")
-    assert public_name("cifar100") == PublicName("CIFAR-100", "uoft-cs/cifar100", "uoft-cs/cifar100")
+    name = public_name("food101")
+    assert (name.title, name.identifier, name.repository) == ("Food-101", "ethz/food101", "ethz/food101")
+    assert name.splits["test"] == "validation"
+    assert (public_name("cifar100").config, len(public_name("cifar100").revision)) == ("cifar100", 40)
 
 
 def test_a_title_stays():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import ResNetForImageClassification
 
 from bissl_hf import SimCLRForPreTraining
@@ -70,6 +71,23 @@ def test_a_run_leaves_a_model_its_curves_and_a_summary(finished: tuple[Path, str
     assert f"recipes/bissl.py --lower_model {output}" in printed
 
 
+def test_the_model_card_says_what_the_run_has_shown(finished: tuple[Path, str], images: Path) -> None:
+    output, _ = finished
+    results = json.loads((output / "all_results.json").read_text())
+    card = ModelCard.load(output / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "bissl_hf",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["simclr", "self-supervised-learning", "bissl"],
+    }
+    losses = [row["loss"] for row in results["log_history"] if "loss" in row]
+    assert f"| {losses[0]:.4g} | {losses[-1]:.4g} |" in card.text
+    assert f"{results['knn_accuracy']:.1%} at the last" in card.text
+    assert "(figures/pretraining.png)" in card.text
+    assert "| Pretext task | a folder of images | 36 |" in card.text
+    assert str(images) not in str(card)
+
+
 def test_an_interrupted_run_ends_with_the_same_weights(
     finished: tuple[Path, str], images: Path, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +122,7 @@ def test_it_starts_from_the_backbone_it_is_given(images: Path, backbone: Path, t
         ({"knn_images": 0}, "knn_images is 0; it must be at least 1"),
         ({"per_device_train_batch_size": 1}, "per_device_train_batch_size is 1; SimCLR compares images"),
         ({"per_device_train_batch_size": 37}, "batch of 37, and train_dataset has 36 examples"),
+        ({"license": "mine"}, "license is 'mine'"),
         ({"crop_scale": [0.5]}, "crop_scale is .* two numbers"),
         ({"optim": "lbfgs"}, "optim is 'lbfgs'"),
         ({"learning_rat": 1}, "Unknown argument --learning_rat; did you mean learning_rate"),

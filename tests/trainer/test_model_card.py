@@ -57,7 +57,7 @@ def card_of(trainer, **arguments) -> ModelCard:
 def tables_of(text: str) -> dict[str, dict[str, dict[str, str]]]:
     """All tables of a card: by the heading above, then by their first column, then by the heading of the column."""
     tables: dict[str, dict[str, dict[str, str]]] = {}
-    heading, columns = "", None
+    heading, part, columns = "", "", None
     for line in text.splitlines():
         if line.startswith("#"):
             heading = line.lstrip("# ")
@@ -67,7 +67,8 @@ def tables_of(text: str) -> dict[str, dict[str, dict[str, str]]]:
         elif columns is None:
             columns = cells
         elif not set("".join(cells)) <= set("-: "):
-            tables.setdefault(heading, {})[" ".join(cells[:2])] = dict(zip(columns, cells, strict=True))
+            part = cells[0] or part  # a part of the settings is named once
+            tables.setdefault(heading, {})[f"{part} {cells[1]}"] = dict(zip(columns, [part, *cells[1:]], strict=True))
     return tables
 
 
@@ -192,6 +193,16 @@ def test_arguments_take_the_place_of_facts(trainer):
     assert trainer.facts == ModelFacts(dataset="digits", license="mit", tags=["mine"])
 
 
+def test_a_split_is_called_what_it_is_called_on_the_hub(trainer):
+    trainer.facts = ModelFacts(dataset="food101", evaluations=[Evaluation("This model", "test", {"accuracy": 0.5})])
+    card = card_of(trainer)
+    assert_the_hub_takes(card)
+    result = card.data.eval_results[0]
+    assert (result.dataset_type, result.dataset_name) == ("ethz/food101", "Food-101")
+    assert (result.dataset_split, len(result.dataset_revision)) == ("validation", 40)
+    assert card.data.datasets == ["ethz/food101"]
+
+
 def test_further_evaluations_stand_first_and_only_those_of_the_model_are_metadata(trainer):
     trainer.facts = ModelFacts(
         dataset="digits",
@@ -311,7 +322,7 @@ def test_a_solver_without_a_system_has_no_solver_statistics(tmp_path):
     assert "Linear solves" not in text
     assert "residual" not in text
     assert list(tables_of(text)["Levels"])
-    assert "| Both levels | `solver` | identity | cg |" in text
+    assert "| `solver` | identity | cg |" in text
 
 
 # Other kinds of models

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).with_name("template.md")
 _FIGURES = "figures"
 _CAPTIONS = {
-    "training": "Training curves",
+    **dict.fromkeys(("training", "pretraining", "finetuning"), "Training curves"),
     "tsne": "t-SNE of the features of test images",
 }
 # Named in the sections on data and base models, or not of interest.
@@ -139,8 +139,9 @@ def _results(
                     task_name=task.replace("-", " ").capitalize(),
                     dataset_type=data.identifier,
                     dataset_name=data.title,
-                    dataset_config=config,
-                    dataset_split=evaluation.split,
+                    dataset_config=config or data.config,
+                    dataset_revision=data.revision,
+                    dataset_split=data.splits.get(evaluation.split, evaluation.split),
                     metric_type=metric,
                     metric_name=metric.replace("_", " ").capitalize(),
                     metric_value=value,

@@ -62,36 +62,38 @@ def metrics_of(report: Mapping[str, Any], prefix: str) -> dict[str, float]:
     }
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a table with a column per key; a key that a row lacks is an empty cell. Numbers are right-aligned."""
+def markdown_table(rows: Sequence[Mapping[str, Any]], *, number_format: str = ".4g") -> str:
+    """Returns a table with a column per key; a key that a row lacks is an empty cell. Columns of numbers are
+    right-aligned.
+
+    Args:
+        rows (`Sequence[Mapping[str, Any]]`): cells by the title of their column.
+        number_format (`str`, *optional*, defaults to `".4g"`): of numbers that are no integers.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    aligned = {
-        name: "--:" if all(isinstance(row.get(name, 0), int | float) for row in rows) else "---" for name in columns
-    }
-    lines = [columns, [aligned[name] for name in columns]]
-    lines += [[_cell(row.get(name, "")) for name in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    aligned = ["--:" if all(isinstance(row.get(name, 0), int | float) for row in rows) else "---" for name in columns]
+    cells = [[_cell(row.get(name, ""), number_format) for name in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, aligned, *cells])
 
 
-def _cell(value: Any) -> str:
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+def _cell(value: Any, number_format: str) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = format(value, number_format) if isinstance(value, float) else str(value)
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
     """Returns the evaluations as a table; the model of the card is printed in bold."""
-    return markdown_table(
-        [
-            {
-                "Model": f"**{evaluation.model}**" if evaluation.described else evaluation.model,
-                "Split": evaluation.split
-                if evaluation.examples is None
-                else f"{evaluation.split} ({evaluation.examples:,})",
-                **{name.replace("_", " ").capitalize(): f"{value:.4f}" for name, value in evaluation.metrics.items()},
-            }
-            for evaluation in evaluations
-        ]
-    )
+    rows = []
+    for evaluation in evaluations:
+        size = "" if evaluation.examples is None else f" ({evaluation.examples:,})"
+        row: dict[str, Any] = {
+            "Model": f"**{evaluation.model}**" if evaluation.described else evaluation.model,
+            "Split": evaluation.split + size,
+        }
+        rows.append(row | {name.replace("_", " ").capitalize(): value for name, value in evaluation.metrics.items()})
+    return markdown_table(rows, number_format=".4f")
 
 
 def settings_table(arguments: TrainingArguments, others: Mapping[str, Any], *, skip: Collection[str] = ()) -> str:
@@ -111,7 +113,11 @@ def settings_table(arguments: TrainingArguments, others: Mapping[str, Any], *, s
         for field in fields(holder):
             if field.name not in skip:
                 parts.setdefault(part, []).extend(_changed(holder, field))
-    rows = [{"Part": part, **row} for part, changed in sorted(parts.items(), key=_reading_order) for row in changed]
+    rows = [
+        {"Part": part if number == 0 else "", **row}
+        for part, changed in sorted(parts.items(), key=_reading_order)
+        for number, row in enumerate(changed)
+    ]
     return markdown_table(rows) if rows else ""
 
 

@@ -31,11 +31,12 @@ _SIMCLR = (
     "from here and, with it as the lower level, aligns its backbone with a downstream task before fine-tuning."
 )
 BISSL_CITATION = """@article{zakarias2024bissl,
-  title   = {BiSSL: Enhancing the Alignment Between Self-Supervised Pre-Training and Downstream Fine-Tuning via Bilevel Optimization},
+  title   = {BiSSL: Enhancing the Alignment Between Self-Supervised Pre-Training
+             and Downstream Fine-Tuning via Bilevel Optimization},
   author  = {Zakarias, Gustav Wagner and Hansen, Lars Kai and Tan, Zheng-Hua},
   journal = {arXiv preprint arXiv:2410.02387},
   year    = {2024}
-}"""  # noqa: E501
+}"""
 SIMCLR_CITATION = """@inproceedings{chen2020simclr,
   title     = {A Simple Framework for Contrastive Learning of Visual Representations},
   author    = {Chen, Ting and Kornblith, Simon and Norouzi, Mohammad and Hinton, Geoffrey},
@@ -118,9 +119,6 @@ def describe_pretext(trainer: "PretextTrainer") -> Description:
     load = f'from bissl_hf import {name}\n\nmodel = {name}.from_pretrained("{{model}}")\nbackbone = model.base_model'
     align = "accelerate launch recipes/bissl.py --lower_model {model} --dataset user/labelled-images"
     is_simclr = model.config.model_type == "simclr"
-    losses = statistics_table(
-        trainer.state.log_history, {"loss": "Pretext loss"}, weight=lambda before, now: now - before
-    )
     return Description(
         summary=f"{_class_sentence(model)}" + (f" {_SIMCLR}" if is_simclr else ""),
         usage=[
@@ -134,7 +132,7 @@ def describe_pretext(trainer: "PretextTrainer") -> Description:
         task="image-feature-extraction" if model.main_input_name == "pixel_values" else None,
         base_models=loaded_from_hub(model.config, getattr(model.config, "backbone_config", None)),
         statistics_title="Loss",
-        statistics=losses,
+        statistics=_loss_statistics(trainer),
     )
 
 
@@ -148,6 +146,8 @@ def describe_classifier(trainer: "KeyedTrainer") -> Description:
         citations=[BISSL_CITATION],
         task=task_of(trainer.model),
         base_models=loaded_from_hub(trainer.model.config),
+        statistics_title="Loss",
+        statistics=_loss_statistics(trainer),
     )
 
 
@@ -205,6 +205,20 @@ def loaded_from_hub(*configs: PretrainedConfig | None) -> list[str]:
 
 def _length(dataset: Any) -> int | None:
     return len(dataset) if dataset is not None else None
+
+
+def _loss_statistics(trainer: "KeyedTrainer") -> str:
+    """How the loss of a single model fell, and what a running check of its features found."""
+    history = trainer.state.log_history
+    table = statistics_table(history, {"loss": "Training loss"}, lambda before, now: now - before)
+    checks = [log["knn_accuracy"] for log in history if "knn_accuracy" in log]
+    if not checks:
+        return table
+    sentence = (
+        "By the backbone's features, nearest neighbours among labelled images found the class of "
+        f"{checks[0]:.1%} of the validation images at the first check and of {checks[-1]:.1%} at the last."
+    )
+    return f"{table}\n\n{sentence}"
 
 
 def _level_statistics(trainer: "BiSSLTrainer") -> str:

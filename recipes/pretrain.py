@@ -101,8 +101,14 @@ def build_trainer(
             "be at least 2."
         )
     view_transform = build_view_transform(data.image_size, views)
-    columns: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
-    splits = load_image_dataset(data.dataset, seed=args.seed, require_labels=False, **columns)
+    splits = load_image_dataset(
+        data.dataset,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        seed=args.seed,
+        revision=data.dataset_revision,
+        require_labels=False,
+    )
     return PretextTrainer(
         build_pretext_model(models),
         args,

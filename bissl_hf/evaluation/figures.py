@@ -1,5 +1,6 @@
 """Figures of a run, as PNG files."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def plot_curves(
     """
     names = {name for row in history for name in row}
     shown = [(title, [line for line in lines if line[0] in names]) for title, lines in panels]
-    shown = [(title, lines) for title, lines in shown if lines]
+    shown = [(title, lines) for title, lines in shown if lines] or shown
     figure = _new_figure(3.4 * len(shown), 3.0)
     for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
         for name, label in lines:
@@ -76,16 +77,21 @@ def plot_curves(
 def plot_layouts(
     layouts: Sequence[tuple[str, np.ndarray, np.ndarray]], class_names: Sequence[str], path: str | Path
 ) -> None:
-    """Draws layouts of features side by side, with one legend.
+    """Draws layouts of features side by side, four in a row, with one legend.
 
     Args:
         layouts (`Sequence[tuple[str, np.ndarray, np.ndarray]]`): title, points `(rows, 2)` and labels `(rows,)`.
         class_names (`Sequence[str]`): names of the classes; the legend shows at most 20.
         path (`str` or `Path`): the PNG file.
     """
-    figure = _new_figure(4.2 * len(layouts) + 1.2, 4.2)
+    columns = min(len(layouts), 4)
+    rows = math.ceil(len(layouts) / columns)
+    figure = _new_figure(4.2 * columns + 1.2, 4.2 * rows)
     palette = matplotlib.colormaps["tab10" if len(class_names) <= 10 else "tab20"]
-    for axes, (title, points, labels) in zip(np.atleast_1d(figure.subplots(1, len(layouts))), layouts, strict=True):
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(layouts) :]:
+        axes.remove()
+    for axes, (title, points, labels) in zip(panels, layouts, strict=False):
         for number, name in enumerate(class_names):
             mine = points[labels == number]
             label = name if number < 20 else None
@@ -93,6 +99,29 @@ def plot_layouts(
         axes.set_title(title, fontsize=11)
         axes.set_xticks([])
         axes.set_yticks([])
-    handles, names = axes.get_legend_handles_labels()
+    handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, markerscale=2.2, fontsize=9)
+    _save(figure, path)
+
+
+def plot_similarity(values: np.ndarray, names: Sequence[str], path: str | Path, *, title: str) -> None:
+    """Draws a matrix of similarities between 0 and 1 as a heat map with its numbers.
+
+    Args:
+        values (`np.ndarray`): shape `(checkpoints, checkpoints)`.
+        names (`Sequence[str]`): of the rows and columns.
+        path (`str` or `Path`): the PNG file.
+        title (`str`): above the map.
+    """
+    side = 1.9 + 0.75 * len(names)
+    figure = _new_figure(side + 1.0, side)
+    axes = figure.subplots()
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor", fontsize=10)
+    axes.set_yticks(range(len(names)), names, fontsize=10)
+    for row, column in np.ndindex(*values.shape):
+        color = "white" if values[row, column] < 0.6 else "black"
+        axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", color=color, fontsize=10)
+    axes.set_title(title, fontsize=11)
+    figure.colorbar(image, ax=axes, shrink=0.8)
     _save(figure, path)

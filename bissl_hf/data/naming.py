@@ -24,7 +24,7 @@ class PublicName:
         identifier (`str`, *optional*): for machines: a Hub id, the name of a builder of `datasets`, or a short name.
         repository (`str`, *optional*): its Hub id, where it has one.
         config, revision (`str`, *optional*): which part and state of the repository is read.
-        splits (`Mapping[str, str]`, *optional*): the repository's names of the splits, where they differ from ours.
+        splits (`Mapping[str, str]`, *optional*): the repository's names of the splits that it has, by ours, if known.
     """
 
     title: str
@@ -38,7 +38,7 @@ class PublicName:
 def hub_repository(name: str | os.PathLike[str] | None) -> str | None:
     """Returns a name that is a Hub id, and `None` for anything else, such as a file or folder here."""
     name = os.fspath(name or "")
-    if not _HUB_ID.fullmatch(name) or Path(name).expanduser().exists():
+    if not _HUB_ID.fullmatch(name) or os.path.exists(name):
         return None
     try:
         validate_repo_id(name)
@@ -73,10 +73,10 @@ def public_name(name: str | os.PathLike[str]) -> PublicName:
         )
     if name == DIGITS:
         return PublicName("the digits of scikit-learn", DIGITS)
-    path = Path(name).expanduser()
-    if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
+    path = os.path.expanduser(name)
+    if os.path.isdir(path) and next(Path(path).rglob("*.parquet"), None) is None:
         return PublicName("a folder of images", "imagefolder")
-    if path.exists():
+    if os.path.exists(path):
         return PublicName("Parquet files", "parquet")
     if repository := hub_repository(name):
         return PublicName(repository, repository, repository)

@@ -24,6 +24,7 @@ def test_a_short_name_stands_for_what_it_means(tmp_path, monkeypatch):
 def test_a_title_stays():
     assert public_name("My own set, 2nd part") == PublicName("My own set, 2nd part", "my-own-set-2nd-part")
     assert public_name("???").identifier is None
+    assert public_name("long " * 100).title == "long " * 100
 
 
 def test_folders_and_files_are_not_named(tmp_path, monkeypatch):
@@ -39,7 +40,7 @@ def test_folders_and_files_are_not_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["/data/secret", "a/b/c", "./images", "..\\images", "~/images", "user/--name", "a/b..c"]
+    "name", ["/data/secret", "a/b/c", "./images", "..\\images", "~/images", "~nobody/images", "user/--name", "a/b..c"]
 )
 def test_paths_that_are_not_there_are_not_named_either(name):
     assert hub_repository(name) is None

@@ -128,12 +128,14 @@ def _metadata(
 def _results(
     task: str | None, data: PublicName | None, config: str | None, evaluations: Sequence[Evaluation]
 ) -> Iterator[EvalResult]:
-    """Yields the numbers of the model itself, where the task and the data set, which the Hub requires, are known."""
+    """Yields the numbers of the model itself, where the task and the data set, which the Hub requires, are known. A
+    split that was taken from the training images has no name there and is left out."""
     if task is None or data is None or data.identifier is None:
         return
     for evaluation in evaluations:
+        split = data.splits.get(evaluation.split) if data.splits else evaluation.split
         for metric, value in evaluation.metrics.items():
-            if evaluation.described and math.isfinite(value):
+            if evaluation.described and split and math.isfinite(value):
                 yield EvalResult(
                     task_type=task,
                     task_name=task.replace("-", " ").capitalize(),
@@ -141,7 +143,7 @@ def _results(
                     dataset_name=data.title,
                     dataset_config=config or data.config,
                     dataset_revision=data.revision,
-                    dataset_split=data.splits.get(evaluation.split, evaluation.split),
+                    dataset_split=split,
                     metric_type=metric,
                     metric_name=metric.replace("_", " ").capitalize(),
                     metric_value=value,

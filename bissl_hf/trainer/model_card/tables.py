@@ -2,10 +2,10 @@
 
 import json
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -172,9 +172,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return f"`{json.dumps(value, sort_keys=True)}`"
     text = str(value)
-    if isinstance(value, str) and ("/" in text or "\\" in text) and (Path(text).is_absolute() or Path(text).exists()):
-        return "a local path"
-    return text
+    is_path = os.path.isabs(text) or os.path.isdir(text) or ("/" in text and os.path.exists(text))
+    return "a local path" if isinstance(value, str) and is_path else text
 
 
 def statistics_table(history: Sequence[Mapping[str, Any]], shown: Mapping[str, str], weight: Any) -> str:

@@ -155,8 +155,11 @@ def test_settings_that_differ_from_the_defaults_are_all_listed(trainer):
 
 
 def test_settings_of_a_recipe_are_listed_by_part():
-    args = make_args("somewhere", lr_scheduler_type="cosine", lr_scheduler_kwargs='{"num_cycles": 0.25}')
+    args = make_args(
+        "somewhere", damping=1 / 3, lr_scheduler_type="cosine", lr_scheduler_kwargs='{"num_cycles": 0.25}'
+    )
     rows = tables_of(settings_table(args, {"Views": ViewArguments(crop_scale=[0.5, 1.0])}, skip=["seed"]))[""]
+    assert rows["Both levels `damping`"]["Value"] == "0.3333"
     assert rows["Views `crop_scale`"]["Value"] == "0.5, 1.0"
     assert rows["Views `crop_scale`"]["Default"] == "0.08, 1.0"
     assert rows["Upper level `lr_scheduler_type`"]["Value"] == "cosine"
@@ -343,6 +346,19 @@ def test_a_pretext_model_has_a_card_of_its_own(tmp_path):
     assert row["Mean"] == f"{np.mean(losses):.4g}"
     assert "--lower_model path/to/this/folder" in card.text
     assert tables_of(card.text)["Training"]["Training `per_device_train_batch_size`"]["Value"] == "8"
+
+
+@pytest.mark.parametrize(
+    ("checks", "told"),
+    [
+        ([0.5], "found the class of 50.0% of the validation images."),
+        ([0.5, 0.1, 0.75], "of 50.0% of the validation images at the first check and of 75.0% at the last."),
+    ],
+)
+def test_a_running_check_is_told(tmp_path, checks, told):
+    trainer = make_pretext_trainer(tmp_path / "simclr")
+    trainer.state.log_history = [{"knn_accuracy": value, "step": 1} for value in checks]
+    assert told in card_of(trainer).text
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,8 @@ def _shown(value: Any) -> str:
         return ", ".join(map(_shown, value)) or "none"
     if isinstance(value, dict):
         return f"`{json.dumps(value, sort_keys=True)}`"
+    if isinstance(value, float) and len(str(value)) > 8:
+        return f"{value:.4g}"
     text = str(value)
     is_path = os.path.isabs(text) or os.path.isdir(text) or ("/" in text and os.path.exists(text))
     return "a local path" if isinstance(value, str) and is_path else text

@@ -214,10 +214,10 @@ def _loss_statistics(trainer: "KeyedTrainer") -> str:
     checks = [log["knn_accuracy"] for log in history if "knn_accuracy" in log]
     if not checks:
         return table
-    sentence = (
-        "By the backbone's features, nearest neighbours among labelled images found the class of "
-        f"{checks[0]:.1%} of the validation images at the first check and of {checks[-1]:.1%} at the last."
-    )
+    found = f"{checks[-1]:.1%} of the validation images"
+    if len(checks) > 1:
+        found = f"{checks[0]:.1%} of the validation images at the first check and of {checks[-1]:.1%} at the last"
+    sentence = f"By the backbone's features, nearest neighbours among labelled images found the class of {found}."
     return f"{table}\n\n{sentence}"
 
 

@@ -1,0 +1,105 @@
+"""The conversion as users start it: released weights to checkpoints and back."""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from bissl_hf import SimCLRForPreTraining
+from recipes import convert
+
+from ..models.test_timm_resnet import plain_resnet, projection_head
+from .runs import as_arguments, launch, refusal
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def released(bottleneck: bool = False) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    """A state dict as it is released, its backbone and its head."""
+    backbone = plain_resnet(bottleneck=bottleneck).float()
+    head = projection_head(64 if bottleneck else 16).eval()
+    weights = {f"module.backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    return weights | {f"module.head.{name}": tensor for name, tensor in head.state_dict().items()}, backbone, head
+
+
+def run(source: Path, target: Path, **options: Any) -> None:
+    convert.main(as_arguments({"input": source, "output": target, **options}))
+
+
+def test_released_weights_become_a_simclr_checkpoint_through_the_launcher(tmp_path: Path) -> None:
+    weights, backbone, head = released()
+    torch.save(weights, tmp_path / "released.pth")
+    printed = launch("convert.py", as_arguments({"input": tmp_path / "released.pth", "output": tmp_path / "simclr"}))
+    assert "SimCLRForPreTraining" in printed
+    model = SimCLRForPreTraining.from_pretrained(tmp_path / "simclr").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed(IMAGES), head(backbone(IMAGES)[1]), rtol=1e-4, atol=1e-5)
+    assert model.config.projection_dims == [7, 6, 5]
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_there_and_back_is_the_same(bottleneck: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, _, _ = released(bottleneck)
+    torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "released.pth")
+    run(tmp_path / "released.pth", tmp_path / "simclr", key="state_dict", temperature=0.2)
+    assert SimCLRForPreTraining.from_pretrained(tmp_path / "simclr").config.temperature == 0.2
+    prefixes = {"backbone_prefix": "module.backbone.", "head_prefix": "module.head."}
+    run(tmp_path / "simclr", tmp_path / "new" / "again.pth", **prefixes)
+    again = torch.load(tmp_path / "new" / "again.pth", weights_only=True)
+    assert set(again) == set(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.items())
+    assert "state dict under timm's names" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_a_backbone_and_a_classifier(num_classes: int, tmp_path: Path) -> None:
+    plain = plain_resnet(bottleneck=False, num_classes=num_classes).float()
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    run(tmp_path / "plain.pth", tmp_path / "model")
+    kind = AutoModelForImageClassification if num_classes else AutoModel
+    model = kind.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        features = plain(IMAGES)[1]
+        if num_classes:
+            torch.testing.assert_close(model(IMAGES).logits, plain.fc(features), rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(model(IMAGES).pooler_output.flatten(1), features, rtol=1e-4, atol=1e-5)
+    run(tmp_path / "model", tmp_path / "again.pth")
+    again = torch.load(tmp_path / "again.pth", weights_only=True)
+    assert set(again) == set(plain.state_dict())
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in again.items())
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, _, _ = released()
+    torch.save(weights, tmp_path / "good.pth")
+    torch.save({"model": weights, "epoch": 3}, tmp_path / "whole.pth")
+    torch.save(weights | {"fc.weight": torch.ones(2, 16), "fc.bias": torch.ones(2)}, tmp_path / "both.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(print, protocol=2))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    vit = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=16)
+    ViTForImageClassification(vit).save_pretrained(tmp_path / "vit")
+    for source, target, options, message in (
+        ("good.pth", "other.pth", {}, "one must be a file .* and the other a checkpoint"),
+        ("good.pth", "full", {}, "output .*full exists already; choose another"),
+        ("none.pth", "new", {}, "There is no file .*none.pth"),
+        ("pickle.pth", "new", {}, "holds no plain weights that can be loaded safely"),
+        ("list.pth", "new", {}, r"is no state dict of tensors; choose one of its entries \[\] with --key"),
+        ("list.pth", "new", {"key": "model"}, "key is 'model'; .* holds list"),
+        ("whole.pth", "new", {}, r"choose one of its entries \['model'\] with --key"),
+        ("whole.pth", "new", {"key": "ema"}, r"key is 'ema'; .* holds \['epoch', 'model'\]"),
+        ("good.pth", "new", {"head_prefix": "neck."}, "head_prefix is 'neck.'; no name of the weights begins so"),
+        ("good.pth", "new", {"temperature": 0}, "temperature is 0.0; it must be above 0"),
+        ("both.pth", "new", {}, "have both a projection head and a classifier fc"),
+        ("vit", "new.pth", {}, "The backbone is no ResNet"),
+    ):
+        arguments = as_arguments({"input": tmp_path / source, "output": tmp_path / target, **options})
+        sentence = refusal(capsys, convert.main, arguments)
+        assert re.search(message, sentence), sentence
+        assert not (tmp_path / "new").exists()

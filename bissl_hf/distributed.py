@@ -61,6 +61,15 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else _GatherRows.apply(tensor)
 
 
+def from_first_process(value: Any) -> Any:
+    """Returns the value of the first process on each process; it must be one that can be pickled."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def average_flat(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Averages tensors over processes in one all-reduce.
 

@@ -1,14 +1,17 @@
 """The models of a run, from what its arguments name."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
 from ..evaluation.metrics import SINGLE_LABEL
+from ..models.configuration_bissl import BiSSLConfig
 from ..models.configuration_simclr import SimCLRConfig, resnet18_config
-from ..models.modeling_simclr import SimCLRForPreTraining
+from ..models.modeling_bissl import BiSSLModel
+from ..models.modeling_simclr import SimCLRForPreTraining, load_backbone
 
 
 @dataclass
@@ -92,3 +95,93 @@ def load_classifier(
         )
     model.config.problem_type = problem_type
     return model
+
+
+@dataclass
+class StartArguments:
+    """What fine-tuning starts from."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to fine-tune: an image classifier, a backbone, a SimCLR model or the output of BiSSL, as a "
+            "folder or Hub id; a ResNet-18 with random weights if not given."
+        },
+    )
+    model_init: str = field(
+        default="pretrained", metadata={"help": "pretrained: load --model's weights; random: its architecture only."}
+    )
+    keep_head: bool = field(
+        default=False, metadata={"help": "Keep the head of the classifier; else it gets a new one."}
+    )
+
+
+def classifier_builder(
+    arguments: StartArguments, class_names: Sequence[str], *, problem_type: str = SINGLE_LABEL
+) -> Callable[[], PreTrainedModel]:
+    """Returns a function that builds the classifier to fine-tune; the weights are read once, and a new head is drawn
+    from torch's random state at each call.
+
+    Args:
+        arguments ([`StartArguments`])
+        class_names (`Sequence[str]`): of the data set.
+        problem_type (`str`, *optional*): whether an image has one class or may have several.
+
+    Raises:
+        `ValueError`: if the arguments contradict each other, or the model does not fit.
+    """
+    if arguments.model_init not in ("pretrained", "random"):
+        raise ValueError(f"model_init is {arguments.model_init!r}; it must be pretrained or random.")
+    if arguments.keep_head:
+        if arguments.model is None or arguments.model_init == "random":
+            raise ValueError("keep_head is true; it needs a model with pretrained weights.")
+        whole = _load_whole(arguments.model, class_names, problem_type)
+        return lambda: copy.deepcopy(whole)
+    if arguments.model is None or arguments.model_init == "random":
+        config = _backbone_config(arguments.model)
+        return lambda: new_classifier(config, class_names, problem_type=problem_type)
+    backbone = _load_backbone(arguments.model)
+    return lambda: classifier_on(backbone, class_names, problem_type=problem_type)
+
+
+def classifier_on(
+    backbone: PreTrainedModel, class_names: Sequence[str], *, problem_type: str = SINGLE_LABEL
+) -> PreTrainedModel:
+    """Returns a classifier with a new head and the weights of a backbone, which are copied.
+
+    Raises:
+        `ValueError`: if the backbone lacks weights that the classifier has.
+    """
+    model = new_classifier(backbone.config, class_names, problem_type=problem_type)
+    weights = backbone.state_dict()
+    missing = [name for name in model.base_model.state_dict() if name not in weights]
+    if missing:
+        raise ValueError(
+            f"The backbone, a {type(backbone).__name__}, lacks {len(missing)} of the weights of "
+            f"{type(model).__name__}: {', '.join(missing[:5])}."
+        )
+    # A base model may hold more than its classifier uses: the pooler of a ViT.
+    model.base_model.load_state_dict(weights, strict=False)
+    return model
+
+
+def _backbone_config(source: str | None) -> PretrainedConfig:
+    config: Any = AutoConfig.from_pretrained(source) if source else resnet18_config()
+    if isinstance(config, BiSSLConfig):
+        return config.upper_config
+    return config.backbone_config if isinstance(config, SimCLRConfig) else config
+
+
+def _load_backbone(source: str) -> PreTrainedModel:
+    if isinstance(AutoConfig.from_pretrained(source), BiSSLConfig):
+        return BiSSLModel.from_pretrained(source).aligned_model().base_model
+    return load_backbone(source)
+
+
+def _load_whole(source: str, class_names: Sequence[str], problem_type: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source)
+    if isinstance(config, SimCLRConfig | BiSSLConfig):
+        raise ValueError(
+            f"model {source} is a {config.model_type!r} model, which is no image classifier; leave keep_head out."
+        )
+    return load_classifier(source, class_names, field="model", problem_type=problem_type)

@@ -125,3 +125,28 @@ def plot_similarity(values: np.ndarray, names: Sequence[str], path: str | Path, 
     axes.set_title(title, fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.8)
     _save(figure, path)
+
+
+def plot_search(trials: Sequence[dict[str, float]], best: dict[str, float], metric: str, path: str | Path) -> None:
+    """Draws the pairs that a search has tried, coloured by what came of them, the chosen one circled.
+
+    Args:
+        trials (`Sequence[dict]`): with `learning_rate`, `weight_decay` and the metric.
+        best (`dict`): the chosen `learning_rate` and `weight_decay`.
+        metric (`str`): name of the metric.
+        path (`str` or `Path`): the PNG file.
+    """
+    figure = _new_figure(5.2, 3.8)
+    axes = figure.subplots()
+    names = ("learning_rate", "weight_decay", metric)
+    rates, decays, values = ([trial[name] for trial in trials] for name in names)
+    points = axes.scatter(rates, decays, c=values, cmap="viridis", s=36)
+    axes.scatter(best["learning_rate"], best["weight_decay"], s=160, facecolors="none", edgecolors="tab:red")
+    axes.set_title("Search; the chosen pair is circled", fontsize=11)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("Learning rate")
+    axes.set_ylabel("Weight decay")
+    axes.grid(alpha=0.3)
+    figure.colorbar(points, label=metric.replace("_", " ").replace("eval", "validation"))
+    _save(figure, path)

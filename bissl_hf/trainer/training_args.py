@@ -1,9 +1,11 @@
 """Arguments of the trainers: those of `transformers.TrainingArguments` with the paper's values, and the lower
 level's."""
 
+import copy
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, TypeVar
 
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -144,6 +146,25 @@ class PretextTrainingArguments(KeyedTrainingArguments):
     )
     per_device_train_batch_size: int = field(default=1024, metadata={"help": "Pairs of views per device and step."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Bound on the gradient norm; 0 for none."})
+
+
+ArgumentsType = TypeVar("ArgumentsType", bound=KeyedTrainingArguments)
+
+
+def with_changes(args: ArgumentsType, **changes: Any) -> ArgumentsType:
+    """Returns a copy of training arguments with some fields changed; they are not checked again.
+
+    Raises:
+        `TypeError`: for a field that the arguments do not have.
+    """
+    changed = copy.copy(args)
+    for name, value in changes.items():
+        if not hasattr(args, name):
+            raise TypeError(f"{type(args).__name__} has no field {name!r}.")
+        current = getattr(args, name)
+        # Strategies are strings for users and enumerations inside.
+        setattr(changed, name, type(current)(value) if isinstance(current, Enum) else value)
+    return changed
 
 
 BATCH_NORM_TREATMENTS = ("running", "recalibrated")

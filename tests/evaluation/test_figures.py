@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bissl_hf.evaluation.figures import plot_layouts, plot_run
+from bissl_hf.evaluation.figures import plot_layouts, plot_run, plot_search
 
 
 def read(path: Path) -> np.ndarray:
@@ -81,3 +81,12 @@ def test_layouts_show_every_class(classes: int, tmp_path: Path) -> None:
 def test_one_layout(tmp_path: Path) -> None:
     plot_layouts([("only", np.eye(2), np.array([0, 1]))], ["a", "b"], tmp_path / "one.png")
     assert has_color(read(tmp_path / "one.png"), ORANGE)
+
+
+def test_a_search_is_drawn_with_the_chosen_pair_circled(tmp_path: Path) -> None:
+    trials = [
+        {"learning_rate": 10.0**-power, "weight_decay": 1e-4 * power, "eval_accuracy": power / 4}
+        for power in (1, 2, 3)
+    ]
+    plot_search(trials, trials[1], "eval_accuracy", tmp_path / "search.png")
+    assert has_color(read(tmp_path / "search.png"), "#d62728")

@@ -1,0 +1,156 @@
+"""The stage of fine-tuning: a search, several seeds, and the test split at the end."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from ..data.augment import EvalTransform, TrainTransform, image_processor
+from ..evaluation.metrics import MAIN_METRIC, classification_metrics
+from ..trainer.checkpoints import find_last_checkpoint
+from ..trainer.finetune_trainer import FineTuneTrainer
+from ..trainer.search import SearchResult, SearchSpace, search
+from ..trainer.training_args import FineTuningArguments, with_changes
+from .images import LabelledImages
+from .parts import Part
+
+_DECISIVE = (
+    *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "batch_norm", "bn_recalibration_images", "seed", "data_seed", "bf16"),
+)
+
+
+@dataclass
+class FineTuning:
+    """Fine-tunes what `build_model` returns on one data set.
+
+    Args:
+        args ([`FineTuningArguments`]): of every run, but for the folder and what a run changes.
+        images ([`LabelledImages`])
+        build_model (`Callable[[], PreTrainedModel]`): returns the classifier to start from; a new head is drawn from
+            torch's random state.
+        train_transform ([`TrainTransform`])
+        image_size (`int`): of the evaluation transform and the image processor.
+        settings (`Mapping`): what the images and the model come from, to tell runs apart.
+    """
+
+    args: FineTuningArguments
+    images: LabelledImages
+    build_model: Callable[[], PreTrainedModel]
+    train_transform: TrainTransform
+    image_size: int
+    settings: Mapping[str, Any]
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric by which models are compared."""
+        return MAIN_METRIC[self.images.problem_type]
+
+    @property
+    def _writes(self) -> bool:
+        return self.args.process_index == 0
+
+    def build_trainer(self, model: PreTrainedModel | None = None, **changes: Any) -> FineTuneTrainer:
+        """Returns a trainer.
+
+        Args:
+            model (`PreTrainedModel`, *optional*): a model that is fine-tuned already, in the place of the start.
+            **changes: of the arguments.
+        """
+        start: dict[str, Any] = {"model_init": self.build_model} if model is None else {"model": model}
+        return FineTuneTrainer(
+            **start,
+            args=with_changes(self.args, **changes),
+            train_dataset=self.images.train,
+            eval_dataset=self.images.validation,
+            train_transform=self.train_transform,
+            eval_transform=EvalTransform(self.image_size),
+            processing_class=image_processor(self.image_size),
+            compute_metrics=classification_metrics(self.images.problem_type, num_labels=len(self.images.class_names)),
+        )
+
+    def search(self, folder: Path, space: SearchSpace, *, num_trials: int, backend: str = "optuna") -> SearchResult:
+        """Chooses learning rate and weight decay on the validation split. What an earlier call has tried in the same
+        folder is not tried again."""
+        settings = {**self._settings(self.args), "metric": self.metric}
+        for name, values in vars(space).items():
+            settings[name] = list(values)
+        Part(folder, settings, writes=self._writes)
+        trainer = self.build_trainer(
+            eval_strategy="no", save_strategy="no", disable_tqdm=True, output_dir=str(folder.absolute())
+        )
+        return search(trainer, space, num_trials=num_trials, folder=folder, metric=self.metric, backend=backend)
+
+    def train(self, folder: Path, **changes: Any) -> dict[str, Any]:
+        """Fine-tunes once and keeps the model in `folder/model`, or returns what an earlier call has found.
+
+        Args:
+            folder (`Path`): of this run.
+            **changes: of the arguments: `seed`, `learning_rate`, ...
+
+        Returns:
+            `dict`: validation metrics (`eval_*`), `train_loss`, `train_seconds`, `log_history`.
+        """
+        args = with_changes(self.args, **changes, output_dir=str(folder))
+        part = Part(folder, self._settings(args), writes=self._writes)
+        if part.result is not None:
+            return part.result
+        trainer = self.build_trainer(**changes, output_dir=str(folder))
+        checkpoint, _ = find_last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics = trainer.evaluate()
+        history = [row for row in trainer.state.log_history if "step" in row]
+        if trainer.is_world_process_zero():
+            trainer.write_model(folder / "model")
+        losses = [row["loss"] for row in history if "loss" in row]
+        result = part.finish(
+            {
+                **metrics_of(metrics, "eval"),
+                "train_loss": losses[-1] if losses else None,
+                "train_seconds": trainer.training_seconds,
+                "log_history": history,
+            }
+        )
+        trainer.accelerator.wait_for_everyone()
+        return result
+
+    def test(self, folder: Path, dataset: Dataset | None = None) -> dict[str, float]:
+        """Returns the metrics (`test_*`) of the model that `train` has left in `folder`.
+
+        Args:
+            folder (`Path`)
+            dataset (*optional*): the test split if not given.
+        """
+        trainer = self.build_trainer(self.load(folder), output_dir=str(folder))
+        found = trainer.evaluate(self.images.test if dataset is None else dataset, metric_key_prefix="test")
+        return metrics_of(found, "test")
+
+    def load(self, folder: str | os.PathLike[str]) -> PreTrainedModel:
+        """Loads the model that `train` has left in `folder`."""
+        return AutoModelForImageClassification.from_pretrained(Path(folder) / "model")
+
+    def rank(self, result: Mapping[str, Any]) -> tuple[float, float]:
+        """Orders results by the validation split: the metric first, then the loss."""
+        return result[f"eval_{self.metric}"], -result["eval_loss"]
+
+    def _settings(self, args: FineTuningArguments) -> dict[str, Any]:
+        decisive = {name: getattr(args, name) for name in _DECISIVE}
+        return {**self.settings, **{name: getattr(value, "value", value) for name, value in decisive.items()}}
+
+
+def metrics_of(evaluation: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Returns the loss and the metrics of an evaluation under `prefix`, without the times that it took."""
+    times = ("_time", "_runtime", "_per_second")
+    return {name: v for name, v in evaluation.items() if name.startswith(f"{prefix}_") and not name.endswith(times)}
+
+
+def summarise(values: list[float]) -> dict[str, Any]:
+    """Returns mean, sample deviation (`None` for a single value) and all values."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": deviation, "values": values}

@@ -1,0 +1,183 @@
+"""Fine-tunes an image classifier.
+
+    accelerate launch recipes/finetune.py --config recipes/configs/digits_finetune.yaml [--any_field value]
+
+The last stage of the pipeline. It starts from any image classifier, backbone, SimCLR model or output of
+recipes/bissl.py, searches for learning rate and weight decay if asked to, trains with one or more seeds, and writes
+the model that is best on the validation split. The test split is read once, at the end.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
+from bissl_hf.cli.finetuning import FineTuning, summarise
+from bissl_hf.cli.images import CropArguments, DataArguments, build_train_transform, decode_labelled, load_labelled
+from bissl_hf.cli.models import StartArguments, classifier_builder
+from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_output_dir
+from bissl_hf.data.augment import image_processor
+from bissl_hf.evaluation.figures import plot_curves, plot_search
+from bissl_hf.models.saving import save_model
+from bissl_hf.trainer.checkpoints import write_json
+from bissl_hf.trainer.search import SearchResult, SearchSpace, check_backend
+from bissl_hf.trainer.training_args import FineTuningArguments
+
+
+@dataclass
+class RepetitionArguments:
+    """How often to train, and what to search for."""
+
+    seeds: int = field(
+        default=1, metadata={"help": "Runs with different seeds, from --seed on; mean and deviation are reported."}
+    )
+    search_trials: int = field(
+        default=0, metadata={"help": "Pairs of learning rate and weight decay to try first; 0 for no search."}
+    )
+    search_backend: str = field(
+        default="optuna", metadata={"help": "optuna, in this process; or ray, over a Ray cluster."}
+    )
+    search_learning_rate: list[float] = field(
+        default_factory=lambda: [1e-4, 1.0], metadata={"help": "Range of learning rates, drawn log-uniformly."}
+    )
+    search_weight_decay: list[float] = field(
+        default_factory=lambda: [1e-5, 1e-2], metadata={"help": "Range of weight decays, drawn log-uniformly."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("seeds", 1), ("search_trials", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        self.space = SearchSpace(tuple(self.search_learning_rate), tuple(self.search_weight_decay))  # type: ignore[arg-type]
+
+
+def open_run(args: FineTuningArguments) -> None:
+    """Lets a run into its folder. What it goes on from are the finished parts in there."""
+    resume = str(args.resume_from_checkpoint or "").lower()
+    if resume not in ("", "none", "false", "true"):
+        raise ValueError(
+            f"resume_from_checkpoint is {args.resume_from_checkpoint}; fine-tuning goes on from what its output_dir "
+            "holds: pass true."
+        )
+    open_output_dir(str(args.output_dir), resume)
+
+
+def build_finetuning(
+    data: DataArguments, crops: CropArguments, start: StartArguments, args: FineTuningArguments
+) -> FineTuning:
+    train_transform = build_train_transform(data.image_size, crops)
+    images = decode_labelled(load_labelled(data, seed=args.seed), data.image_size)
+    return FineTuning(
+        args=args,
+        images=images,
+        build_model=classifier_builder(start, images.class_names, problem_type=images.problem_type),
+        train_transform=train_transform,
+        image_size=data.image_size,
+        settings={**asdict(data), **asdict(crops), **asdict(start)},
+    )
+
+
+def write_outputs(
+    tuning: FineTuning, runs: dict[int, dict[str, Any]], tests: dict[int, dict[str, float]], found: SearchResult | None
+) -> dict[str, Any]:
+    """Writes the best model, figures and results; returns the results."""
+    output, metric = Path(str(tuning.args.output_dir)), tuning.metric
+    best = max(runs, key=lambda seed: tuning.rank(runs[seed]))
+    save_model(tuning.load(seed_folder(output, best)), output, image_processor(tuning.image_size))
+    history, panels = curves_of(runs, metric)
+    plot_curves(history, panels, output / "figures" / "finetuning.png")
+    if found is not None:
+        plot_search(found.trials, found.best, f"eval_{metric}", output / "figures" / "search.png")
+    results = {
+        **{name: summarise([tests[seed][name] for seed in runs]) for name in tests[best]},
+        f"eval_{metric}": summarise([run[f"eval_{metric}"] for run in runs.values()]),
+        "seeds": list(runs),
+        "best_seed": best,
+        "learning_rate": found.best["learning_rate"] if found else tuning.args.learning_rate,
+        "weight_decay": found.best["weight_decay"] if found else tuning.args.weight_decay,
+        "search": found.trials if found else [],
+        "train_seconds": [run["train_seconds"] for run in runs.values()],
+    }
+    write_json(output / RESULTS_NAME, results)
+    return results
+
+
+def curves_of(runs: dict[int, dict[str, Any]], metric: str) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The runs' histories under names of their own, and what to draw of them."""
+    history = [
+        {"epoch": row["epoch"], **{f"{name} {seed}": value for name, value in row.items()}}
+        for seed, run in runs.items()
+        for row in run["log_history"]
+    ]
+    titles = {"loss": "Training loss", "eval_loss": "Validation loss", f"eval_{metric}": f"Validation {metric}"}
+    panels = [(title, [(f"{name} {seed}", f"seed {seed}") for seed in runs]) for name, title in titles.items()]
+    return history, panels
+
+
+def seed_folder(output: Path, seed: int) -> Path:
+    return output / f"seed-{seed}"
+
+
+def print_summary(tuning: FineTuning, results: dict[str, Any]) -> None:
+    output, rows = tuning.args.output_dir, []
+    for name, summary in results.items():
+        if isinstance(summary, dict):
+            split, _, metric = name.partition("_")
+            factor, unit = (1, "") if metric == "loss" else (100, " %")
+            deviation = "" if summary["std"] is None else f"{factor * summary['std']:.2f}{unit}"
+            rows.append(
+                {
+                    "split": {"eval": "validation"}.get(split, split),
+                    "metric": metric.replace("_", " "),
+                    "mean": f"{factor * summary['mean']:.2f}{unit}",
+                    **({"deviation": deviation} if deviation else {}),
+                    **({"all values": ", ".join(f"{factor * v:.2f}" for v in summary["values"])} if deviation else {}),
+                }
+            )
+    print(f"\n{format_table(rows)}\n")
+    how = f"chosen among {len(results['search'])} pairs on the validation split" if results["search"] else "as given"
+    print(f"Learning rate {results['learning_rate']:.3g}, weight decay {results['weight_decay']:.3g} ({how}).")
+    print(f"The model of seed {results['best_seed']}, best on the validation split, lies in {output}:\n")
+    print("    from transformers import pipeline")
+    print(f'    classify = pipeline("image-classification", model="{output}")\n')
+
+
+def main(arguments: list[str] | None = None) -> None:
+    data, crops, start, repetition, args = parse_arguments(
+        (DataArguments, CropArguments, StartArguments, RepetitionArguments, FineTuningArguments),
+        arguments,
+        description=str(__doc__).split("\n\n")[-1],
+    )
+    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    with refusing_bad_input():
+        open_run(args)
+        if repetition.search_trials:
+            check_backend(repetition.search_backend, field="search_backend")
+        tuning = build_finetuning(data, crops, start, args)
+        trainer = tuning.build_trainer()
+        trainer.create_optimizer()
+        trainer.try_loss(rows=4)
+
+    output = Path(args.output_dir)
+    found, chosen = None, {}
+    if repetition.search_trials:
+        found = tuning.search(
+            output / "search",
+            repetition.space,
+            num_trials=repetition.search_trials,
+            backend=repetition.search_backend,
+        )
+        chosen = found.best
+    runs = {}
+    for seed in range(args.seed, args.seed + repetition.seeds):
+        print(f"Fine-tuning with seed {seed}")
+        runs[seed] = tuning.train(seed_folder(output, seed), seed=seed, **chosen)
+    tests = {seed: tuning.test(seed_folder(output, seed)) for seed in runs}
+    if trainer.is_world_process_zero():
+        print_summary(tuning, write_outputs(tuning, runs, tests, found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Fine-tuning as users start it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForImageClassification, ResNetForImageClassification
+
+from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
+from recipes import finetune
+
+from . import runs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_splits(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder per kind of model that fine-tuning starts from."""
+    root = tmp_path_factory.mktemp("models")
+    simclr = SimCLRForPreTraining(SimCLRConfig(backbone_config=runs.resnet_config(), projection_dims=(6, 5)))
+    classifier = ResNetForImageClassification(runs.resnet_config())
+    simclr.save_pretrained(root / "simclr")
+    classifier.save_pretrained(root / "classifier")
+    classifier.base_model.save_pretrained(root / "backbone")
+    BiSSLModel.from_models(simclr, classifier).save_pretrained(root / "bilevel")
+    ResNetForImageClassification(runs.resnet_config(num_labels=4)).save_pretrained(root / "four_classes")
+    return root
+
+
+def settings(images: Path, model: Path | None, output: Path, **changes: Any) -> list[str]:
+    return runs.as_arguments(
+        {
+            "dataset": images,
+            "model": model,
+            "image_size": 16,
+            "output_dir": output,
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 12,
+            "per_device_eval_batch_size": 12,
+            "learning_rate": 0.05,
+            "seed": 5,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **changes,
+        }
+    )
+
+
+SEARCHED = {"seeds": 2, "search_trials": 2}
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The output folder of a run through the launcher, and what the run printed."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    return output, runs.launch("finetune.py", settings(images, models / "simclr", output, **SEARCHED))
+
+
+def test_a_run_leaves_its_best_model_and_figures_for_every_seed(finished: tuple[Path, str]) -> None:
+    output, printed = finished
+    results = json.loads((output / "all_results.json").read_text())
+    assert results["seeds"] == [5, 6]
+    accuracy = results["test_accuracy"]
+    assert accuracy["mean"] == pytest.approx(sum(accuracy["values"]) / 2)
+    assert accuracy["std"] == pytest.approx(abs(accuracy["values"][0] - accuracy["values"][1]) / 2**0.5)
+    assert [trial["learning_rate"] for trial in results["search"]].count(results["learning_rate"]) == 1
+    assert results["best_seed"] in (5, 6)
+    best = output / f"seed-{results['best_seed']}" / "model"
+    assert (output / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+    assert AutoModelForImageClassification.from_pretrained(output).config.id2label == dict(enumerate(runs.CLASSES))
+    assert {path.name for path in (output / "figures").iterdir()} == {"finetuning.png", "search.png"}
+    values = ", ".join(f"{100 * value:.2f}" for value in accuracy["values"])
+    assert re.search(
+        rf"test +accuracy +{100 * accuracy['mean']:.2f} % +{100 * accuracy['std']:.2f} % +{values}", printed
+    )
+    assert "chosen among 2 pairs on the validation split" in printed
+
+
+def test_an_interrupted_run_goes_on_and_finished_seeds_are_not_run_again(
+    finished: tuple[Path, str], images: Path, models: Path, tmp_path: Path
+) -> None:
+    output, _ = finished
+    cut = shutil.copytree(output, tmp_path / "out")
+    for name in ("all_results.json", "model.safetensors"):
+        (cut / name).unlink()
+    shutil.rmtree(cut / "seed-6")
+    kept = (cut / "seed-5" / "result.json").stat().st_mtime_ns
+    finetune.main(settings(images, models / "simclr", cut, **SEARCHED, resume_from_checkpoint=True))
+    assert (cut / "seed-5" / "result.json").stat().st_mtime_ns == kept
+    for name in ("model.safetensors", "seed-6/model/model.safetensors"):
+        assert (cut / name).read_bytes() == (output / name).read_bytes()
+    first, second = (json.loads((folder / "all_results.json").read_text()) for folder in (output, cut))
+    times = [results.pop("train_seconds") for results in (first, second)]
+    assert first == second
+    assert times[0][0] == times[1][0]
+
+
+@pytest.mark.parametrize("kind", ["simclr", "classifier", "backbone", "bilevel"])
+def test_every_kind_of_checkpoint_is_taken_with_its_weights(
+    kind: str, images: Path, models: Path, tmp_path: Path
+) -> None:
+    """At a learning rate of 0 the backbone stays what it was, and the head is a new one."""
+    changes = {"learning_rate": 0.0, "weight_decay": 0.0, "num_train_epochs": 1}
+    finetune.main(settings(images, models / kind, tmp_path / "out", **changes))
+    found = dict(AutoModelForImageClassification.from_pretrained(tmp_path / "out").named_parameters())
+    source = SimCLRForPreTraining if kind in ("simclr", "bilevel") else ResNetForImageClassification
+    folder = "simclr" if source is SimCLRForPreTraining else "classifier"
+    expected = source.from_pretrained(models / folder)
+    for name, value in expected.base_model.named_parameters():
+        assert (found[f"resnet.{name}"] == value).all()
+    classifier = dict(ResNetForImageClassification.from_pretrained(models / "classifier").named_parameters())
+    assert not (found["classifier.1.weight"] == classifier["classifier.1.weight"]).all()
+
+
+def test_a_head_is_kept_if_asked_for(images: Path, models: Path, tmp_path: Path) -> None:
+    changes = {"learning_rate": 0.0, "weight_decay": 0.0, "num_train_epochs": 1, "keep_head": True}
+    finetune.main(settings(images, models / "classifier", tmp_path / "out", **changes))
+    found = dict(AutoModelForImageClassification.from_pretrained(tmp_path / "out").named_parameters())
+    expected = ResNetForImageClassification.from_pretrained(models / "classifier").named_parameters()
+    assert all((found[name] == value).all() for name, value in expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "digitz"}, "There is no data set 'digitz'"),
+        ({"seeds": 0}, "seeds is 0; it must be at least 1"),
+        ({"search_trials": -1}, "search_trials is -1; it must be at least 0"),
+        ({"search_trials": 1, "search_backend": "grid"}, "search_backend is 'grid'; it must be one of optuna, ray"),
+        ({"search_learning_rate": [1.0, 0.1]}, "The range of learning_rate is .*; it must be two numbers"),
+        ({"batch_norm": "off"}, "batch_norm is 'off'; it must be one of running, recalibrated"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"optim": "sgdd"}, "optim is 'sgdd'"),
+        ({"optim_args": "momentun=0.9"}, "SGD .* does not take momentun"),
+        ({"model_init": "zeros"}, "model_init is 'zeros'; it must be pretrained or random"),
+        ({"keep_head": True}, "is a 'simclr' model, which is no image classifier; leave keep_head out"),
+        ({"keep_head": True, "model_init": "random"}, "keep_head is true; it needs a model with pretrained weights"),
+        ({"resume_from_checkpoint": "seed-5/checkpoint-3"}, "fine-tuning goes on from what its output_dir holds"),
+        ({"crop_ratio": [1.0]}, "crop_ratio is .* two numbers"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_refused(
+    changes: dict[str, Any],
+    message: str,
+    images: Path,
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = runs.refusal(capsys, finetune.main, settings(images, models / "simclr", tmp_path / "out", **changes))
+    assert re.search(message, error), error
+
+
+def test_models_that_do_not_fit_are_refused(
+    images: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, changes, message in (
+        ("four_classes", {"keep_head": True}, "tells 4 classes apart and the data set has 3"),
+        ("missing", {}, "missing"),
+    ):
+        arguments = settings(images, models / name, tmp_path / "out", **changes)
+        assert message in runs.refusal(capsys, finetune.main, arguments)

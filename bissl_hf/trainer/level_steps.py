@@ -16,6 +16,7 @@ from ..linear_solve import SolveStatus
 from ..tensors import Vector, add_scaled, at_least_float32, cosine, dot, fill_missing, subtract
 from .keyed_trainer import Transform, split_rows
 from .level_evaluation import LevelEvaluation
+from .precision import in_full_precision
 
 LossModel = Callable[..., Any]
 Parts = list[tuple[dict[str, Any], float]]
@@ -175,8 +176,11 @@ class LevelSteps(LevelEvaluation):
         return self._curvature[1]
 
     def _build_curvature(self, inputs: dict[str, Any], key: StepKey) -> Curvature:
-        """Returns H of the loss that the lower steps take, on one batch."""
+        """Returns H of the loss that the lower steps take, on one batch. Under fp16 it is taken in float32: second
+        derivatives overflow where first ones do not, and no scale of the loss alone suits both."""
         model, parameters = self.model.pure("lower"), self.model.lower_shared_parameters()
+        if self.args.fp16:
+            model = in_full_precision(model, self.args.device)
         parts = split_rows(inputs, self.args.lower_micro_batch_size)
         if self.args.lower_gradient_cache and len(parts) > 1:
             return EmbeddingCurvature(

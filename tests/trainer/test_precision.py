@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 import bissl_hf.trainer.level_steps as level_steps
+from bissl_hf.data.alternation import StepKey, Stream
 from bissl_hf.trainer.precision import LossScale
 
 from ..conftest import tiny_model, vit_model
@@ -15,10 +16,11 @@ from .restatement import rate
 from .test_bissl_trainer import all_equal, everything_of_both_levels, make_trainer, snapshot, training_logs
 
 HALF = [{"bf16": True}, {"fp16": True}]
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 ids = "-".join
 
 
-def layer_norm_trainer(output_dir, *, dtype=torch.float32, **settings):
+def layer_norm_trainer(output_dir, *, device="cpu", dtype=torch.float32, **settings):
     """A pair on layer norm with weights of a trained size: the batches of a tiny ResNet are too small to be normalised
     in half precision, and so are embeddings near zero."""
     model = vit_model(projection_dims=(5,), dropout=0.0)
@@ -26,10 +28,11 @@ def layer_norm_trainer(output_dir, *, dtype=torch.float32, **settings):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(20)
-    trainer = make_trainer(output_dir, model=model.to(dtype), dtype=dtype, **settings)
+    trainer = make_trainer(output_dir, model=model.to(dtype), dtype=dtype, use_cpu=device == "cpu", **settings)
+    assert trainer.args.device.type == device
     if trainer.args.fp16:
         # torch's first scale, 65,536, is too large for the gradients of a batch this small.
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        trainer.accelerator.scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
     return trainer
 
 
@@ -42,7 +45,7 @@ def gradients_of_both_levels(output_dir, **settings):
             for level in ("lower", "upper"):
                 grads = [p.grad for p in getattr(model, level).parameters() if p.grad is not None]
                 if grads:
-                    found[level] = torch.cat([g.double().reshape(-1) for g in grads])
+                    found[level] = torch.cat([g.double().reshape(-1) for g in grads]).cpu()
 
     layer_norm_trainer(
         output_dir, num_alternations=1, lower_steps=1, upper_steps=1, lower_learning_rate=1e-12, head_warmup_epochs=0,
@@ -63,18 +66,20 @@ def exact(tmp_path_factory):
     return found
 
 
+@on_each_device
 @pytest.mark.parametrize(("precision", "tolerance"), [({}, 1e-4), (HALF[0], 0.05), (HALF[1], 0.01)])
-def test_gradients_are_those_of_float64_within_the_precision(tmp_path, exact, precision, tolerance):
+def test_gradients_are_those_of_float64_within_the_precision(tmp_path, exact, precision, tolerance, device):
     """The hypergradient, solve included, and the lower gradient with its proximal force."""
-    found = gradients_of_both_levels(tmp_path, **precision)
+    found = gradients_of_both_levels(tmp_path, device=device, **precision)
     for level in ("lower", "upper"):
         error = float((found[level] - exact[level]).norm() / exact[level].norm())
         assert error < tolerance, level
         assert error > 1e-3 or not precision, "half precision must be on"
 
 
+@on_each_device
 @pytest.mark.parametrize("precision", HALF, ids=ids)
-def test_weights_momenta_and_solver_vectors_stay_in_float32(tmp_path, monkeypatch, precision):
+def test_weights_momenta_and_solver_vectors_stay_in_float32(tmp_path, monkeypatch, precision, device):
     dtypes = set()
     solve = level_steps.implicit_gradient
 
@@ -89,14 +94,27 @@ def test_weights_momenta_and_solver_vectors_stay_in_float32(tmp_path, monkeypatc
         return solution, info
 
     monkeypatch.setattr(level_steps, "implicit_gradient", watching)
-    trainer = make_trainer(tmp_path, num_alternations=1, **precision)
+    trainer = make_trainer(tmp_path, num_alternations=1, use_cpu=device == "cpu", **precision)
     trainer.train()
     assert dtypes == {torch.float32}
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     for optimizer in (trainer.two_level_optimizer.lower, trainer.two_level_optimizer.upper):
         assert {state["momentum_buffer"].dtype for state in optimizer.state.values()} == {torch.float32}
     with trainer.accelerator.autocast():
-        assert trainer.model.lower.embed(torch.rand(2, 1, 8, 8)).dtype != torch.float32
+        assert trainer.model.lower.embed(torch.rand(2, 1, 8, 8, device=device)).dtype != torch.float32
+
+
+def test_the_curvature_is_that_of_float32_under_fp16_and_not_under_bf16(tmp_path):
+    """In fp16 its products overflow."""
+    products = []
+    for precision in ({}, *HALF):
+        trainer = layer_norm_trainer(tmp_path, **precision)
+        trainer.model.train()
+        curvature = trainer._curvature_of(StepKey(7, int(Stream.UPPER), 0, 0, 0))
+        products.append(curvature(tuple(torch.ones_like(part) for part in curvature.gradient)))
+    full, bf16, fp16 = products
+    assert all_equal(full, fp16)
+    assert not all_equal(full, bf16)
 
 
 def test_logged_norms_are_without_the_scale(tmp_path):
@@ -126,23 +144,24 @@ class Overflow(TrainerCallback):
             scaler.update(2.0**10)
 
 
-def overflowing(output_dir, *steps, **settings):
+def overflowing(output_dir, *steps, device="cpu", **settings):
     overflow = Overflow(*steps)
-    trainer = layer_norm_trainer(output_dir, fp16=True, callbacks=[overflow], **settings)
+    trainer = layer_norm_trainer(output_dir, fp16=True, callbacks=[overflow], device=device, **settings)
     overflow.trainer = trainer
-    trainer.loss_scale(torch.zeros(()))  # a scale is there from the first use on
+    trainer.loss_scale(torch.zeros((), device=device))  # a scale is there from the first use on
     return trainer
 
 
+@on_each_device
 @pytest.mark.parametrize("settings", [{}, {"direct_weight": 0.0}], ids=["direct", "implicit"])
-def test_an_overflow_skips_the_step_of_its_level_and_nothing_else(tmp_path, monkeypatch, settings):
+def test_an_overflow_skips_the_step_of_its_level_and_nothing_else(tmp_path, monkeypatch, settings, device):
     """Steps 0 to 2 are lower ones, 3 and 4 upper ones, and so on; the second of each level overflows."""
     solves = []
     solve = level_steps.implicit_gradient
     monkeypatch.setattr(
         level_steps, "implicit_gradient", lambda *args, **keywords: solves.append(1) or solve(*args, **keywords)
     )
-    trainer = overflowing(tmp_path, 1, 4, **settings)
+    trainer = overflowing(tmp_path, 1, 4, device=device, **settings)
     seen = []
 
     class Look(TrainerCallback):
@@ -200,16 +219,17 @@ def test_a_skipped_step_does_not_shift_the_levels_rates(tmp_path):
     assert lower == pytest.approx(expected)
 
 
+@on_each_device
 @pytest.mark.parametrize("precision", HALF, ids=ids)
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_resumed_run_is_the_same_run(tmp_path, precision, step):
+def test_a_resumed_run_is_the_same_run(tmp_path, precision, step, device):
     """The loss scale too, which an overflow has moved before the checkpoint."""
 
     def run(name):
         settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "num_alternations": 1}
         if precision == {"fp16": True}:
-            return overflowing(tmp_path / name, 0, **settings)
-        return make_trainer(tmp_path / name, **precision, **settings)
+            return overflowing(tmp_path / name, 0, device=device, **settings)
+        return make_trainer(tmp_path / name, use_cpu=device == "cpu", **precision, **settings)
 
     whole, resumed = run("whole"), run("resumed")
     whole.train()

@@ -27,7 +27,7 @@ from bissl_hf import (
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.card import CardArguments, recipe_facts
 from bissl_hf.cli.images import (
-    LabelledDataArguments,
+    DataArguments,
     LabelledImages,
     ViewArguments,
     build_train_transform,
@@ -92,8 +92,8 @@ class Images(LabelledImages):
     lower: DecodedImages
 
 
-def load_images(data: LabelledDataArguments, lower_data: LowerDataArguments, seed: int) -> Images:
-    splits = lower = load_labelled(data, seed=seed, train_examples=data.train_examples)
+def load_images(data: DataArguments, lower_data: LowerDataArguments, seed: int) -> Images:
+    splits = lower = load_labelled(data, seed=seed)
     if lower_data.lower_dataset:
         lower = load_image_dataset(lower_data.lower_dataset, seed=seed, require_labels=False)
     labelled = decode_labelled(splits, data.image_size)
@@ -128,7 +128,7 @@ def check_pairs(args: BiSSLTrainingArguments) -> None:
 
 
 def build_trainer(
-    data: LabelledDataArguments, views: ViewArguments, args: BiSSLTrainingArguments, model: BiSSLModel, images: Images
+    data: DataArguments, views: ViewArguments, args: BiSSLTrainingArguments, model: BiSSLModel, images: Images
 ) -> BiSSLTrainer:
     check_pairs(args)
     return BiSSLTrainer(
@@ -219,7 +219,7 @@ def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]
 
 def known_facts(
     card: CardArguments,
-    data: LabelledDataArguments,
+    data: DataArguments,
     lower_dataset: str | None,
     views: ViewArguments,
     models: ModelArguments,
@@ -282,7 +282,7 @@ def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -
 def main(arguments: list[str] | None = None) -> None:
     data, lower_data, views, models, card, args = parse_arguments(
         (
-            LabelledDataArguments,
+            DataArguments,
             LowerDataArguments,
             ViewArguments,
             ModelArguments,

@@ -100,6 +100,10 @@ def build_trainer(
             f"per_device_train_batch_size is {args.per_device_train_batch_size}; SimCLR compares images, so it must "
             "be at least 2."
         )
+    if data.train_examples is not None:
+        raise ValueError(
+            f"train_examples is {data.train_examples}, but pre-training uses no labels and all images; leave it out."
+        )
     view_transform = build_view_transform(data.image_size, views)
     splits = load_image_dataset(
         data.dataset,

@@ -28,17 +28,11 @@ class DataArguments:
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of images; found by itself if usual."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels; found by itself if usual."})
-    image_size: int = field(default=96, metadata={"help": "Side of the square images that the model sees, in pixels."})
-
-
-@dataclass
-class LabelledDataArguments(DataArguments):
-    """The labelled images of a recipe that trains on them."""
-
     train_examples: int | None = field(
         default=None,
         metadata={"help": "Labelled training images to use, in the same mix of classes; all if not given."},
     )
+    image_size: int = field(default=96, metadata={"help": "Side of the square images that the model sees, in pixels."})
 
 
 @dataclass
@@ -83,9 +77,9 @@ class LabelledImages:
         return SINGLE_LABEL if self.train.labels is None or self.train.labels.ndim == 1 else MULTI_LABEL
 
 
-def load_labelled(arguments: DataArguments, *, seed: int, train_examples: int | None = None) -> datasets.DatasetDict:
-    """Loads the data set that the arguments name. Where only some of its training images are to be used with their
-    labels, all of them stay as unlabelled ones if it has no such split.
+def load_labelled(arguments: DataArguments, *, seed: int) -> datasets.DatasetDict:
+    """Loads the data set that the arguments name. Where they choose some of its training images, all of them stay as
+    unlabelled ones if it has no such split.
 
     Raises:
         `ValueError`: see [`load_image_dataset`] and [`take_examples`]; also if it has a single class.
@@ -100,9 +94,9 @@ def load_labelled(arguments: DataArguments, *, seed: int, train_examples: int | 
     names = class_names(splits["train"])
     if len(names) < 2:
         raise ValueError(f"{arguments.dataset} has a single class, {names[0]!r}; there is nothing to tell apart.")
-    if train_examples is not None:
+    if arguments.train_examples is not None:
         splits.setdefault("unlabeled", splits["train"].select_columns("image"))
-        splits["train"] = take_examples(splits["train"], train_examples, seed=seed)
+        splits["train"] = take_examples(splits["train"], arguments.train_examples, seed=seed)
     return splits
 
 

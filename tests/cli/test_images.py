@@ -96,7 +96,7 @@ def test_a_range_is_two_numbers(name: str) -> None:
 
 def test_some_training_images_are_chosen_and_all_of_them_stay_for_the_pretext_task() -> None:
     whole = load_labelled(DataArguments(), seed=3)
-    some = load_labelled(DataArguments(), seed=3, train_examples=50)
+    some = load_labelled(DataArguments(train_examples=50), seed=3)
     assert len(some["train"]) == 50
     assert set(some["train"]["label"]) == set(range(10))
     assert some["unlabeled"].column_names == ["image"]
@@ -104,7 +104,7 @@ def test_some_training_images_are_chosen_and_all_of_them_stay_for_the_pretext_ta
     for name in ("validation", "test"):
         assert some[name]["label"][:] == whole[name]["label"][:]
     with pytest.raises(ValueError, match="9 training examples are asked for; there must be between 10, one per class"):
-        load_labelled(DataArguments(), seed=0, train_examples=9)
+        load_labelled(DataArguments(train_examples=9), seed=0)
 
 
 def test_a_revision_is_for_the_hub() -> None:

@@ -122,6 +122,7 @@ def test_it_starts_from_the_backbone_it_is_given(images: Path, backbone: Path, t
         ({"knn_images": 0}, "knn_images is 0; it must be at least 1"),
         ({"per_device_train_batch_size": 1}, "per_device_train_batch_size is 1; SimCLR compares images"),
         ({"per_device_train_batch_size": 37}, "batch of 37, and train_dataset has 36 examples"),
+        ({"train_examples": 9}, "train_examples is 9, but pre-training uses no labels and all images; leave it out"),
         ({"license": "mine"}, "license is 'mine'"),
         ({"crop_scale": [0.5]}, "crop_scale is .* two numbers"),
         ({"optim": "lbfgs"}, "optim is 'lbfgs'"),

@@ -1,9 +1,16 @@
 """Gradient and curvature in parts against those of the whole batch, in float64."""
 
+import socket
+from contextlib import nullcontext
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from bissl_hf.distributed import average_flat, rank, world_size
 from bissl_hf.gradient_cache import EmbeddingCurvature, embedding_gradients
 from bissl_hf.hypergradient import Curvature
 from bissl_hf.losses import nt_xent_loss
@@ -152,6 +159,48 @@ def test_only_one_part_is_held_at_a_time():
         peaks.append(peak)
         assert held == 0
     assert peaks[0] == peaks[1] > 0
+
+
+def in_process(number: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    assert (world_size(), rank()) == (2, number)
+    model = network()
+    parameters = list(model.parameters())
+    own = views().chunk(2)[number].split(2)  # parts of 2, 2 and 1 rows
+    parallel = DistributedDataParallel(model)
+    _, gradients = embedding_gradients([lambda part=part: model(part) for part in own], contrast)
+    for index, (part, gradient) in enumerate(zip(own, gradients, strict=True)):
+        with nullcontext() if index == len(own) - 1 else parallel.no_sync():
+            (parallel(part) * gradient).sum().backward()
+    curvature = EmbeddingCurvature(
+        [lambda part=part: model(part) for part in own], contrast, parameters, reduce=average_flat
+    )
+    found = {
+        "gradient": [p.grad for p in parameters],
+        "curvature.gradient": curvature.gradient,
+        "product": curvature(direction(parameters)),
+    }
+    torch.save((dist.get_world_size(), found), f"{folder}/{number}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_two_processes_give_gradient_and_products_of_the_global_batch(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(in_process, args=(port, str(tmp_path)), nprocs=2)
+    model = network()
+    parameters = list(model.parameters())
+    whole = Curvature(lambda: contrast(model(views())), parameters)
+    for number in range(2):
+        size, found = torch.load(tmp_path / f"{number}.pt", weights_only=True)
+        assert size == 2
+        assert_same(found["gradient"], whole.gradient)
+        assert_same(found["curvature.gradient"], whole.gradient)
+        assert_same(found["product"], whole(direction(parameters)))
 
 
 def test_changed_parameters_are_noticed():

@@ -18,7 +18,7 @@ from transformers.utils.generic import find_labels
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
 from ..distributed import average_flat
 from ..models.modeling_bissl import BiSSLModel
-from ..tensors import Vector, fill_missing, norm, subtract
+from ..tensors import Vector, add_scaled, fill_missing, norm, subtract
 from .keyed_trainer import Transform
 from .level_data import level_sources
 from .level_steps import LevelSteps
@@ -279,14 +279,16 @@ class BiSSLTrainer(LevelSteps):
         batch = self.move_and_transform(self.sources[Stream.LOWER].read(key), key, self.lower_transform)
         parameters = self._level_parameters("lower")
         self.model.train()
-        with self.model_randomness(key), self.accelerator.autocast():
-            loss = self.compute_lower_loss(self.model.pure("lower"), batch)
-        gradient = fill_missing(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+        gradient = tuple(torch.zeros_like(parameter) for parameter in parameters)
+        with self.model_randomness(key):
+            for term in self.lower_loss_terms(self.model.pure("lower"), batch, key):
+                found = torch.autograd.grad(self.loss_scale(term()), parameters, allow_unused=True)
+                gradient = add_scaled(gradient, fill_missing(found, parameters), 1.0)
         schedule, steps = self.level_schedules()["lower"], self.args.num_alternations * self.args.lower_steps
         return self.pull.estimate(
             self.two_level_optimizer.lower,
             self.model.lower_shared_parameters(),
-            average_flat([g.detach() for g in gradient]),
+            average_flat(self.loss_scale.remove(gradient)),
             bound=self.args.lower_max_grad_norm,
             learning_rates=self.args.lower_learning_rate * sum(schedule(step) for step in range(steps)),
         )

@@ -177,7 +177,7 @@ class LevelSteps(LevelEvaluation):
 
     def _build_curvature(self, inputs: dict[str, Any], key: StepKey) -> Curvature:
         """Returns H of the loss that the lower steps take, on one batch. Under fp16 it is taken in float32: second
-        derivatives overflow where first ones do not, and no scale of the loss alone suits both."""
+        derivatives overflow where first ones do not (docs/precision.md has figures)."""
         model, parameters = self.model.pure("lower"), self.model.lower_shared_parameters()
         if self.args.fp16:
             model = in_full_precision(model, self.args.device)

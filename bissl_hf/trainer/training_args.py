@@ -252,8 +252,9 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         lower_micro_batch_size (`int`, *optional*): split a lower batch into parts of this size. A contrastive loss
             then takes its negatives from the part, unless `lower_gradient_cache` is on.
         lower_gradient_cache (`bool`, *optional*, defaults to `False`): the parts of a lower batch give the loss, the
-            gradient and the curvature of the whole batch, for about half as much time again. The lower model must
-            have `loss_from_embeddings` (see [`SimCLRForPreTraining`]).
+            gradient and the curvature of the whole batch, at the price of one more forward pass per step and of one
+            more forward and backward pass per product. The lower model must have `loss_from_embeddings` (see
+            [`SimCLRForPreTraining`]).
         upper_micro_batch_size (`int`, *optional*): likewise for an upper batch; there is still one solve per step.
         lower_max_grad_norm (`float`, *optional*, defaults to 10.0): bound on the lower gradient norm; 0 for none.
 

@@ -92,6 +92,25 @@ def test_both_passes_see_the_same_dropout_masks(tmp_path):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
 
 
+def test_the_pull_is_estimated_in_parts(tmp_path):
+    rows = []
+
+    class Counting(BiSSLTrainer):
+        def _embed(self, model, part):
+            rows.append(len(part["pixel_values"]))
+            return super()._embed(model, part)
+
+    pulls = [
+        make_trainer(
+            tmp_path, cls=Counting, model=layer_norm_model(), dtype=torch.float64, lower_optim="lars", **split
+        ).estimate_pull()
+        for split in ({}, CACHED)
+    ]
+    assert rows == [3, 3, 2] * 2
+    assert pulls[0] > 0
+    assert pulls[1] == pytest.approx(pulls[0], rel=1e-12)
+
+
 def test_running_statistics_move_once_per_part(tmp_path):
     def statistics(trainer):
         return snapshot(buffer for buffer in trainer.model.lower.buffers() if buffer.dtype == torch.long)

@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 LEVELS = ("lower", "upper")
 
 
-def trust_ratio(parameter: Tensor, update: Tensor, trust_coefficient: float) -> Tensor:
-    """Returns `trust_coefficient * ||parameter|| / ||update||`, or 1 where one of the norms is 0; shape `()`."""
-    weight_norm, update_norm = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(update)
-    ratio = trust_coefficient * weight_norm / update_norm
-    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, 1.0)
+def trust_ratios(parameters: Sequence[Tensor], updates: Sequence[Tensor], trust_coefficient: float) -> Tensor:
+    """Returns `trust_coefficient * ||parameter|| / ||update||` of each tensor, or 1 where one of the norms is 0; shape
+    `(number of tensors,)`."""
+    weight_norms, update_norms = (torch.stack(torch._foreach_norm(list(x))) for x in (parameters, updates))
+    ratios = trust_coefficient * weight_norms / update_norms
+    return torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
 
 
 class LARS(Optimizer):
@@ -61,22 +62,28 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if moving:
+                self._move(moving, group)
         return loss
 
-    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        if group["exclude_bias_and_norm"] and parameter.ndim <= 1:
-            update = gradient
-        else:
-            update = torch.add(gradient, parameter, alpha=group["weight_decay"])
-            update = update * trust_ratio(parameter, update, group["trust_coefficient"])
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-        parameter.add_(momentum, alpha=-group["lr"])
+    def _move(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Moves all tensors of a group together: a handful of kernels on a GPU, whatever their number."""
+        updates: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        adapted = [i for i, p in enumerate(parameters) if p.ndim > 1 or not group["exclude_bias_and_norm"]]
+        if adapted:
+            weights = [parameters[i] for i in adapted]
+            decayed = torch._foreach_add([updates[i] for i in adapted], weights, alpha=group["weight_decay"])
+            torch._foreach_mul_(decayed, trust_ratios(weights, decayed, group["trust_coefficient"]).unbind())
+            for index, update in zip(adapted, decayed, strict=True):
+                updates[index] = update
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, updates)
+        torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
 
 
 def torch_optimizers() -> dict[str, type[Optimizer]]:
@@ -273,15 +280,16 @@ def step_length(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: S
 
 
 def _mean_trust_ratio(group: dict[str, Any], parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    ratios, weights = [], []
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        weight = parameter.detach()
-        update = torch.add(gradient, weight, alpha=group["weight_decay"])
-        ratio = trust_ratio(weight, update, group["trust_coefficient"])
-        ratios.append(torch.ones_like(ratio) if group["exclude_bias_and_norm"] and weight.ndim <= 1 else ratio)
-        weights.append(torch.any(weight != 0) * weight.numel())
-    counted = torch.stack(weights)
-    return (torch.stack(ratios) * counted).sum() / counted.sum().clamp(min=1)
+    weights = [parameter.detach() for parameter in parameters]
+    updates = torch._foreach_add(list(gradients), weights, alpha=group["weight_decay"])
+    ratios = trust_ratios(weights, updates, group["trust_coefficient"])
+    sizes = torch.tensor([weight.numel() for weight in weights], dtype=ratios.dtype)
+    if group["exclude_bias_and_norm"]:
+        excluded = torch.tensor([weight.ndim <= 1 for weight in weights])
+        ratios = torch.where(excluded.to(ratios.device, non_blocking=True), 1.0, ratios)
+    # A tensor that is all zero has no norm.
+    counted = sizes.to(ratios.device, non_blocking=True) * (torch.stack(torch._foreach_norm(weights)) > 0)
+    return (ratios * counted).sum() / counted.sum().clamp(min=1)
 
 
 def _second_moment(optimizer: Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:

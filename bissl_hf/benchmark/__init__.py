@@ -1,0 +1,1 @@
+"""How fast an alternation is, part by part, beside a plain baseline and beside its own arithmetic."""

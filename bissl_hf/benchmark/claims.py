@@ -1,0 +1,103 @@
+"""What is claimed of a benchmark: ratios of times taken in one run, with the bounds that they must keep."""
+
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+
+from .comparison import PHASES, TRAINER
+from .measuring import median_ratio
+from .parts import UNIT, Part
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One figure with its bounds.
+
+    Args:
+        name (`str`)
+        value (`float`)
+        at_least, at_most (`float`, *optional*): the bounds.
+    """
+
+    name: str
+    value: float
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value keeps to its bounds."""
+        low = self.at_least is None or self.value >= self.at_least
+        return low and (self.at_most is None or self.value <= self.at_most)
+
+    @property
+    def bounds(self) -> str:
+        """The bounds as text."""
+        texts = ((">=", self.at_least), ("<=", self.at_most))
+        return ", ".join(f"{sign} {bound:g}" for sign, bound in texts if bound is not None)
+
+
+@dataclass
+class Measured:
+    """What the claims are made of.
+
+    Args:
+        parts (`list[Part]`)
+        alternations (`dict`): seconds by runner and phase.
+        baseline_equivalents (`dict[str, float]`): forward-backward equivalents of the baseline's phases by its
+            floating-point operations.
+        synchronisations (`dict[str, int]`): waits for the device in each phase of the trainer.
+        products (`list[int]`): of each solve of the bare loop, where as many are asked for as the baseline takes.
+        residuals (`list[float]`): of the solves that recycle.
+    """
+
+    parts: list[Part]
+    alternations: dict[str, dict[str, list[float]]]
+    baseline_equivalents: dict[str, float]
+    synchronisations: dict[str, int]
+    products: list[int]
+    residuals: list[float] = field(default_factory=list)
+
+    def seconds(self, part: str) -> float:
+        """Median seconds of a part."""
+        return median(next(found for found in self.parts if found.name == part).seconds)
+
+    def whole(self, name: str) -> list[float]:
+        """Seconds of both phases of a runner together."""
+        phases = [self.alternations[name][phase] for phase in PHASES]
+        return [sum(times) for times in zip(*phases, strict=True)]
+
+
+def make_claims(measured: Measured, device: torch.device, *, products: int) -> list[Claim]:
+    """Returns what this run says about each target; those for a GPU only where there is one."""
+    times, on_gpu = measured.alternations, device.type == "cuda"
+    ours, baseline = measured.whole(TRAINER), measured.whole("baseline")
+    counted = [sum(measured.baseline_equivalents.values()) * unit for unit in times["baseline"]["unit"]]
+    same_products = median_ratio(times["baseline"]["upper"], times[TRAINER]["upper"])
+    loop_cost = median_ratio(ours, measured.whole("bare loop"))
+    waiting = median_ratio(times[TRAINER]["waiting"], ours)
+    claims = [
+        Claim("baseline: its time over its own count of equivalents", median_ratio(baseline, counted), 0.85, 1.15),
+        Claim("upper phase, same products: baseline / trainer", same_products, at_least=1.3),
+        Claim("products of each solve, for that comparison", min(measured.products), at_least=products),
+        Claim("whole alternation: baseline / trainer", median_ratio(baseline, ours), at_least=8.0 if on_gpu else 1.0),
+        Claim("whole alternation: trainer / bare loop", loop_cost, at_most=1.03),
+        Claim("share of an alternation spent waiting for batches", waiting, at_most=0.01),
+    ]
+    if measured.residuals:
+        speed = median_ratio(times["baseline"]["upper"], times["recycled"]["upper"])
+        claims += [
+            Claim("upper phase, recycled solver at 1 %: baseline / ours", speed, at_least=2.2),
+            Claim("largest residual of the recycled solves", max(measured.residuals), at_most=0.01),
+        ]
+    if on_gpu:
+        speed = measured.seconds(UNIT) / measured.seconds("lower step")
+        claims += [
+            Claim("lower step: images per second over those of a bare step", speed, at_least=0.6),
+            *(
+                Claim(f"waits for the device in the {phase} phase", count, at_most=0)
+                for phase, count in measured.synchronisations.items()
+            ),
+        ]
+    return claims

@@ -1,0 +1,241 @@
+"""Alternations written out in plain PyTorch, to compare the trainer with.
+
+`BareLoop` does the same arithmetic as the trainer, with the same parts of this package. `Baseline` is how one would
+write the paper's description down: views by Pillow in worker processes, float32, the graph of the pretext gradient
+rebuilt for every product, the loss read in every step.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from ..data.alternation import StepKey, Stream
+from ..hypergradient import Curvature, implicit_gradient
+from ..linear_solve import SolveInfo
+from ..models.modeling_bissl import BiSSLModel
+from ..tensors import Vector, add_scaled, dot, fill_missing, subtract
+from ..trainer.bissl_trainer import BiSSLTrainer
+from ..trainer.optimizer import LARS
+from ..trainer.training_args import BiSSLTrainingArguments
+from .pillow_views import PillowViews
+from .workload import SMALL_RATE
+
+Batch = dict[str, Any]
+_STREAMS = (Stream.LOWER, Stream.CURVATURE, Stream.UPPER)
+
+
+class PlainLoop(ABC):
+    """One alternation after another on the data and settings of a trainer, without it.
+
+    Args:
+        trainer ([`BiSSLTrainer`]): gives data and transforms.
+        model ([`BiSSLModel`]): on the trainer's device. It is moved, but hardly.
+        args ([`BiSSLTrainingArguments`], *optional*): settings, those of the trainer if not given.
+    """
+
+    reads_losses = False
+
+    def __init__(self, trainer: BiSSLTrainer, model: BiSSLModel, args: BiSSLTrainingArguments | None = None) -> None:
+        self.trainer, self.model, self.args = trainer, model, args or trainer.args
+        self.device = trainer.args.device
+        self.theta_p, self.theta_d = model.lower_shared_parameters(), model.upper_shared_parameters()
+        self.phi_d = model.upper_head_parameters()
+        self.lower_parameters = (*self.theta_p, *model.lower_head_parameters())
+        self.upper_parameters = (*self.theta_d, *self.phi_d)
+        self.lower_optimizer = LARS(self.lower_parameters, lr=SMALL_RATE, weight_decay=self.args.lower_weight_decay)
+        self.upper_optimizer = torch.optim.SGD(
+            self.upper_parameters, lr=SMALL_RATE, momentum=0.9, weight_decay=self.args.weight_decay
+        )
+        self.alternations = 0
+
+    @abstractmethod
+    def batches(self, stream: Stream) -> Iterator[Batch]:
+        """Yields one batch per step of this alternation, on the device."""
+
+    @abstractmethod
+    def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
+        """Returns x of the linear system whose matrix the curvature batch fixes."""
+
+    def alternation(self) -> None:
+        """Takes all steps of one alternation."""
+        self.model.train()
+        self.lower_phase()
+        self.upper_phase()
+        self.alternations += 1
+
+    def lower_phase(self) -> None:
+        """Takes the lower steps."""
+        for batch in self.batches(Stream.LOWER):
+            self.lower_step(batch)
+
+    def upper_phase(self) -> None:
+        """Takes the upper steps."""
+        (curvature_batch,) = self.batches(Stream.CURVATURE)
+        for batch in self.batches(Stream.UPPER):
+            self.upper_step(curvature_batch, batch)
+
+    def lower_step(self, batch: Batch) -> None:
+        """One step on the pretext loss and the proximal term."""
+        loss, gradient = self.gradient(partial(self.model, level="lower"), batch, self.lower_parameters)
+        pull = subtract([p.detach() for p in self.theta_p], [p.detach() for p in self.theta_d])
+        shared = add_scaled(gradient[: len(pull)], pull, self.args.proximal_weight)
+        self.move(self.lower_optimizer, (*shared, *gradient[len(pull) :]))
+        if self.reads_losses:
+            loss.item()
+
+    def upper_step(self, curvature_batch: Batch, batch: Batch) -> None:
+        """One step along the hypergradient."""
+        loss, at_theta_p = self.gradient(self.model.pure("aligned"), batch, (*self.theta_p, *self.phi_d))
+        _, at_theta_d = self.gradient(self.model.upper, batch, self.upper_parameters)
+        shared = len(self.theta_p)
+        solution = self.implicit_gradient(curvature_batch, at_theta_p[:shared])
+        gradient = add_scaled((*solution, *at_theta_p[shared:]), at_theta_d, self.args.direct_weight)
+        self.move(self.upper_optimizer, gradient)
+        if self.reads_losses:
+            loss.item()
+
+    def gradient(
+        self, model: Callable[..., Any], batch: Batch, parameters: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Vector]:
+        """Returns the loss of a model and its gradient."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+            loss = model(**batch).loss
+        return loss.detach(), fill_missing(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+
+    def move(self, optimizer: torch.optim.Optimizer, gradient: Vector) -> None:
+        """Clips a gradient and moves the parameters of an optimizer along it."""
+        parameters = optimizer.param_groups[0]["params"]
+        for parameter, value in zip(parameters, gradient, strict=True):
+            parameter.grad = value
+        torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class BareLoop(PlainLoop):
+    """The trainer's arithmetic: views on the device, the gradient linearised once per phase."""
+
+    _curvature: Curvature | None = None
+
+    def __init__(self, trainer: BiSSLTrainer, model: BiSSLModel, args: BiSSLTrainingArguments | None = None) -> None:
+        super().__init__(trainer, model, args)
+        self.solves: list[SolveInfo] = []
+
+    def batches(self, stream: Stream) -> Iterator[Batch]:
+        for step in range(self.trainer.sources[stream].steps_per_alternation):
+            key = StepKey(self.args.key_seed, int(stream), self.alternations, step, 0)
+            yield self.views(self.trainer.sources[stream].read(key), key)
+
+    def views(self, inputs: Batch, key: StepKey) -> Batch:
+        """Moves a batch to the device and makes its views there."""
+        upper = key.level == Stream.UPPER
+        transform = self.trainer.train_transform if upper else self.trainer.lower_transform
+        return self.trainer.move_and_transform(inputs, key, transform)
+
+    def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
+        if self._curvature is None:
+            self._curvature = self.curvature(batch)
+        solution, info = implicit_gradient(
+            self._curvature,
+            rhs,
+            proximal_weight=self.args.proximal_weight,
+            damping=self.args.damping,
+            max_iterations=self.args.solver_max_iterations,
+            tolerance=self.args.solver_tolerance,
+            solver=self.args.solver,
+        )
+        self.solves.append(info)
+        return solution
+
+    def curvature(self, batch: Batch) -> Curvature:
+        """Returns H on a batch."""
+
+        def lower_loss() -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+                return self.model.pure("lower")(**batch).loss
+
+        return Curvature(lower_loss, self.theta_p, mode=self.args.curvature_mode)
+
+    def upper_phase(self) -> None:
+        super().upper_phase()
+        self._curvature = None
+
+
+class Baseline(PlainLoop):
+    """The paper's description, plainly. Its model must be float32.
+
+    Args:
+        trainer ([`BiSSLTrainer`]), model ([`BiSSLModel`]): see [`PlainLoop`].
+        workers (`int`): processes that make the views of each stream.
+    """
+
+    reads_losses = True
+
+    def __init__(self, trainer: BiSSLTrainer, model: BiSSLModel, *, workers: int) -> None:
+        args = copy.copy(trainer.args)
+        args.bf16 = False
+        super().__init__(trainer, model, args)
+        size = trainer.lower_transform.image_size  # type: ignore[union-attr]
+        self._steps = {stream: trainer.sources[stream].steps_per_alternation for stream in _STREAMS}
+        # The iterators live as long as the loop: no worker starts twice, and all prepare batches ahead.
+        self._loaders: dict[Stream, Iterator[Batch]] = {}
+        self.datasets: dict[Stream, PillowViews] = {}
+        for stream in _STREAMS:
+            source = trainer.sources[stream]
+            views = self.datasets[stream] = PillowViews(source.dataset, size, two_views=stream != Stream.UPPER)
+            loader = DataLoader(
+                views,
+                batch_size=source.batch_size,
+                sampler=_Forever(len(views)),
+                num_workers=workers if stream == Stream.LOWER else min(workers, 1),
+                pin_memory=self.device.type == "cuda",
+            )
+            self._loaders[stream] = iter(loader)
+
+    def batches(self, stream: Stream) -> Iterator[Batch]:
+        for _ in range(self._steps[stream]):
+            batch = next(self._loaders[stream])
+            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._loaders.clear()
+
+    def product(self, batch: Batch, vector: Vector) -> Vector:
+        """H times a vector, from a new graph."""
+        loss = self.model.pure("lower")(**batch).loss
+        gradient = torch.autograd.grad(loss, self.theta_p, create_graph=True)
+        return torch.autograd.grad(gradient, self.theta_p, vector)
+
+    def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
+        """Conjugate gradient on  (I + H / (lambda + delta)) x = rhs, from zero."""
+        scale = 1.0 / (self.args.proximal_weight + self.args.damping)
+        solution = tuple(torch.zeros_like(tensor) for tensor in rhs)
+        residual = direction = rhs
+        square = dot(residual, residual)
+        for _ in range(self.args.solver_max_iterations):
+            image = add_scaled(direction, self.product(batch, direction), scale)
+            step = square / dot(direction, image)
+            solution = tuple(x + step * p for x, p in zip(solution, direction, strict=True))
+            residual = tuple(r - step * q for r, q in zip(residual, image, strict=True))
+            previous, square = square, dot(residual, residual)
+            direction = tuple(r + (square / previous) * p for r, p in zip(residual, direction, strict=True))
+        return solution
+
+
+class _Forever(Sampler[int]):
+    """Row numbers of one permutation after another."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            yield from torch.randperm(self._rows, generator=generator).tolist()

@@ -1,0 +1,173 @@
+"""Seconds, floating-point operations, memory and waits for the device, of any piece of code."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+_PROCESS_STATUS = Path("/proc/self/status")
+_CLEAR_PEAK = Path("/proc/self/clear_refs")
+
+# Operators that hand a value, or a size that depends on values, to Python.
+_READS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten._unique2.default,
+}
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns once everything that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Returns how long a call takes, the work that it leaves to the device included."""
+    wait_for(device)
+    start = time.perf_counter()
+    function()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+def interleaved_seconds(
+    functions: Mapping[str, Callable[[], Any]], device: torch.device, *, repeats: int, warmups: int = 1
+) -> dict[str, list[float]]:
+    """Times functions in turn, so that whatever else the machine does meets all of them alike.
+
+    Args:
+        functions (`Mapping[str, Callable]`): what to time, by name.
+        device (`torch.device`): where they work.
+        repeats (`int`): rounds that count.
+        warmups (`int`, *optional*, defaults to 1): rounds before them that do not.
+
+    Returns:
+        `dict[str, list[float]]`: seconds of each round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(warmups + repeats):
+        for name, function in functions.items():
+            spent = seconds(function, device)
+            if number >= warmups:
+                times[name].append(spent)
+    return times
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Returns the median over rounds of the ratio of two times measured in the same round."""
+    return median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """Returns the floating-point operations of matrix products and convolutions in a call, backward passes
+    included."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+class SynchronisationCounter(TorchDispatchMode):
+    """Counts where the host waits for the device, or would if its tensors lay on one: values read from tensors
+    (`item`, `float`, `bool`, boolean indices), and copies between host and device that do not go on in the background.
+
+    It works on any device, the `meta` one included, and slows code down: count and time in different runs.
+
+    Args:
+        device (`torch.device`): reads of tensors that lie elsewhere are free.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from bissl_hf.benchmark.measuring import SynchronisationCounter
+    >>> with SynchronisationCounter(torch.device("cpu")) as counter:
+    ...     size = float(torch.ones(3).sum())
+    >>> counter.count
+    1
+    ```
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.found: list[str] = []
+
+    @property
+    def count(self) -> int:
+        """How often so far."""
+        return len(self.found)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        reads = func in _READS and args[0].device.type == self.device.type
+        if reads or _waits_for_copy(func, args, kwargs) or _indexes_by_mask(func, args):
+            self.found.append(str(func))
+        return func(*args, **kwargs)
+
+
+def _waits_for_copy(func: Any, args: Any, kwargs: Any) -> bool:
+    if func is torch.ops.aten._to_copy.default:
+        target = kwargs.get("device")
+        return target is not None and target.type != args[0].device.type and not kwargs.get("non_blocking", False)
+    if func is torch.ops.aten.copy_.default:
+        non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+        # A number from the host is written by a kernel, without a copy.
+        return args[0].device.type != args[1].device.type and not non_blocking
+    return False
+
+
+def _indexes_by_mask(func: Any, args: Any) -> bool:
+    if func not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default):
+        return False
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+@dataclass
+class PeakMemory:
+    """Memory in use, in bytes: of the device's allocator, or on a CPU of the whole process.
+
+    Args:
+        before (`int`): at the start.
+        peak (`int`): the largest since; known once the watch is over.
+    """
+
+    before: int
+    peak: int = 0
+
+    @property
+    def grown(self) -> int:
+        """How far the peak lies above the start."""
+        return self.peak - self.before
+
+
+@contextmanager
+def watched_memory(device: torch.device) -> Iterator[PeakMemory]:
+    """Watches the memory in use on a device while the context lasts."""
+    wait_for(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        memory = PeakMemory(torch.cuda.memory_allocated(device))
+    else:
+        _CLEAR_PEAK.write_text("5")
+        memory = PeakMemory(_process_bytes("VmRSS"))
+    yield memory
+    wait_for(device)
+    memory.peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_bytes("VmHWM")
+
+
+def _process_bytes(field: str) -> int:
+    for line in _PROCESS_STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_PROCESS_STATUS} has no line {field}; the memory of a process is known on Linux only.")

@@ -1,0 +1,70 @@
+"""A benchmark's report as text."""
+
+from typing import Any
+
+from ..cli.outputs import format_table
+from .claims import Claim
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Lays a report out as three tables: parts, alternations, claims."""
+    machine, workload = report["machine"], report["workload"]
+    heading = (
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; {workload['name']}: "
+        f"{workload['lower_batch']} pairs and {workload['upper_batch']} labelled images of {workload['image_size']} "
+        f"pixels, {workload['lower_steps']} lower and {workload['upper_steps']} upper steps of {workload['products']} "
+        "products"
+    )
+    parts = [_part_row(part) for part in report["parts"]]
+    alternations = [_alternation_row(name, phases) for name, phases in report["alternations"].items()]
+    claims = [_claim_row(Claim(**claim)) for claim in report["claims"]]
+    waits = ", ".join(f"{count} in the {phase} phase" for phase, count in report["synchronisations"].items())
+    return "\n".join(
+        [
+            heading,
+            "",
+            "Parts (medians). The unit of equivalents is one forward and backward pass of the pretext model; what a "
+            "part should",
+            "cost is its floating-point operations over the unit's.",
+            "",
+            format_table(parts),
+            "",
+            "Alternations, in turn in one process (medians, seconds)",
+            "",
+            format_table(alternations),
+            "",
+            f"Reads of device values in one alternation of the trainer: {waits}. Peak memory: "
+            f"{report['peak_bytes'] / 2**20:.0f} MiB.",
+            "",
+            format_table(claims),
+        ]
+    )
+
+
+def _part_row(part: dict[str, Any]) -> dict[str, str]:
+    speed, expected = part["images_per_second"], part["expected_equivalents"]
+    return {
+        "part": part["part"],
+        "ms": f"{1000 * part['seconds']:.1f}",
+        "images/s": f"{speed:.0f}" if speed else "",
+        "equivalents": f"{part['equivalents']:.2f}",
+        "should be": f"{expected:.2f}" if expected else "",
+        "ratio": f"{part['equivalents'] / expected:.2f}" if expected else "",
+        "device reads": str(part["synchronisations"]),
+        "peak MiB": f"{part['peak_bytes'] / 2**20:.0f}",
+    }
+
+
+def _alternation_row(name: str, phases: dict[str, Any]) -> dict[str, str]:
+    columns = ("lower", "upper", "waiting", "log")
+    row = {phase: f"{phases[phase]['median']:.3f}" if phase in phases else "" for phase in columns}
+    return {"": name, "both": f"{phases['lower']['median'] + phases['upper']['median']:.3f}", **row}
+
+
+def _claim_row(claim: Claim) -> dict[str, str]:
+    return {
+        "claim": claim.name,
+        "measured": f"{claim.value:.3g}",
+        "bound": claim.bounds,
+        "": "holds" if claim.holds else "MISSED",
+    }

@@ -1,0 +1,101 @@
+"""One benchmark from its sizes to its report."""
+
+import copy
+import platform
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..data.alternation import Stream
+from .claims import Measured, make_claims
+from .comparison import TRAINER, SynchronisationWatch, compare_alternations
+from .loops import BareLoop, Baseline, PlainLoop
+from .measuring import count_flops, watched_memory
+from .parts import Part, PartsOfAlternation, measure_parts
+from .workload import Workload, build_model, build_trainer, pretrain
+
+
+def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[str], Any] = print) -> dict[str, Any]:
+    """Measures a workload.
+
+    Args:
+        workload ([`Workload`]): sizes.
+        device (`torch.device`): a CPU or the first GPU.
+        say (`Callable`, *optional*): gets one line before each stage.
+
+    Returns:
+        `dict`: machine, workload, parts, alternations and claims, as JSON.
+    """
+    torch.manual_seed(0)
+    model = build_model(workload)
+    say(f"Pre-training the lower model with SimCLR for {workload.pretrain_steps} steps")
+    pretrain(model, workload, device)
+    with watched_memory(device) as memory:
+        trainer = build_trainer(workload, model, device, num_alternations=1 + workload.repeats)
+        baseline = Baseline(trainer, copy.deepcopy(trainer.model), workers=max(1, workload.workers))
+        if workload.bf16:
+            _to_channels_last(trainer.model)
+        bare = BareLoop(trainer, copy.deepcopy(trainer.model))
+        loops: dict[str, PlainLoop] = {"bare loop": bare, "baseline": baseline}
+        say("Measuring the parts of an alternation")
+        of_alternation = PartsOfAlternation(bare, baseline)
+        parts = measure_parts(of_alternation, repeats=workload.repeats)
+        counts = _count_baseline(baseline, parts[0])
+        say(f"Measuring {1 + workload.repeats} alternations of {', '.join([TRAINER, *loops])}, in turn")
+        alternations = compare_alternations(trainer, loops, unit=of_alternation.forward_backward)
+        baseline.close()
+    say("Counting waits for the device")
+    synchronisations = _count_synchronisations(workload, model, device)
+    report: dict[str, Any] = {
+        "machine": describe_machine(device),
+        "workload": vars(workload),
+        "parts": [part.summary(parts[0]) for part in parts],
+        "alternations": {
+            name: {phase: {"median": median(times), "all": times} for phase, times in phases.items()}
+            for name, phases in alternations.items()
+        },
+        "baseline_equivalents": counts,
+        "synchronisations": synchronisations,
+        "peak_bytes": memory.peak,
+    }
+    products = [info.iterations for info in bare.solves]
+    measured = Measured(parts, alternations, counts, synchronisations, products)
+    return {**report, "claims": [vars(claim) for claim in make_claims(measured, device, products=workload.products)]}
+
+
+def _to_channels_last(model: Any) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Tells what was measured on."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _count_baseline(baseline: Baseline, unit: Part) -> dict[str, float]:
+    """Forward-backward equivalents of the baseline's phases, by its floating-point operations."""
+    (curvature_batch,) = baseline.batches(Stream.CURVATURE)
+    steps = baseline.trainer.sources
+    lower, upper = next(baseline.batches(Stream.LOWER)), next(baseline.batches(Stream.UPPER))
+    flops = {
+        "lower": count_flops(lambda: baseline.lower_step(lower)) * steps[Stream.LOWER].steps_per_alternation,
+        "upper": count_flops(lambda: baseline.upper_step(curvature_batch, upper))
+        * steps[Stream.UPPER].steps_per_alternation,
+    }
+    return {phase: count / unit.flops for phase, count in flops.items()}
+
+
+def _count_synchronisations(workload: Workload, model: Any, device: torch.device) -> dict[str, int]:
+    trainer = build_trainer(workload, model, device, dataloader_num_workers=0)
+    watch = SynchronisationWatch(device)
+    trainer.add_callback(watch)
+    trainer.train()
+    return watch.count

@@ -1,0 +1,185 @@
+"""The benchmark's loops compute what the trainer does, and its report says what was measured."""
+
+import copy
+import json
+from collections import defaultdict
+from functools import partial
+
+import pytest
+import torch
+
+from bissl_hf.benchmark.claims import Claim, Measured, make_claims
+from bissl_hf.benchmark.comparison import SynchronisationWatch
+from bissl_hf.benchmark.loops import BareLoop, Baseline
+from bissl_hf.benchmark.parts import UNIT, Part
+from bissl_hf.benchmark.pillow_views import PillowViews
+from bissl_hf.benchmark.report import format_report
+from bissl_hf.benchmark.run import run_benchmark
+from bissl_hf.benchmark.workload import WORKLOADS, benchmark_images, build_model, build_trainer
+from bissl_hf.data.alternation import Stream
+from recipes import benchmark
+
+CPU = torch.device("cpu")
+TINY = WORKLOADS["quick"].changed(
+    image_size=16, width=4, lower_batch=6, upper_batch=4, lower_steps=1, upper_steps=2, products=2, pretrain_steps=1,
+    repeats=1, evaluation_images=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report():
+    said = []
+    found = run_benchmark(TINY, CPU, say=said.append)
+    assert len(said) == 4
+    return json.loads(json.dumps(found))
+
+
+def test_every_part_is_measured_and_the_unit_costs_itself(report):
+    parts = {part["part"]: part for part in report["parts"]}
+    assert parts[UNIT]["equivalents"] == parts[UNIT]["expected_equivalents"] == 1
+    assert {"reading", "views", "lower step", "linearisation", "product", "upper gradients", "evaluation"} < set(parts)
+    assert all(part["seconds"] > 0 for part in parts.values())
+    # A product on a kept graph is two forward-backward passes, one on a new graph three, less what the first layer saves.
+    assert parts["baseline's product"]["expected_equivalents"] == pytest.approx(
+        parts["linearisation"]["expected_equivalents"] + parts["product"]["expected_equivalents"]
+    )
+    assert 1.0 < parts["product"]["expected_equivalents"] < 2.1
+    assert 0.7 < parts["linearisation"]["expected_equivalents"] < 1.05
+
+
+def test_runners_take_turns_and_solves_take_all_products(report):
+    assert {name: len(phases["upper"]["all"]) for name, phases in report["alternations"].items()} == {
+        "trainer": 1, "bare loop": 1, "baseline": 1,
+    }  # fmt: skip
+    products = next(claim for claim in report["claims"] if claim["name"].startswith("products of each solve"))
+    assert products["value"] == TINY.products
+
+
+def test_the_report_reads_as_tables(report):
+    text = format_report(report)
+    for words in ("forward and backward", "trainer / bare loop", "in the upper phase", "holds"):
+        assert words in text
+
+
+def test_the_recipe_writes_json(report, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "run_benchmark", lambda workload, device: {**report, "repeats": workload.repeats})
+    benchmark.main(["--quick", "--repeats", "3", "--output", str(tmp_path / "out" / "figures.json")])
+    assert json.loads((tmp_path / "out" / "figures.json").read_text())["repeats"] == 3
+    assert "figures.json" in capsys.readouterr().out
+
+
+def test_no_rounds_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--repeats", "0", "--output", str(tmp_path / "figures.json")])
+    assert stop.value.code == 2
+    assert "repeats is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_baseline_and_bare_loop_take_the_same_upper_step():
+    """The baseline is written out on its own: the same batches must lead to the same gradient."""
+    torch.manual_seed(0)
+    model = build_model(TINY).double()
+    trainer = build_trainer(TINY, model, CPU)
+    loops = [BareLoop(trainer, copy.deepcopy(model)), Baseline(trainer, copy.deepcopy(model), workers=0)]
+    generator = torch.Generator().manual_seed(1)
+    curvature_batch = {"pixel_values": torch.rand(6, 2, 3, 16, 16, generator=generator, dtype=torch.float64)}
+    upper_batch = {
+        "pixel_values": torch.rand(4, 3, 16, 16, generator=generator, dtype=torch.float64),
+        "labels": torch.tensor([0, 3, 1, 3]),
+    }
+    before = copy.deepcopy(model.state_dict())
+    for loop in loops:
+        loop.model.train()
+        loop.lower_step(curvature_batch)
+        loop.upper_step(curvature_batch, upper_batch)
+    bare, plain = (loop.model.state_dict() for loop in loops)
+    moved = [name for name in before if "running" not in name and not torch.equal(before[name], bare[name])]
+    assert any(name.startswith("lower") for name in moved)
+    assert any(name.startswith("upper") for name in moved)
+    for name in before:
+        torch.testing.assert_close(bare[name], plain[name], rtol=1e-9, atol=1e-12)
+
+
+def test_the_watch_counts_reads_in_the_phase_where_they_happen():
+    counts = []
+    for reads in (0, 3):
+        trainer = build_trainer(TINY.changed(lower_steps=2), build_model(TINY), CPU, solver="identity")
+        trainer.compute_lower_loss = partial(loss_read_so_often, reads)
+        watch = SynchronisationWatch(CPU)
+        trainer.add_callback(watch)
+        trainer.train()
+        counts.append(watch.count)
+    assert counts[1]["lower"] == counts[0]["lower"] + 2 * 3
+    assert counts[1]["upper"] == counts[0]["upper"] + 3  # the curvature takes the lower loss once
+
+
+def loss_read_so_often(reads, model, inputs):
+    loss = model(**inputs).loss
+    for _ in range(reads):
+        float(loss.detach())
+    return loss
+
+
+def test_views_by_pillow_are_normalised_crops_that_keep_labels():
+    images = benchmark_images(4, 24)
+    pairs, singles = PillowViews(images, 16, two_views=True), PillowViews(images, 16, two_views=False)
+    torch.manual_seed(3)
+    pair, again = pairs[0]["pixel_values"], pairs[0]["pixel_values"]
+    assert pair.shape == (2, 3, 16, 16)
+    assert not torch.equal(pair, again)
+    torch.manual_seed(3)
+    assert torch.equal(pair, pairs[0]["pixel_values"])
+    row = singles[1]
+    assert row["pixel_values"].shape == (3, 16, 16)
+    assert row["labels"] == images[1]["labels"]
+    assert -2.2 < float(row["pixel_values"].min()) < float(row["pixel_values"].max()) < 2.7
+
+
+def test_the_baseline_reads_by_workers_without_end():
+    trainer = build_trainer(TINY, build_model(TINY), CPU)
+    baseline = Baseline(trainer, trainer.model, workers=1)
+    first, second = (next(baseline.batches(Stream.LOWER))["pixel_values"] for _ in range(2))
+    baseline.close()
+    assert first.shape == (6, 2, 3, 16, 16)
+    assert not torch.equal(first, second)
+
+
+def test_claims_hold_within_their_bounds():
+    assert Claim("a", 1.2, at_least=0.85, at_most=1.15).holds is False
+    assert Claim("a", 1.1, at_least=0.85, at_most=1.15).holds is True
+    assert Claim("a", 1.0, at_least=1.3).holds is False
+    assert Claim("a", 0.0, at_most=0).holds is True
+    assert Claim("a", 1.0, at_least=0.85, at_most=1.15).bounds == ">= 0.85, <= 1.15"
+
+
+def measured(**changes) -> Measured:
+    times = defaultdict(dict)
+    times["baseline"] = {"lower": [2.0, 4.0], "upper": [8.0, 16.0], "unit": [1.0, 2.0]}
+    times["bare loop"] = {"lower": [2.0, 4.0], "upper": [4.0, 8.0]}
+    times["trainer"] = {"lower": [2.0, 4.0], "upper": [4.12, 8.24], "waiting": [0.0, 0.0], "log": [0.0, 0.0]}
+    parts = [Part(UNIT, 4, [1.0]), Part("lower step", 4, [1.25])]
+    values = {"baseline_equivalents": {"lower": 2.0, "upper": 8.5}, "products": [5], **changes}
+    return Measured(parts, times, synchronisations={"lower": 0, "upper": 1}, **values)
+
+
+def test_claims_are_ratios_of_the_same_round():
+    claims = {claim.name: claim.value for claim in make_claims(measured(), CPU, products=5)}
+    assert claims["baseline: its time over its own count of equivalents"] == pytest.approx(10 / 10.5)
+    assert claims["upper phase, same products: baseline / trainer"] == pytest.approx(8 / 4.12)
+    assert claims["whole alternation: trainer / bare loop"] == pytest.approx(6.12 / 6)
+    assert "lower step: images per second over those of a bare step" not in claims
+
+
+def test_a_gpu_has_targets_of_its_own():
+    claims = {claim.name: claim for claim in make_claims(measured(), torch.device("cuda"), products=5)}
+    assert claims["lower step: images per second over those of a bare step"].value == pytest.approx(0.8)
+    assert not claims["waits for the device in the upper phase"].holds
+    assert claims["whole alternation: baseline / trainer"].at_least == 8
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_runs_as_users_start_it(tmp_path, monkeypatch):
+    smaller = WORKLOADS["quick"].changed(width=8, lower_batch=8, pretrain_steps=5, repeats=2)
+    monkeypatch.setitem(benchmark.WORKLOADS, "quick", smaller)
+    benchmark.main(["--quick", "--use_cpu", "--output", str(tmp_path / "figures.json")])
+    assert json.loads((tmp_path / "figures.json").read_text())["workload"]["width"] == 8

@@ -159,7 +159,7 @@ def write_outputs(
     write_json(
         output / RESULTS_NAME,
         {
-            "checkpoints": {name: asdict(report) for name, report in reports.items()},
+            "checkpoints": {name: finite(asdict(report)) for name, report in reports.items()},
             "cka": {
                 name: dict(zip(names, row, strict=True)) for name, row in zip(names, similarity.tolist(), strict=True)
             },
@@ -167,6 +167,11 @@ def write_outputs(
             "settings": {**asdict(analysis.arguments), **asdict(data)},
         },
     )
+
+
+def finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """Figures that are not defined are null in JSON."""
+    return {name: value if np.isfinite(value) else None for name, value in figures.items()}
 
 
 def print_summary(output: str, reports: dict[str, FeatureReport], problem_type: str) -> None:

@@ -121,6 +121,10 @@ def test_one_checkpoint_with_few_images_and_its_own_statistics(
     assert "mine" in capsys.readouterr().out
 
 
+def test_figures_that_are_not_defined_are_null() -> None:
+    assert analyze.finite({"a": 0.5, "b": float("nan"), "c": float("inf")}) == {"a": 0.5, "b": None, "c": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -39,7 +39,8 @@ def test_every_part_is_measured_and_the_unit_costs_itself(report):
     assert parts[UNIT]["equivalents"] == parts[UNIT]["expected_equivalents"] == 1
     assert {"reading", "views", "lower step", "linearisation", "product", "upper gradients", "evaluation"} < set(parts)
     assert all(part["seconds"] > 0 for part in parts.values())
-    # A product on a kept graph is two forward-backward passes, one on a new graph three, less what the first layer saves.
+    # A product on a kept graph is two forward-backward passes, one on a new graph three, less what the first layer
+    # saves.
     assert parts["baseline's product"]["expected_equivalents"] == pytest.approx(
         parts["linearisation"]["expected_equivalents"] + parts["product"]["expected_equivalents"]
     )

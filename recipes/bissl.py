@@ -7,6 +7,7 @@ problem, and writes an ordinary transformers checkpoint of the aligned model.
 """
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from bissl_hf import (
     SimCLRForPreTraining,
     load_image_dataset,
 )
+from bissl_hf.benchmark.plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.card import CardArguments, recipe_facts
 from bissl_hf.cli.images import (
@@ -83,6 +85,16 @@ class ModelArguments(PretextModelArguments):
     pretrain_weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of pre-training."})
     pretrain_warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up; below 1 a fraction of the steps."})
     pretrain_optim: str = field(default="lars", metadata={"help": "Optimizer of pre-training."})
+
+
+@dataclass
+class PlanArguments:
+    """A look ahead."""
+
+    plan: bool = field(
+        default=False,
+        metadata={"help": "Measure two alternations, print what the whole run will take, and leave nothing behind."},
+    )
 
 
 @dataclass
@@ -279,35 +291,62 @@ def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -
     print(f'    classify = pipeline("image-classification", model="{output}")\n')
 
 
+def build_run(
+    data: DataArguments,
+    lower_data: LowerDataArguments,
+    views: ViewArguments,
+    models: ModelArguments,
+    args: BiSSLTrainingArguments,
+) -> tuple[Images, BiSSLTrainer, PretextTrainer]:
+    set_seed(args.seed)
+    images = load_images(data, lower_data, args.seed)
+    lower = build_pretext_model(models)
+    model = BiSSLModel.from_models(lower, build_upper(models, lower, images))
+    trainer = build_trainer(data, views, args, model, images)
+    pretrainer = build_pretrainer(models, args, trainer)
+    try_out(trainer, pretrainer)
+    return images, trainer, pretrainer
+
+
+def print_plan(trainer: BiSSLTrainer, pretrainer: PretextTrainer, images: Images) -> None:
+    args = trainer.args
+    print(f"Measuring {MEASURED_ALTERNATIONS} of {args.num_alternations} alternations", flush=True)
+    plan = make_plan(trainer, pretrainer, test_rows=len(images.test))
+    if trainer.is_world_process_zero():
+        print(f"\n{format_plan(plan)}\nNothing of this is kept: start the run without --plan.")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    data, lower_data, views, models, card, args = parse_arguments(
+    data, lower_data, views, models, card, look_ahead, args = parse_arguments(
         (
             DataArguments,
             LowerDataArguments,
             ViewArguments,
             ModelArguments,
             CardArguments,
+            PlanArguments,
             BiSSLTrainingArguments,
         ),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
+    if look_ahead.plan:
+        with tempfile.TemporaryDirectory() as folder:
+            args.output_dir, args.report_to, args.disable_tqdm = folder, [], True
+            with refusing_bad_input():
+                images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
+            print_plan(trainer, pretrainer, images)
+        return
     with refusing_bad_input():
         checkpoint = open_output_dir(args.output_dir, args.resume_from_checkpoint)
-        set_seed(args.seed)
-        images = load_images(data, lower_data, args.seed)
-        lower = build_pretext_model(models)
-        model = BiSSLModel.from_models(lower, build_upper(models, lower, images))
-        trainer = build_trainer(data, views, args, model, images)
+        images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
-        pretrainer = build_pretrainer(models, args, trainer)
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
-        try_out(trainer, pretrainer)
 
     pretrain(pretrainer)
-    model.start_upper_from_lower()
+    trainer.model.start_upper_from_lower()
     output = Path(str(args.output_dir))
     before_file = output / "before.json"
     if checkpoint is None or not before_file.is_file():

@@ -235,15 +235,20 @@ class BiSSLTrainer(LevelSteps):
         self.remember_start()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def warm_up_head(self) -> None:
+    def warm_up_head(self, *, max_steps: int | None = None) -> None:
         """Trains phi_D alone on the frozen backbone, which stays in train mode: the upper optimizer at a constant
-        learning rate, without clipping. Runs once; `train` calls it before the first alternation."""
+        learning rate, without clipping. Runs once; `train` calls it before the first alternation.
+
+        Args:
+            max_steps (`int`, *optional*): fewer steps than `head_warmup_epochs` has.
+        """
         if self._head_is_warm:
             return
         self._head_is_warm = True
         head = self.model.upper_head_parameters()
         source = self.sources[Stream.HEAD_WARMUP]
         steps = self.args.head_warmup_epochs * source.steps_per_alternation
+        steps = steps if max_steps is None else min(steps, max_steps)
         if not steps or not head:
             return
         optimizer = self._build_upper_optimizer(head)

@@ -77,6 +77,21 @@ def settings(images: Path, models: Path, output: Path, **changes: Any) -> list[s
     return as_arguments(values)
 
 
+# A plan
+
+
+def test_a_plan_leaves_nothing_behind(images, models, tmp_path, capsys):
+    output = tmp_path / "out"
+    bissl.main(settings(images, models, output, plan=True, num_alternations=50))
+    screen = capsys.readouterr().out
+    assert not output.exists()
+    assert re.search(r"lower step +\d+\.\d+ s +100 ", screen)
+    assert re.search(r"upper step +\d+\.\d+ s +100 ", screen)
+    assert re.search(r"head warm-up step +\d+\.\d+ s +6 ", screen)
+    assert re.search(r"checkpoint +\d+\.\d+ s +50 ", screen)
+    assert re.search(r"The whole run will take about .+ GiB", screen)
+
+
 # What is refused
 
 

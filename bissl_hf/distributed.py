@@ -1,6 +1,7 @@
-"""Exchange between processes: a gather that can be differentiated twice, and one flat average."""
+"""Exchange between processes: a gather that can be differentiated twice, one flat average, a common start."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -70,28 +71,43 @@ def from_first_process(value: Any) -> Any:
     return values[0]
 
 
-def average_flat(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Averages tensors over processes in one all-reduce.
+def average_flat(tensors: Sequence[Tensor], *, in_place: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """Averages tensors over processes in one all-reduce. Every process gets the same bits.
 
     Args:
-        tensors (`Sequence[torch.Tensor]`): tensors of one dtype, of the same shapes on each process.
+        tensors (`Sequence[torch.Tensor]`): of the same shapes on each process. They travel in the widest of their
+            dtypes, at least float32.
+        in_place (`Sequence[torch.Tensor]`, *optional*): further tensors, which are replaced by their averages.
 
     Returns:
-        `tuple[torch.Tensor, ...]`: the averages; the tensors themselves for one process.
-
-    Raises:
-        `ValueError`: if dtypes are mixed.
+        `tuple[torch.Tensor, ...]`: the averages of `tensors`, in their dtypes; the tensors themselves for one process.
     """
-    tensors = tuple(tensors)
-    if world_size() == 1 or not tensors:
+    tensors, replaced = tuple(tensors), tuple(in_place)
+    together = [tensor.detach() for tensor in (*tensors, *replaced)]
+    if world_size() == 1 or not together:
         return tensors
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"The tensors have dtypes {sorted(map(str, dtypes))}; one flat all-reduce takes a single dtype."
-        )
-    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in together), torch.float32)
+    flat = torch.cat([tensor.reshape(-1).to(dtype) for tensor in together])
     dist.all_reduce(flat)
     flat /= world_size()
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+    parts = flat.split([tensor.numel() for tensor in together])
+    averages = [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, together, strict=True)]
+    for tensor, average in zip(together[len(tensors) :], averages[len(tensors) :], strict=True):
+        tensor.copy_(average)
+    return tuple(averages[: len(tensors)])
+
+
+@torch.no_grad()
+def copy_from_first(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Gives the tensors of every process the values that they have on the first one.
+
+    Args:
+        tensors (`Iterable[torch.Tensor]`): of the same shapes and dtypes on each process; changed in place.
+        device (`torch.device`): on which processes exchange tensors.
+    """
+    if world_size() == 1:
+        return
+    for tensor in tensors:
+        sent = tensor.detach().to(device, memory_format=torch.contiguous_format, copy=True)
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)

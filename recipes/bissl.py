@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -225,7 +225,8 @@ def evaluate_on_test(trainer: BiSSLTrainer, test: DecodedImages, prefix: str) ->
 
 def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]:
     key = StepKey(trainer.args.key_seed, int(Stream.EVALUATION), 0, 0, 0)
-    for batch in trainer.get_test_dataloader(rows):
+    # Trainer's own loader would give each process a part of them.
+    for batch in DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator):
         yield trainer.move_and_transform(batch, key, trainer.eval_transform)
 
 
@@ -299,7 +300,8 @@ def build_run(
     args: BiSSLTrainingArguments,
 ) -> tuple[Images, BiSSLTrainer, PretextTrainer]:
     set_seed(args.seed)
-    images = load_images(data, lower_data, args.seed)
+    with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
+        images = load_images(data, lower_data, args.seed)
     lower = build_pretext_model(models)
     model = BiSSLModel.from_models(lower, build_upper(models, lower, images))
     trainer = build_trainer(data, views, args, model, images)
@@ -340,6 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     with refusing_bad_input():
         checkpoint = open_output_dir(args.output_dir, args.resume_from_checkpoint)
+        args.distributed_state.wait_for_everyone()  # no process may write there before all have looked
         images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
         if checkpoint:
@@ -356,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(before_file, before)
     else:
         before = json.loads(before_file.read_text())
-    if checkpoint and (output / RESULTS_NAME).is_file():
+    if checkpoint and (output / RESULTS_NAME).is_file() and trainer.is_world_process_zero():
         print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = evaluate_on_test(trainer, images.test, "test")

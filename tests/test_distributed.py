@@ -1,16 +1,17 @@
 """Two and four processes against one process on the same global batch, in float64."""
 
-import socket
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
-from bissl_hf.distributed import average_flat, gather_rows, rank, world_size
+from bissl_hf.distributed import average_flat, copy_from_first, gather_rows, rank, world_size
 from bissl_hf.losses import nt_xent_loss
+
+from .processes import run_in_processes
 
 PAIRS, WIDTH, DIM = 8, 5, 3
 
@@ -35,40 +36,89 @@ def derivatives(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     return loss.detach(), gradient.detach(), product
 
 
-def in_process(number: int, processes: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=processes)
-    assert (world_size(), rank()) == (processes, number)
+def covariance_derivatives(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a loss in the manner of VICReg: an invariance term of own rows, and a variance and a covariance
+    term of the global batch, which every process computes whole."""
+    weights, direction, first, second = problem()
+    weights.requires_grad_()
+    views = [torch.tanh(images[rows] @ weights) for images in (first, second)]
+    loss = (views[0] - views[1]).square().mean()
+    for view in views:
+        embeddings = gather_rows(view)
+        centred = embeddings - embeddings.mean(dim=0)
+        covariance = centred.T @ centred / (len(embeddings) - 1)
+        loss = loss + torch.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean()
+        loss = loss + (covariance - covariance.diagonal().diag()).square().sum() / DIM
+    (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
+    (product,) = torch.autograd.grad(gradient, weights, direction)
+    return loss.detach(), gradient.detach(), product
+
+
+def batch_statistics_derivatives(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a loss in the manner of BYOL, whose predictor normalises by the statistics of the global batch and
+    whose targets are constants."""
+    weights, direction, first, second = problem()
+    weights.requires_grad_()
+    embeddings, targets = torch.tanh(first[rows] @ weights), second[rows] @ weights.detach()
+    everything = gather_rows(embeddings)
+    predictions = (embeddings - everything.mean(dim=0)) / (everything.var(dim=0, unbiased=False) + 1e-5).sqrt()
+    loss = (2 - 2 * torch.cosine_similarity(predictions, targets)).mean()
+    (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
+    (product,) = torch.autograd.grad(gradient, weights, direction)
+    return loss.detach(), gradient.detach(), product
+
+
+LOSSES = {"NT-Xent": derivatives, "VICReg": covariance_derivatives, "BYOL": batch_statistics_derivatives}
+
+
+def in_process(folder: Path) -> None:
+    processes, number = world_size(), rank()
     own = PAIRS // processes
-    averaged = average_flat(derivatives(slice(number * own, (number + 1) * own)))
+    rows = slice(number * own, (number + 1) * own)
+    averaged = {name: average_flat(compute(rows)) for name, compute in LOSSES.items()}
+    with mock.patch("torch.nn.functional.cross_entropy", wraps=torch.nn.functional.cross_entropy) as rows_of_loss:
+        derivatives(rows)
+    assert rows_of_loss.call_args.args[0].shape == (2 * own, 2 * PAIRS), "each process computes its own rows only"
 
     columns = torch.arange(6.0).reshape(2, 3).T + 10 * number  # not contiguous
     assert not columns.is_contiguous()
     expected = torch.cat([torch.arange(6.0).reshape(2, 3).T + 10 * other for other in range(processes)])
     torch.testing.assert_close(gather_rows(columns), expected, rtol=0, atol=0)
 
-    with pytest.raises(ValueError, match="takes a single dtype"):
-        average_flat([torch.ones(1), torch.ones(1, dtype=torch.float64)])
+    mean = (processes - 1) / 2
+    coarse, fine = torch.full((2,), number, dtype=torch.bfloat16), torch.full((3, 1), 1.0 + number).double()
+    replaced = torch.full((2, 3), 10.0 * number).T
+    averages = average_flat([coarse, fine], in_place=[replaced])
+    torch.testing.assert_close(averages, (torch.full_like(coarse, mean), torch.full_like(fine, 1 + mean)))
+    torch.testing.assert_close(replaced, torch.full((3, 2), 10 * mean))
     assert average_flat([]) == ()
-    torch.save((dist.get_world_size(), averaged), f"{folder}/{number}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+
+    started = [columns.clone().T, torch.tensor(number)]
+    copy_from_first(started, torch.device("cpu"))
+    torch.testing.assert_close(started[0], torch.arange(6.0).reshape(2, 3), rtol=0, atol=0)
+    assert started[1] == 0
+    torch.save((processes, averaged), folder / f"{number}.pt")
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def averages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Losses and derivatives, averaged over processes, as each process holds them."""
+    folder = tmp_path_factory.mktemp("processes")
+    run_in_processes(in_process, request.param, folder)
+    results = [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(request.param)]
+    assert [size for size, _ in results] == [request.param] * request.param
+    return [averaged for _, averaged in results]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [2, 4])
-def test_nt_xent_and_its_derivatives_are_those_of_the_global_batch(processes: int, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(in_process, args=(processes, port, str(tmp_path)), nprocs=processes)
-    expected = derivatives(slice(None))
-    assert expected[2].norm() > 1e-2  # the product is one to speak of
-    for number in range(processes):
-        size, averaged = torch.load(tmp_path / f"{number}.pt", weights_only=True)
-        assert size == processes
-        for actual, wanted in zip(averaged, expected, strict=True):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_and_its_derivatives_are_those_of_the_global_batch(loss: str, averages: list[dict[str, Any]]) -> None:
+    expected = LOSSES[loss](slice(None))
+    assert all(part.norm() > 1e-2 for part in expected)  # the product is one to speak of
+    for averaged in averages:
+        for actual, wanted in zip(averaged[loss], expected, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+        assert all(map(torch.equal, averaged[loss], averages[0][loss])), "every process gets the same bits"
 
 
 def test_one_process_is_left_alone() -> None:
@@ -78,3 +128,4 @@ def test_one_process_is_left_alone() -> None:
     averages = average_flat([rows, others])
     assert averages[0] is rows
     assert averages[1] is others
+    copy_from_first([rows], rows.device)

@@ -14,7 +14,8 @@ def pretrain(trainer: PretextTrainer) -> None:
     finished = folder / "model"
     if trainer.args.max_steps > 0 and not finished.is_dir():
         checkpoint, _ = find_last_checkpoint(folder)
-        print(f"Pre-training with SimCLR for {trainer.args.max_steps} steps")
+        if trainer.is_world_process_zero():
+            print(f"Pre-training with SimCLR for {trainer.args.max_steps} steps")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.is_world_process_zero():
             trainer.model.save_pretrained(folder / STAGING_FOLDER)

@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -17,6 +17,12 @@ def batch_norm_modules(model: nn.Module) -> list[_BatchNorm]:
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether a model has batch-norm layers that keep running statistics."""
     return bool(batch_norm_modules(model))
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Returns the running means and variances of all batch-norm layers of a model, the tensors themselves."""
+    layers = batch_norm_modules(model)
+    return [tensor for layer in layers for tensor in (layer.running_mean, layer.running_var) if tensor is not None]
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ from transformers.utils.generic import find_labels
 
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
 from ..distributed import average_flat
+from ..models.batch_norm import running_statistics
 from ..models.modeling_bissl import BiSSLModel
-from ..tensors import Vector, add_scaled, fill_missing, norm, subtract
+from ..tensors import Vector, fill_missing, norm, subtract
 from .keyed_trainer import Transform
 from .level_data import level_sources
 from .level_steps import LevelSteps
@@ -261,7 +262,8 @@ class BiSSLTrainer(LevelSteps):
                 batch = self.move_and_transform(source.read(key), key, self.train_transform)
                 with self.model_randomness(key):
                     _, gradient = self._upper_gradient(self.model.upper, batch, head)
-                for parameter, value in zip(head, average_flat(gradient), strict=True):
+                gradient = average_flat(gradient, in_place=running_statistics(self.model.upper))
+                for parameter, value in zip(head, gradient, strict=True):
                     parameter.grad = value
                 self.loss_scale.step(optimizer)
                 optimizer.zero_grad()
@@ -276,19 +278,30 @@ class BiSSLTrainer(LevelSteps):
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
+    def part_under_ddp(self) -> nn.Module:
+        """The lower model: gradients of the upper one are written by hand."""
+        return self.model.lower
+
+    def first_gradients(self) -> list[Tensor | None]:
+        """Returns the gradients of the scaled pretext loss on the first lower batch in the lower level's parameters,
+        theta_P first."""
+        key = StepKey(self.args.key_seed, int(Stream.LOWER), 0, 0, self.args.process_index)
+        batch = self.move_and_transform(self.sources[Stream.LOWER].read(key), key, self.lower_transform)
+        self.model.train()
+        parameters = self._level_parameters("lower")
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        with self.model_randomness(key):
+            for term in self.lower_loss_terms(self.model.pure("lower"), batch, key):
+                found = torch.autograd.grad(self.loss_scale(term()), parameters, allow_unused=True)
+                pairs = zip(gradients, found, strict=True)
+                gradients = [b if a is None else a if b is None else a + b for a, b in pairs]
+        return gradients
+
     def estimate_pull(self) -> float:
         """Estimates the pull of the whole run from the gradient at the present weights on the first lower batch. NaN
         for a lower optimizer of unknown step length."""
         self.create_optimizer()
-        key = StepKey(self.args.key_seed, int(Stream.LOWER), 0, 0, self.args.process_index)
-        batch = self.move_and_transform(self.sources[Stream.LOWER].read(key), key, self.lower_transform)
-        parameters = self._level_parameters("lower")
-        self.model.train()
-        gradient = tuple(torch.zeros_like(parameter) for parameter in parameters)
-        with self.model_randomness(key):
-            for term in self.lower_loss_terms(self.model.pure("lower"), batch, key):
-                found = torch.autograd.grad(self.loss_scale(term()), parameters, allow_unused=True)
-                gradient = add_scaled(gradient, fill_missing(found, parameters), 1.0)
+        gradient = fill_missing(self.first_gradients(), self._level_parameters("lower"))
         schedule, steps = self.level_schedules()["lower"], self.args.num_alternations * self.args.lower_steps
         return self.pull.estimate(
             self.two_level_optimizer.lower,

@@ -28,9 +28,10 @@ from ..data.alternation import (
     keyed_random_state,
     read_rows,
 )
-from ..distributed import average_flat
+from ..distributed import average_flat, copy_from_first, world_size
 from .callbacks import ShortProgressCallback, TrainingClock
 from .checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
+from .data_parallel import check_whole_model, pad_rows, reduce_gradients_of, rows_of_its_own
 from .metrics_buffer import MetricsBuffer
 from .model_card.card import build_model_card
 from .model_card.facts import ModelFacts
@@ -98,6 +99,32 @@ class KeyedTrainer(Trainer):
             self.add_callback(ShortProgressCallback)
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
+        check_whole_model(self.model)
+        copy_from_first([*self.model.parameters(), *self.model.buffers()], args.device)
+
+    # Several processes
+
+    def part_under_ddp(self) -> nn.Module:
+        """Returns the part of the model whose gradients come from `backward` and are averaged by DDP."""
+        return self.model
+
+    def first_gradients(self) -> list[torch.Tensor | None]:
+        """Returns the gradients of the first step in the parameters of `part_under_ddp`, without side effects; `None`
+        for a parameter that the loss does not use."""
+        raise NotImplementedError(f"{type(self).__name__} must say which gradients its first step computes.")
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Tells DDP what to average, and spares it the search for unused parameters in each pass, with the exchange
+        of what it found, where the first step has none."""
+        if training and world_size() > 1:
+            # 2026-11: an evaluation before training marks the model as prepared (transformers 5.23), and accelerate
+            # 1.15 then leaves it without DDP, so that each process would train on its own.
+            model._is_accelerate_prepared = False  # type: ignore[assignment]
+            reduce_gradients_of(self.model, self.part_under_ddp())
+            if self.args.ddp_find_unused_parameters is None:
+                unused = torch.tensor(float(any(g is None for g in self.first_gradients())), device=self.args.device)
+                self.accelerator.ddp_handler.find_unused_parameters = bool(average_flat([unused])[0] > 0)
+        return super()._wrap_model(model, training, dataloader)
 
     # Precision
 
@@ -175,11 +202,16 @@ class KeyedTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Applies the evaluation transform on the device, and runs the model of [`~KeyedTrainer.evaluating`] if there
-        is one."""
+        is one. The loss is that of this process's own rows, without those that fill up the last batch."""
         key = StepKey(self.args.key_seed, int(Stream.EVALUATION), 0, 0, self.args.process_index)
-        inputs = self.move_and_transform(inputs, key, self.eval_transform)
+        rows = batch_rows(inputs)
+        own, _ = split_rows(inputs, max(rows_of_its_own(self.accelerator, rows), 1))[0]
+        own = self.move_and_transform(own, key, self.eval_transform)
         with self.accelerator.autocast():
-            return super().prediction_step(self._evaluated or model, inputs, prediction_loss_only, ignore_keys)
+            loss, logits, labels = super().prediction_step(
+                self._evaluated or model, own, prediction_loss_only, ignore_keys
+            )
+        return loss, pad_rows(logits, rows), pad_rows(labels, rows)
 
     @contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -329,12 +361,12 @@ class KeyedTrainer(Trainer):
         if self.is_local_process_zero() and (staging / name).is_dir():
             # Another machine with a disk of its own: here lie the random states of its processes.
             publish(staging / name, final)
-        shutil.rmtree(staging, ignore_errors=True)
+        if self.is_local_process_zero():
+            shutil.rmtree(staging, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
-        if self.is_world_process_zero():
-            self.check_checkpoint(resume_from_checkpoint)
+        self.check_checkpoint(resume_from_checkpoint)
         self._restore_weights(resume_from_checkpoint)
         self.load_run_state(json.loads((Path(resume_from_checkpoint) / RUN_STATE_NAME).read_text()))
 

@@ -13,6 +13,7 @@ from ..distributed import average_flat
 from ..gradient_cache import Embed, EmbeddingCurvature, embedding_gradients
 from ..hypergradient import Curvature, implicit_gradient
 from ..linear_solve import SolveStatus
+from ..models.batch_norm import running_statistics
 from ..tensors import Vector, add_scaled, at_least_float32, cosine, dot, fill_missing, subtract
 from .keyed_trainer import Transform, split_rows
 from .level_evaluation import LevelEvaluation
@@ -106,6 +107,7 @@ class LevelSteps(LevelEvaluation):
                 self.accelerator.backward(part_loss)
             loss = loss + part_loss.detach()
 
+        average_flat([], in_place=running_statistics(self.model.lower))
         theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
         pull = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
         gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
@@ -204,7 +206,7 @@ class LevelSteps(LevelEvaluation):
         direct_loss, at_theta_d = self._upper_gradient(
             self.model.upper, inputs, (*theta_d, *phi_d), differentiate=args.direct_weight > 0
         )
-        reduced = average_flat([*at_theta_p, *at_theta_d])
+        reduced = average_flat([*at_theta_p, *at_theta_d], in_place=running_statistics(self.model.upper))
         at_theta_p, at_theta_d = reduced[: len(at_theta_p)], reduced[len(at_theta_p) :]
         rhs = at_theta_p[: len(theta_p)]
         solution = self._solve(curvature, rhs)

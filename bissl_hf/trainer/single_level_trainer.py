@@ -11,6 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, default_data_collator
 
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, read_rows
+from ..distributed import average_flat
+from ..models.batch_norm import running_statistics
 from ..models.saving import save_model
 from .keyed_trainer import KeyedTrainer, Transform
 from .optimizer import build_optimizer
@@ -95,6 +97,17 @@ class SingleLevelTrainer(KeyedTrainer):
         """Adds what the stream of batches reads."""
         return {**super().resume_settings(), self.task: self.source.describe()}
 
+    def first_gradients(self) -> list[Tensor | None]:
+        """Returns the gradients of the loss on the first batch; in evaluation mode, so that no running statistics
+        move."""
+        key = StepKey(self.args.key_seed, int(self.stream), 0, 0, self.args.process_index)
+        batch = self.move_and_transform(self.source.read(key), key, self.train_transform)
+        self.model.eval()
+        with self.model_randomness(key), self.accelerator.autocast():
+            loss = self.compute_loss(self.model, batch)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> Tensor:
@@ -104,6 +117,7 @@ class SingleLevelTrainer(KeyedTrainer):
         self.count_samples(batch)
         with self.model_randomness(key):
             loss = super().training_step(model, batch, num_items_in_batch)
+        average_flat([], in_place=running_statistics(self.model))
         self.metrics_buffer.add("loss", loss)
         return loss
 

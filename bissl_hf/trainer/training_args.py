@@ -11,6 +11,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..hypergradient import CURVATURE_MODES, SOLVERS
+from .data_parallel import refuse_other_parallelism
 from .optimizer import parse_optimizer_options, resolve_optimizer, takes_momentum
 from .schedule import level_schedule
 
@@ -99,6 +100,7 @@ class KeyedTrainingArguments(TrainingArguments):
         self.optim = optim
 
     def _refuse_unsupported(self) -> None:
+        refuse_other_parallelism(self)
         if self.hub_token is not None:
             raise ValueError(
                 "hub_token would be written in clear beside the checkpoints; set the environment variable HF_TOKEN "
@@ -115,9 +117,6 @@ class KeyedTrainingArguments(TrainingArguments):
                 "instead, with `hf upload user/name OUTPUT_DIR`."
             )
         for name in (
-            "torch_compile",
-            "fsdp",
-            "deepspeed",
             "auto_find_batch_size",
             "neftune_noise_alpha",
             "label_smoothing_factor",
@@ -125,7 +124,7 @@ class KeyedTrainingArguments(TrainingArguments):
             "activation_checkpointing",
         ):
             if getattr(self, name, None):
-                raise ValueError(f"{name} is not supported: leave it out. Data parallelism (DDP) is.")
+                raise ValueError(f"{name} is not supported: leave it out.")
 
     @property
     def key_seed(self) -> int:

@@ -1,0 +1,105 @@
+"""What the trainers ask of a start on several processes: whole models in each of them (DDP), and nothing else yet."""
+
+import os
+from typing import Any
+
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, TrainingArguments
+
+_WHOLE_MODELS = (
+    "The hypergradient needs the whole backbone in each process: use plain data parallelism, as `accelerate launch "
+    "--multi_gpu` starts it, with curvature_mode='recompute' and micro-batches to save memory"
+)
+_FIRST_ORDER = "a compiled graph has no second derivative"
+
+# Fields of TrainingArguments that may not be set, with the reason.
+_FIELDS: dict[str, str] = {
+    **dict.fromkeys(("fsdp", "deepspeed", "parallelism_config"), f"the model would be split up. {_WHOLE_MODELS}"),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _FIRST_ORDER),
+}
+# What `accelerate launch`, or its configuration file, sets in the environment; with the line of that file.
+_VARIABLES: dict[str, tuple[str, str]] = {
+    "ACCELERATE_USE_FSDP": ("distributed_type: FSDP", f"the model would be split up. {_WHOLE_MODELS}"),
+    "ACCELERATE_USE_DEEPSPEED": ("distributed_type: DEEPSPEED", f"the model would be split up. {_WHOLE_MODELS}"),
+    "ACCELERATE_USE_MEGATRON_LM": ("distributed_type: MEGATRON_LM", f"the model would be split up. {_WHOLE_MODELS}"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", f"the model would be split up. {_WHOLE_MODELS}"),
+    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_config", _FIRST_ORDER),
+}
+_OFF = ("", "false", "no", "none", "0")
+
+
+def refuse_other_parallelism(args: TrainingArguments) -> None:
+    """Refuses what splits the model up or compiles it, wherever it was asked for.
+
+    Raises:
+        `ValueError`: with the setting, the reason and what to use.
+    """
+    for name, reason in _FIELDS.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{name} is {getattr(args, name)!r}, which is not supported: {reason}. Leave it out.")
+    for name, (line, reason) in _VARIABLES.items():
+        value = os.environ.get(name, "")
+        if value.lower() not in _OFF:
+            raise ValueError(
+                f"{name} is {value!r}, which is not supported: {reason}. Leave `{line}` out of the configuration of "
+                "accelerate."
+            )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp8":
+        raise ValueError(
+            "ACCELERATE_MIXED_PRECISION is 'fp8', which is not supported: its layers have no second derivative. Set "
+            "`mixed_precision: bf16` in the configuration of accelerate."
+        )
+
+
+def check_whole_model(model: nn.Module) -> None:
+    """Refuses a model that is spread over devices or compiled.
+
+    Raises:
+        `ValueError`: with what to change.
+    """
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The parameters lie on {', '.join(sorted(devices))}. {_WHOLE_MODELS}. Load the models without device_map."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module.tp_size not in (None, 1):
+            raise ValueError(
+                f"{name or 'The model'} is split by tensor parallelism over {module.tp_size} processes. "
+                f"{_WHOLE_MODELS}. Load the models without tp_plan."
+            )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"{name or 'The model'} is compiled, and {_FIRST_ORDER}. Leave `compile()` out.")
+
+
+def reduce_gradients_of(model: nn.Module, part: nn.Module) -> None:
+    """Has DDP average the gradients of one part of a model and nothing else: the others would travel as zeros, and
+    buffers, which would become those of the first process in each pass, are looked after by the trainers."""
+    own = {id(parameter) for parameter in part.parameters()}
+    others = [name for name, parameter in model.named_parameters() if id(parameter) not in own]
+    others += [name for name, _ in model.named_buffers()]
+    # 2026-11: torch 2.13 calls this a workaround until https://github.com/pytorch/pytorch/issues/43690 is closed.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, others)
+
+
+def rows_of_its_own(accelerator: Any, rows: int) -> int:
+    """Returns how many of the rows of a process's batch are its own. Accelerate fills the last batches of an
+    evaluation with rows from the start, so that all processes have equal ones, and drops what comes of them when it
+    gathers: by their places, of which it has told us all we need."""
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
+
+
+def pad_rows(results: Any, rows: int) -> Any:
+    """Repeats the last row of each tensor until there are so many."""
+
+    def pad(tensor: Tensor) -> Tensor:
+        missing = rows - len(tensor)
+        return tensor if missing <= 0 else tensor[[*range(len(tensor)), *[-1] * missing]]
+
+    return recursively_apply(pad, results)

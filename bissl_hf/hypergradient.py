@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .linear_solve import SolveInfo, SolveStatus, conjugate_gradient
+from .recycling import Directions, recycled_conjugate_gradient
 from .tensors import Vector, add_scaled, check_same_structure, fill_missing
 
 CurvatureMode = Literal["cached", "recompute"]
 CURVATURE_MODES: tuple[str, ...] = ("cached", "recompute")
-SOLVERS: tuple[str, ...] = ("cg", "blockwise_cg", "identity")
+SOLVERS: tuple[str, ...] = ("cg", "recycled", "blockwise_cg", "identity")
 
 
 class Curvature:
@@ -88,7 +89,7 @@ class Curvature:
     @property
     def gradient(self) -> Vector:
         """The gradient of the lower loss in the parameters, averaged over processes and without a graph."""
-        self._check_unchanged()
+        self.check_unchanged()
         if self._gradient is None:
             self._linearise()
         if self._gradient is None:
@@ -98,7 +99,7 @@ class Curvature:
     def __call__(self, vector: Sequence[Tensor]) -> Vector:
         """Returns H times `vector`, averaged over processes."""
         check_same_structure(vector, self.parameters, names=("the vector", "the parameters"))
-        self._check_unchanged()
+        self.check_unchanged()
         product = self._product(vector)
         return self._reduce(product) if self._reduce else product
 
@@ -132,7 +133,8 @@ class Curvature:
             gradient = tuple(g.detach() for g in gradient)
             self._gradient = self._reduce(gradient) if self._reduce else gradient
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """Raises a `RuntimeError` if the parameters have changed since construction."""
         if self._current_versions() != self._versions:
             raise RuntimeError(
                 "The parameters have changed since this curvature was built, so its products would mix two states. "
@@ -166,6 +168,7 @@ def implicit_gradient(
     max_iterations: int,
     tolerance: float = 0.0,
     solver: str = "cg",
+    directions: Directions | None = None,
 ) -> tuple[Vector, SolveInfo]:
     """Solves `(I + H / (proximal_weight + damping)) x = rhs`.
 
@@ -176,15 +179,17 @@ def implicit_gradient(
         damping (`float`): delta, at least 0.
         max_iterations (`int`): largest number of products.
         tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which to stop.
-        solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"blockwise_cg"` (the authors' published variant) or
-            `"identity"` (`x = rhs`: the implicit Jacobian is left out; no product is taken and the residual is not
-            known).
+        solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"recycled"` (goes on from earlier solves with the same
+            curvature), `"blockwise_cg"` (the authors' published variant) or `"identity"` (`x = rhs`: the implicit
+            Jacobian is left out; no product is taken and the residual is not known).
+        directions ([`Directions`], *optional*): what `"recycled"` learns; one for all solves with a curvature.
 
     Returns:
         `tuple[tuple[torch.Tensor, ...], SolveInfo]`: x and an account of the solve.
 
     Raises:
-        `ValueError`: for an unknown solver, or weights out of their range.
+        `ValueError`: for an unknown solver, weights out of their range, or `"recycled"` without directions.
+        `RuntimeError`: if the directions belong to another curvature or other weights.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}.")
@@ -200,6 +205,13 @@ def implicit_gradient(
     def matvec(vector: Vector) -> Vector:
         return add_scaled(vector, curvature(vector), 1.0 / (proximal_weight + damping))
 
+    if solver == "recycled":
+        if directions is None:
+            raise ValueError("solver is 'recycled' and directions is missing; pass one Directions per curvature.")
+        if isinstance(curvature, Curvature):
+            curvature.check_unchanged()  # a solve that finds its solution among the directions takes no product
+        directions.bind(curvature, proximal_weight + damping)
+        return recycled_conjugate_gradient(matvec, rhs, directions, max_iterations=max_iterations, tolerance=tolerance)
     return conjugate_gradient(
         matvec, rhs, max_iterations=max_iterations, tolerance=tolerance, blockwise=solver == "blockwise_cg"
     )

@@ -27,7 +27,8 @@ class SolveStatus(StrEnum):
 
 
 _STATUSES = tuple(SolveStatus)
-_CONVERGED, _ITERATION_LIMIT, _NEGATIVE_CURVATURE, _NON_FINITE = range(4)
+# Positions in SolveStatus: a status that stays on the device is one of these.
+CONVERGED, ITERATION_LIMIT, NEGATIVE_CURVATURE, NON_FINITE = range(4)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def conjugate_gradient(
     ```
     """
     rhs = tuple(rhs)
-    _check_arguments(rhs, max_iterations, tolerance)
+    check_solve_arguments(rhs, max_iterations, tolerance)
     if blockwise and tolerance > 0:
         warnings.warn(
             f"tolerance={tolerance} is ignored by the blockwise variant: the residual of its recursion is not that of "
@@ -114,7 +115,7 @@ def conjugate_gradient(
         tolerance = 0.0
     solution, info = _iterate(matvec, rhs, max_iterations, tolerance, blockwise)
     if blockwise:
-        scale = _largest_entry(rhs)
+        scale = largest_entry(rhs)
         vectors = subtract(rhs, matvec(solution)), rhs
         error, size = (norm([tensor / scale for tensor in vector]) for vector in vectors)
         residual = torch.where(size == 0, 0.0, error / size)
@@ -122,7 +123,12 @@ def conjugate_gradient(
     return solution, info
 
 
-def _check_arguments(rhs: Vector, max_iterations: int, tolerance: float) -> None:
+def check_solve_arguments(rhs: Vector, max_iterations: int, tolerance: float) -> None:
+    """Refuses arguments that no solver takes.
+
+    Raises:
+        `ValueError`: with the argument, its value and what is allowed.
+    """
     if not rhs:
         raise ValueError("rhs is empty; a right-hand side of at least one tensor is needed.")
     if max_iterations < 1:
@@ -147,53 +153,52 @@ def _iterate(
     # Whether to look at the device's numbers inside the loop: free on a CPU, a synchronisation elsewhere.
     may_stop_early = tolerance > 0 or rhs[0].device.type == "cpu"
 
-    scale = _largest_entry(rhs)
+    scale = largest_entry(rhs)
     solution = tuple(torch.zeros_like(tensor) for tensor in rhs)
     residual = direction = tuple(tensor / scale for tensor in rhs)
     start = squares = products(residual, residual)
-    status = torch.where(torch.isfinite(squares).all(), _ITERATION_LIMIT, _NON_FINITE)
-    status = torch.where((squares == 0).all(), _CONVERGED, status)
+    status = torch.where(torch.isfinite(squares).all(), ITERATION_LIMIT, NON_FINITE)
+    status = torch.where((squares == 0).all(), CONVERGED, status)
     iterations = torch.zeros_like(status)
 
     for _ in range(max_iterations):
-        if may_stop_early and int(status) != _ITERATION_LIMIT:
+        if may_stop_early and int(status) != ITERATION_LIMIT:
             break
         image = matvec(direction)
         check_same_structure(image, rhs, names=("the product", "rhs"))
         curvature = products(direction, image)
         # A block whose residual is zero is solved: its step is 0, not 0 / 0.
         step = torch.where(squares == 0, 0.0, squares / curvature)
-        new_solution = tuple(x + a * p for x, a, p in zip(solution, step, direction, strict=True))
-        new_residual = tuple(r - a * q for r, a, q in zip(residual, step, image, strict=True))
-        new_squares = products(new_residual, new_residual)
+        # After a stop nothing reads the residual and the direction any more, so only the solution is guarded.
+        residual = tuple(r - a * q for r, a, q in zip(residual, step, image, strict=True))
+        new_squares = products(residual, residual)
         # Subnormal squares count as zero: the next curvature could vanish before them and look like a breakdown.
         new_squares = torch.where(new_squares < torch.finfo(new_squares.dtype).tiny, 0.0, new_squares)
 
         finite = torch.isfinite(curvature).all() & torch.isfinite(step).all() & torch.isfinite(new_squares).all()
-        found = torch.where(finite, _ITERATION_LIMIT, _NON_FINITE)
+        found = torch.where(finite, ITERATION_LIMIT, NON_FINITE)
         if not blockwise:
-            found = torch.where(torch.isfinite(curvature[0]) & (curvature[0] <= 0), _NEGATIVE_CURVATURE, found)
-        running = status == _ITERATION_LIMIT
+            found = torch.where(torch.isfinite(curvature[0]) & (curvature[0] <= 0), NEGATIVE_CURVATURE, found)
+        running = status == ITERATION_LIMIT
         status = torch.where(running, found, status)
-        accepted = status == _ITERATION_LIMIT
+        accepted = status == ITERATION_LIMIT
 
-        ratio = torch.where(squares == 0, 0.0, new_squares / squares)
-        solution = tuple(torch.where(accepted, new, old) for new, old in zip(new_solution, solution, strict=True))
-        residual = tuple(torch.where(accepted, new, old) for new, old in zip(new_residual, residual, strict=True))
-        direction = tuple(
-            torch.where(accepted, r + b * p, p) for r, b, p in zip(residual, ratio, direction, strict=True)
+        solution = tuple(
+            torch.where(accepted, x + a * p, x) for x, a, p in zip(solution, step, direction, strict=True)
         )
+        ratio = torch.where(squares == 0, 0.0, new_squares / squares)
+        direction = tuple(r + b * p for r, b, p in zip(residual, ratio, direction, strict=True))
         squares = torch.where(accepted, new_squares, squares)
         iterations = iterations + accepted
         done = accepted & (squares.sum() == 0 if tolerance == 0 else relative_residual(squares) <= tolerance)
-        status = torch.where(done, _CONVERGED, status)
+        status = torch.where(done, CONVERGED, status)
 
     solution = tuple(scale * tensor for tensor in solution)
     residual_size = torch.where(start.sum() == 0, 0.0, relative_residual(squares))
     return solution, SolveInfo(iterations, residual_size, status)
 
 
-def _largest_entry(vector: Vector) -> Tensor:
+def largest_entry(vector: Vector) -> Tensor:
     """Returns the largest absolute entry, or 1 if it is zero or not finite. Dividing by it keeps squares of tiny or
     huge right-hand sides from vanishing or overflowing."""
     largest = torch.stack([tensor.abs().max() for tensor in vector]).max()

@@ -28,14 +28,14 @@ MUTANTS = {
         )
     ],
     "a stale curvature": [
-        (BiSSLTrainer, "training_step", "self._curvature = None", "pass"),
+        (BiSSLTrainer, "_leave_upper_phase", "self._curvature = self._directions = None", "pass"),
         (
             BiSSLTrainer,
             "_curvature_of",
             "self._curvature is None or self._curvature[0] != key.alternation",
             "self._curvature is None",
         ),
-        (hypergradient.Curvature, "_check_unchanged", "if self._current_versions() != self._versions:", "if False:"),
+        (hypergradient.Curvature, "check_unchanged", "if self._current_versions() != self._versions:", "if False:"),
     ],
     "phi_P live in the derivative": [
         (

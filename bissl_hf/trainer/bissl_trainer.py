@@ -19,6 +19,7 @@ from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stre
 from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.modeling_bissl import BiSSLModel
+from ..recycling import Directions
 from ..tensors import Vector, fill_missing, norm, subtract
 from .keyed_trainer import Transform
 from .level_data import level_sources
@@ -346,6 +347,20 @@ class BiSSLTrainer(LevelSteps):
         super().load_run_state(state)
         self.pull.total = torch.tensor(state["pull"], dtype=torch.float64)
         self._head_is_warm = True
+
+    def run_tensors(self) -> dict[str, Tensor]:
+        """Adds what the solver has learned in the upper phase that a checkpoint falls into."""
+        if self._directions is None or not len(self._directions[1]):
+            return super().run_tensors()
+        alternation, directions = self._directions
+        return {**super().run_tensors(), "alternation": torch.tensor(alternation), **directions.state_dict()}
+
+    def load_run_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """A resumed upper phase goes on with what the solver had learned."""
+        super().load_run_tensors(tensors)
+        directions = Directions()
+        directions.load_state_dict(tensors)
+        self._directions = (int(tensors["alternation"]), directions)
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what each stream reads, and the other optimizer."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
@@ -44,6 +45,7 @@ logger = logging.get_logger(__name__)
 
 Transform = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
 RUN_STATE_NAME = "run_state.json"
+RUN_TENSORS_NAME = "run_tensors.safetensors"
 
 
 class KeyedTrainer(Trainer):
@@ -286,6 +288,13 @@ class KeyedTrainer(Trainer):
         self.metrics_buffer.load_state_dict(state["metrics"])
         self._clock.seconds = state["seconds"]
 
+    def run_tensors(self) -> dict[str, Tensor]:
+        """Returns what a resume needs as tensors, the same on each process. Subclasses may have some."""
+        return {}
+
+    def load_run_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `run_tensors` returned, on the device; called where there was something."""
+
     @property
     def training_seconds(self) -> float:
         """Seconds that training has taken so far, those before a resume included."""
@@ -349,6 +358,8 @@ class KeyedTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(staging / name / "trainer_state.json"))
             write_json(staging / name / RUN_STATE_NAME, run_state)
+            if tensors := self.run_tensors():
+                save_file(tensors, staging / name / RUN_TENSORS_NAME)
             write_manifest(staging / name)
             publish(staging / name, final)
             rotate_checkpoints(
@@ -369,6 +380,9 @@ class KeyedTrainer(Trainer):
         self.check_checkpoint(resume_from_checkpoint)
         self._restore_weights(resume_from_checkpoint)
         self.load_run_state(json.loads((Path(resume_from_checkpoint) / RUN_STATE_NAME).read_text()))
+        tensors = Path(resume_from_checkpoint) / RUN_TENSORS_NAME
+        if tensors.is_file():
+            self.load_run_tensors(load_file(tensors, device=str(self.args.device)))
 
     def _load_best_model(self) -> None:
         """Loads the weights of the best checkpoint."""

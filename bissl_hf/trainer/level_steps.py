@@ -14,6 +14,7 @@ from ..gradient_cache import Embed, EmbeddingCurvature, embedding_gradients
 from ..hypergradient import Curvature, implicit_gradient
 from ..linear_solve import SolveStatus
 from ..models.batch_norm import running_statistics
+from ..recycling import Directions
 from ..tensors import Vector, add_scaled, at_least_float32, cosine, dot, fill_missing, subtract
 from .keyed_trainer import Transform, split_rows
 from .level_evaluation import LevelEvaluation
@@ -31,6 +32,7 @@ class LevelSteps(LevelEvaluation):
     train_transform: Transform | None = None
     _current_level: str = "lower"
     _curvature: tuple[int, Curvature] | None = None
+    _directions: tuple[int, Directions] | None = None
 
     # What to override for another pair of tasks
 
@@ -88,14 +90,21 @@ class LevelSteps(LevelEvaluation):
         batch = self.move_and_transform(inputs["inputs"], key, transform)
         self.count_samples(batch)
         if key.level == Stream.LOWER:
-            self._curvature = None
+            self._leave_upper_phase()
             if key.step == 0:
                 self._adapt_upper(key.alternation)
             with self.model_randomness(key):
                 return self._lower_step(model, batch, key)
-        curvature = self._curvature_of(key)
+        curvature, directions = self._curvature_of(key), self._directions_of(key)
         with self.model_randomness(key):
-            return self._upper_step(curvature, batch)
+            loss = self._upper_step(curvature, directions, batch)
+        if key.step == self.args.upper_steps - 1:
+            self._leave_upper_phase()
+        return loss
+
+    def _leave_upper_phase(self) -> None:
+        """Forgets what belongs to the lower model as it was."""
+        self._curvature = self._directions = None
 
     def _lower_step(self, model: nn.Module, inputs: dict[str, Any], key: StepKey) -> Tensor:
         """Gradient of  L_P(theta_P, phi_P) + lambda/2 ||theta_P - theta_D||^2  (section 2 of the paper)."""
@@ -177,6 +186,12 @@ class LevelSteps(LevelEvaluation):
             self._curvature = (key.alternation, curvature)
         return self._curvature[1]
 
+    def _directions_of(self, key: StepKey) -> Directions:
+        """Returns what the solver has learned in this upper phase (after a resume, before it)."""
+        if self._directions is None or self._directions[0] != key.alternation:
+            self._directions = (key.alternation, Directions())
+        return self._directions[1]
+
     def _build_curvature(self, inputs: dict[str, Any], key: StepKey) -> Curvature:
         """Returns H of the loss that the lower steps take, on one batch. Under fp16 it is taken in float32: second
         derivatives overflow where first ones do not (docs/precision.md has figures)."""
@@ -194,7 +209,7 @@ class LevelSteps(LevelEvaluation):
 
         return Curvature(lower_loss, parameters, mode=self.args.curvature_mode, reduce=average_flat)
 
-    def _upper_step(self, curvature: Curvature, inputs: dict[str, Any]) -> Tensor:
+    def _upper_step(self, curvature: Curvature, directions: Directions, inputs: dict[str, Any]) -> Tensor:
         """Hypergradient (section 2 of the paper):
         g_theta = x + gamma grad_theta L_D(theta_D, phi_D)  with  (I + H/(lambda + delta)) x = grad_theta L_D(theta_P,
         phi_D), g_phi = grad_phi L_D(theta_P, phi_D) + gamma grad_phi L_D(theta_D, phi_D).
@@ -209,7 +224,7 @@ class LevelSteps(LevelEvaluation):
         reduced = average_flat([*at_theta_p, *at_theta_d], in_place=running_statistics(self.model.upper))
         at_theta_p, at_theta_d = reduced[: len(at_theta_p)], reduced[len(at_theta_p) :]
         rhs = at_theta_p[: len(theta_p)]
-        solution = self._solve(curvature, rhs)
+        solution = self._solve(curvature, directions, rhs)
         gradient: Vector = (*solution, *at_theta_p[len(theta_p) :])
         if at_theta_d:
             gradient = add_scaled(gradient, at_theta_d, args.direct_weight)
@@ -221,7 +236,7 @@ class LevelSteps(LevelEvaluation):
         self.metrics_buffer.add("upper/direct_loss", direct_loss)
         return loss
 
-    def _solve(self, curvature: Curvature, rhs: Vector) -> Vector:
+    def _solve(self, curvature: Curvature, directions: Directions, rhs: Vector) -> Vector:
         """Returns (I + H/(lambda + delta))^-1 rhs, and notes how the solve went. A right-hand side that overflowed in
         fp16 comes back as it is, for the optimizer to skip the step. The loss scale of any other stays in it, since
         the solution is linear in it."""
@@ -236,6 +251,7 @@ class LevelSteps(LevelEvaluation):
             max_iterations=args.solver_max_iterations,
             tolerance=args.solver_tolerance,
             solver=args.solver,
+            directions=directions,
         )
         self.metrics_buffer.add("alignment/cosine", cosine(curvature.gradient, rhs))
         if args.solver != "identity":

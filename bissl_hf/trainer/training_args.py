@@ -226,7 +226,7 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         proximal_weight (`float`, *optional*, defaults to 0.001): lambda, the pull of theta_P towards theta_D.
         damping (`float`, *optional*, defaults to 10.0): delta, added to lambda in the linear solve only.
         direct_weight (`float`, *optional*, defaults to 0.01): gamma, weight of the upper loss at theta_D itself.
-        solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"blockwise_cg"` or `"identity"`.
+        solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"recycled"`, `"blockwise_cg"` or `"identity"`.
         solver_max_iterations (`int`, *optional*, defaults to 5): Hessian-vector products per upper step, at most.
         solver_tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which a solve stops.
         curvature_mode (`str`, *optional*, defaults to `"cached"`): `"cached"` keeps the graph of the lower gradient

@@ -136,6 +136,7 @@ def everything_of_both_levels(trainer):
         {"lower_optim": "lars", "lower_weight_decay": 0.01, "weight_decay": 0.1},
         {"solver": "identity"},
         {"solver": "blockwise_cg"},
+        {"solver": "recycled"},
         {"curvature_mode": "recompute", "upper_micro_batch_size": 3, "lower_micro_batch_size": 4},
     ],
     ids=lambda settings: ",".join(settings) or "plain",

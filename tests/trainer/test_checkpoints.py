@@ -17,6 +17,7 @@ from bissl_hf.trainer.checkpoints import (
     write_json,
     write_manifest,
 )
+from bissl_hf.trainer.keyed_trainer import RUN_TENSORS_NAME
 
 from .test_bissl_trainer import make_text_trainer, make_trainer, same_tensors
 
@@ -262,3 +263,35 @@ def test_a_resume_between_two_logs_goes_on_with_the_figures(tmp_path):
     assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
     assert stable_logs(resumed) == stable_logs(whole)
     assert sum("levels/pull" in log for log in stable_logs(whole)) == 2
+
+
+RECYCLED = {
+    "num_alternations": 2, "lower_steps": 2, "upper_steps": 3, "solver": "recycled", "solver_max_iterations": 2,
+    "save_strategy": "steps", "save_steps": 1, "save_total_limit": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recycled_run(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("recycled"), **RECYCLED)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_resume_inside_an_upper_phase_finds_what_the_solver_has_learned(recycled_run, tmp_path, monkeypatch, step):
+    checkpoint = Path(recycled_run.args.output_dir) / f"checkpoint-{step}"
+    for forgetful in (False, True):
+        resumed = make_trainer(tmp_path, **RECYCLED)
+        if forgetful:
+            monkeypatch.setattr(resumed, "load_run_tensors", lambda tensors: None)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        same = same_tensors(resumed.model.state_dict(), recycled_run.model.state_dict())
+        assert same is not forgetful, "the directions must matter in this test"
+        assert (stable_logs(resumed) == stable_logs(recycled_run)) is not forgetful
+
+
+def test_only_a_checkpoint_inside_an_upper_phase_holds_directions(recycled_run):
+    folders = list_checkpoints(Path(recycled_run.args.output_dir))
+    holders = [folder.name for folder in folders if (folder / RUN_TENSORS_NAME).exists()]
+    assert holders == [f"checkpoint-{step}" for step in (3, 4, 8, 9)]

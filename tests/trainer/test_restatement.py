@@ -84,6 +84,10 @@ def test_the_trainer_follows_the_algorithm(tmp_path, settings, curvature_mode):
     check_against_restatement(settings, tmp_path, curvature_mode=curvature_mode)
 
 
+def test_the_trainer_follows_the_algorithm_with_recycled_directions(tmp_path):
+    check_against_restatement(Settings(), tmp_path, solver="recycled")
+
+
 def test_the_trainer_follows_the_algorithm_without_the_direct_gradient(tmp_path):
     check_against_restatement(Settings(direct_weight=0.0), tmp_path)
 

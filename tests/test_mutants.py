@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from bissl_hf import hypergradient
+from bissl_hf import hypergradient, recycling
 from bissl_hf.trainer.bissl_trainer import BiSSLTrainer
 
 from .trainer.restatement import Settings
@@ -37,29 +37,39 @@ MUTANTS = {
         ),
         (hypergradient.Curvature, "check_unchanged", "if self._current_versions() != self._versions:", "if False:"),
     ],
+    "directions of another phase": [
+        (BiSSLTrainer, "_leave_upper_phase", "self._curvature = self._directions = None", "self._curvature = None"),
+        (
+            BiSSLTrainer,
+            "_directions_of",
+            "self._directions is None or self._directions[0] != key.alternation",
+            "self._directions is None",
+        ),
+        (recycling.Directions, "bind", "if self._matrix is None:", "if True:"),
+    ],
     "phi_P live in the derivative": [
         (
             BiSSLTrainer,
-            "_curvature_of",
-            "self.model.lower_shared_parameters(),",
-            "(*self.model.lower_shared_parameters(), *self.model.lower_head_parameters()),",
+            "_build_curvature",
+            "self.model.lower_shared_parameters()",
+            "(*self.model.lower_shared_parameters(), *self.model.lower_head_parameters())",
         ),
         (
             BiSSLTrainer,
-            "_upper_step",
+            "_solve",
             "        curvature,\n        rhs,\n",
             "        curvature,\n        (*rhs, *[torch.zeros_like(p) for p in "
             "self.model.lower_head_parameters()]),\n",
         ),
         (BiSSLTrainer, "_upper_step", "(*solution,", "(*solution[: len(theta_p)],"),
-        (BiSSLTrainer, "_upper_step", "cosine(curvature.gradient, rhs)", "0.0"),
+        (BiSSLTrainer, "_solve", "cosine(curvature.gradient, rhs)", "0.0"),
     ],
     "proximal term counted in H": [
         (
             BiSSLTrainer,
-            "_curvature_of",
-            "return torch.stack(losses).sum()",
-            "return torch.stack(losses).sum() + 0.5 * self.args.proximal_weight * sum((p**2).sum()"
+            "_build_curvature",
+            "self.lower_loss_terms(model, inputs, key)]).sum()",
+            "self.lower_loss_terms(model, inputs, key)]).sum() + 0.5 * self.args.proximal_weight * sum((p**2).sum()"
             " for p in self.model.lower_shared_parameters())",
         )
     ],
@@ -105,8 +115,9 @@ def test_the_restatement_notices(name, monkeypatch, tmp_path):
         mutate(monkeypatch, owner, function, old, new, sources)
     # A stale graph of cached products would be refused by torch itself, so this runs with rebuilt ones.
     mode = "cached" if name != "a stale curvature" else "recompute"
+    solver = "recycled" if name == "directions of another phase" else "cg"
     with pytest.raises(AssertionError, match="largest_difference"):
-        check_against_restatement(Settings(), tmp_path, curvature_mode=mode)
+        check_against_restatement(Settings(), tmp_path, curvature_mode=mode, solver=solver)
 
 
 def test_the_code_itself_passes(tmp_path):

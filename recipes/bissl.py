@@ -40,7 +40,7 @@ from bissl_hf.cli.images import (
 )
 from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
 from bissl_hf.cli.outputs import RESULTS_NAME, format_table, name_metrics, open_output_dir
-from bissl_hf.cli.pretraining import pretrain
+from bissl_hf.cli.pretraining import FINISHED_NAME, pretrain
 from bissl_hf.data.alternation import StepKey, Stream
 from bissl_hf.data.augment import EvalTransform, image_processor
 from bissl_hf.data.decoded import DecodedImages
@@ -55,6 +55,8 @@ from bissl_hf.trainer.pretext_trainer import PretextTrainer
 from bissl_hf.trainer.training_args import PretextTrainingArguments
 
 TSNE_ROWS = 1000
+BEFORE_NAME = "before.json"
+PRETRAINING_NAME = "pretraining"
 
 
 @dataclass
@@ -183,7 +185,7 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
     return PretextTrainer(
         trainer.model.lower,
         PretextTrainingArguments(
-            output_dir=str(Path(str(args.output_dir)) / "pretraining"),
+            output_dir=str(Path(str(args.output_dir)) / PRETRAINING_NAME),
             max_steps=steps,
             per_device_train_batch_size=batch,
             learning_rate=arguments.pretrain_learning_rate,
@@ -250,10 +252,7 @@ def write_outputs(
     trainer: BiSSLTrainer, before: dict[str, Any], after: dict[str, Any], test: DecodedImages, class_names: list[str]
 ) -> None:
     output = Path(str(trainer.args.output_dir))
-    trainer.model.export(
-        output, processing_class=trainer.processing_class, recalibrate_on=list(trainer.recalibration_batches()) or None
-    )
-    trainer.model.save_pretrained(output / "bilevel")
+    trainer.write_model(output)
     plot_run(trainer.state.log_history, output / "figures" / "training.png")
     layouts = []
     for title, prefix, stage in (("Before BiSSL", "before", before), ("After BiSSL", "test", after)):
@@ -335,23 +334,28 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     if look_ahead.plan:
         with tempfile.TemporaryDirectory() as folder:
-            args.output_dir, args.report_to, args.disable_tqdm = folder, [], True
+            args.output_dir, args.report_to, args.disable_tqdm, args.push_to_hub = folder, [], True, False
             with refusing_bad_input():
                 images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
             print_plan(trainer, pretrainer, images)
         return
     with refusing_bad_input():
-        checkpoint = open_output_dir(args.output_dir, args.resume_from_checkpoint)
+        with args.main_process_first(desc="looking for a checkpoint"):  # the others find what it has fetched
+            checkpoint = open_output_dir(
+                args.output_dir, args.resume_from_checkpoint, repo_id=args.hub_model_id, revision=args.hub_revision
+            )
         args.distributed_state.wait_for_everyone()  # no process may write there before all have looked
         images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
+        trainer.resume_files = (BEFORE_NAME, f"{PRETRAINING_NAME}/{FINISHED_NAME}")
+        trainer.pushes_outputs_later = True
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
 
     pretrain(pretrainer)
     trainer.model.start_upper_from_lower()
     output = Path(str(args.output_dir))
-    before_file = output / "before.json"
+    before_file = output / BEFORE_NAME
     if checkpoint is None or not before_file.is_file():
         trainer.warm_up_head()
         before = evaluate_on_test(trainer, images.test, "before")
@@ -366,6 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         write_outputs(trainer, before, after, images.test, images.class_names)
         print_summary(output, before, after)
+    trainer.push_outputs()
 
 
 if __name__ == "__main__":

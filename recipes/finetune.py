@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import HubStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
@@ -23,7 +24,7 @@ from bissl_hf.evaluation.figures import plot_curves, plot_search
 from bissl_hf.models.saving import save_model
 from bissl_hf.trainer.checkpoints import write_json
 from bissl_hf.trainer.search import SearchResult, SearchSpace, check_backend
-from bissl_hf.trainer.training_args import FineTuningArguments
+from bissl_hf.trainer.training_args import FineTuningArguments, with_changes
 
 
 @dataclass
@@ -61,6 +62,11 @@ def open_run(args: FineTuningArguments) -> None:
             f"resume_from_checkpoint is {args.resume_from_checkpoint}; fine-tuning goes on from what its output_dir "
             "holds: pass true."
         )
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"hub_strategy is {HubStrategy(args.hub_strategy).value}; fine-tuning pushes the model that it has "
+            "chosen, at its end: leave hub_strategy out."
+        )
     open_output_dir(str(args.output_dir), resume)
 
 
@@ -70,7 +76,7 @@ def build_finetuning(
     train_transform = build_train_transform(data.image_size, crops)
     images = decode_labelled(load_labelled(data, seed=args.seed), data.image_size)
     return FineTuning(
-        args=args,
+        args=with_changes(args, push_to_hub=False),  # what is pushed is the outcome of all runs
         images=images,
         build_model=classifier_builder(start, images.class_names, problem_type=images.problem_type),
         train_transform=train_transform,
@@ -156,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
         if repetition.search_trials:
             check_backend(repetition.search_backend, field="search_backend")
         tuning = build_finetuning(data, crops, start, args)
-        trainer = tuning.build_trainer()
+        trainer = tuning.build_trainer(push_to_hub=args.push_to_hub)
         trainer.create_optimizer()
         trainer.try_loss(rows=4)
 
@@ -177,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     tests = {seed: tuning.test(seed_folder(output, seed)) for seed in runs}
     if trainer.is_world_process_zero():
         print_summary(tuning, write_outputs(tuning, runs, tests, found))
+    trainer.push_outputs()
 
 
 if __name__ == "__main__":

@@ -166,7 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
-        checkpoint = open_output_dir(args.output_dir, args.resume_from_checkpoint)
+        checkpoint = open_output_dir(
+            args.output_dir, args.resume_from_checkpoint, repo_id=args.hub_model_id, revision=args.hub_revision
+        )
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)
         trainer.facts = recipe_facts(
@@ -175,6 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
             base_models=models.loaded_models(),
             settings={"Data": data, "Views": views, "Model": models},
         )
+        trainer.pushes_outputs_later = True
         if (knn_images := load_knn_images(data, args.seed)) is not None:
             add_knn_check(trainer, knn_images, data)
         if checkpoint:
@@ -188,6 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         write_outputs(trainer)
         print_summary(trainer)
+    trainer.push_outputs()
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def build_pretext_model(arguments: PretextModelArguments) -> SimCLRForPreTrainin
     if arguments.lower_model and arguments.backbone:
         raise ValueError("Both lower_model and backbone are given; a lower model brings its backbone, so drop one.")
     if arguments.lower_model:
-        config = AutoConfig.from_pretrained(arguments.lower_model)
+        config = AutoConfig.from_pretrained(arguments.lower_model, trust_remote_code=False)
         if not isinstance(config, SimCLRConfig):
             raise ValueError(
                 f"lower_model {arguments.lower_model} is a {config.model_type!r} model; it must be a SimCLR one. To "
@@ -58,7 +58,11 @@ def build_pretext_model(arguments: PretextModelArguments) -> SimCLRForPreTrainin
         return SimCLRForPreTraining.from_pretrained(arguments.lower_model)
     if arguments.backbone and arguments.backbone_init == "pretrained":
         return SimCLRForPreTraining.from_backbone(arguments.backbone, **heads)
-    backbone = AutoConfig.from_pretrained(arguments.backbone) if arguments.backbone else resnet18_config()
+    backbone = (
+        AutoConfig.from_pretrained(arguments.backbone, trust_remote_code=False)
+        if arguments.backbone
+        else resnet18_config()
+    )
     return SimCLRForPreTraining(SimCLRConfig(backbone_config=backbone, **heads))
 
 
@@ -87,7 +91,7 @@ def load_classifier(
     Raises:
         `ValueError`: if it tells another number of classes apart.
     """
-    model = AutoModelForImageClassification.from_pretrained(source)
+    model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False)
     if model.config.num_labels != len(class_names):
         raise ValueError(
             f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "

@@ -6,17 +6,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..trainer.checkpoints import find_defect, find_last_checkpoint, list_checkpoints
+from accelerate.state import PartialState
 
+from ..trainer.checkpoints import find_defect, find_last_checkpoint, list_checkpoints
+from ..trainer.hub_folder import fetch_last_checkpoint
+
+RESUME_FROM_HUB = "hub"
 RESULTS_NAME = "all_results.json"
 
 
-def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
+def open_output_dir(
+    output_dir: str, resume: str | bool | None, *, repo_id: str | None = None, revision: str | None = None
+) -> Path | None:
     """Checks that a run may use its folder, and finds the checkpoint to go on from.
 
     Args:
         output_dir (`str`): created if need be.
-        resume (`str` or `bool`, *optional*): a checkpoint, or true for the newest whole one.
+        resume (`str` or `bool`, *optional*): a checkpoint; true for the newest whole one; or `hub` for that of the
+            repository where the folder has none.
+        repo_id (`str`, *optional*): repository of the run, by the name of the folder if not given.
+        revision (`str`, *optional*): its branch.
 
     Returns:
         `Path | None`: the checkpoint.
@@ -45,7 +54,7 @@ def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
                 "another."
             )
         return None
-    if wants not in (True, "true"):
+    if wants not in (True, "true", RESUME_FROM_HUB):
         named = Path(str(resume))
         if not named.is_dir():
             raise ValueError(
@@ -64,6 +73,18 @@ def open_output_dir(output_dir: str, resume: str | bool | None) -> Path | None:
     checkpoint, passed_over = find_last_checkpoint(folder)
     for path, defect in passed_over.items():
         print(f"Passing over {path}, which is not whole: {defect}.", file=sys.stderr)
+    if checkpoint is None and wants == RESUME_FROM_HUB:
+        checkpoint = _fetch_checkpoint(repo_id or folder.absolute().name, folder, revision)
+    return checkpoint
+
+
+def _fetch_checkpoint(repo_id: str, folder: Path, revision: str | None) -> Path | None:
+    """Fetches the checkpoint of a repository, once per machine."""
+    with PartialState().local_main_process_first():
+        checkpoint, _ = find_last_checkpoint(folder)
+        checkpoint = checkpoint or fetch_last_checkpoint(repo_id, folder, revision=revision)
+    if checkpoint is None:
+        print(f"The Hub has no checkpoint of {repo_id} yet: the run starts from its beginning.", file=sys.stderr)
     return checkpoint
 
 

@@ -6,12 +6,14 @@ from ..models.modeling_simclr import SimCLRForPreTraining
 from ..trainer.checkpoints import STAGING_FOLDER, find_last_checkpoint, publish
 from ..trainer.pretext_trainer import PretextTrainer
 
+FINISHED_NAME = "model"
+
 
 def pretrain(trainer: PretextTrainer) -> None:
     """Trains the SimCLR model of a trainer, or takes over what an earlier start has left: a folder `model` with the
     finished model in the trainer's folder, else its newest whole checkpoint."""
     folder = Path(str(trainer.args.output_dir))
-    finished = folder / "model"
+    finished = folder / FINISHED_NAME
     if trainer.args.max_steps > 0 and not finished.is_dir():
         checkpoint, _ = find_last_checkpoint(folder)
         if trainer.is_world_process_zero():

@@ -1,11 +1,11 @@
 """The model that holds both levels: a pretext and a downstream model with a backbone each."""
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -237,7 +237,7 @@ class BiSSLModel(PreTrainedModel):
 
     def export(
         self,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         *,
         processing_class: Any = None,
         recalibrate_on: Iterable[dict[str, Any]] | None = None,
@@ -246,7 +246,7 @@ class BiSSLModel(PreTrainedModel):
         are written aside first, so that a failure leaves what lies in `directory` as it was.
 
         Args:
-            directory (`str` or `Path`): created if need be.
+            directory (`str` or `os.PathLike`): created if need be.
             processing_class (*optional*): image processor or tokenizer to write beside the model.
             recalibrate_on (`Iterable[dict]`, *optional*): inputs of the upper model (evaluation transform, on its
                 device) from which batch-norm statistics are estimated; labels in them are not used.

@@ -63,7 +63,7 @@ def load_backbone(source: str | PreTrainedModel) -> Any:
     """Returns the base model behind a folder, a Hub id or a model."""
     if isinstance(source, PreTrainedModel):
         return source.base_model
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if isinstance(config, SimCLRConfig):
         return SimCLRForPreTraining.from_pretrained(source).backbone
     auto_class = AutoModelForImageClassification if _classifies_images(config) else AutoModel
@@ -72,7 +72,7 @@ def load_backbone(source: str | PreTrainedModel) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, report = auto_class.from_pretrained(source, output_loading_info=True)
+        model, report = auto_class.from_pretrained(source, output_loading_info=True, trust_remote_code=False)
     finally:
         logging.set_verbosity(verbosity)
     backbone_keys = set(model.base_model.state_dict())

@@ -1,6 +1,7 @@
 """The trainer of the bilevel problem: alternations of lower and upper steps as epochs of a `transformers.Trainer`."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,14 @@ class BiSSLTrainer(LevelSteps):
         self._start: Vector | None = None
         self.pull = Pull(args.proximal_weight)
         self._head_is_warm = False
+
+    # What users take away
+
+    def write_model(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the aligned model as a native checkpoint, and both levels in `bilevel/` for going on."""
+        batches = list(self.recalibration_batches()) if self.sources else []
+        self.model.export(folder, processing_class=self.processing_class, recalibrate_on=batches or None)
+        self.model.save_pretrained(Path(folder) / "bilevel")
 
     # Batches
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
@@ -33,6 +33,7 @@ from ..distributed import average_flat, copy_from_first, world_size
 from .callbacks import ShortProgressCallback, TrainingClock
 from .checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
 from .data_parallel import check_whole_model, pad_rows, reduce_gradients_of, rows_of_its_own
+from .hub import HubTrainer
 from .metrics_buffer import MetricsBuffer
 from .model_card.card import build_model_card
 from .model_card.facts import ModelFacts
@@ -48,7 +49,7 @@ RUN_STATE_NAME = "run_state.json"
 RUN_TENSORS_NAME = "run_tensors.safetensors"
 
 
-class KeyedTrainer(Trainer):
+class KeyedTrainer(HubTrainer):
     """A `transformers.Trainer` whose runs can be interrupted anywhere.
 
     Which rows a step reads, how they are augmented and which units dropout takes out follow from the step's key, not
@@ -268,7 +269,13 @@ class KeyedTrainer(Trainer):
         facts = self.facts.with_card_arguments(
             language, license, tags, finetuned_from, tasks, dataset_tags or dataset, dataset_args
         )
-        folder = Path(str(self.args.output_dir))
+        self._write_card(Path(str(self.args.output_dir)), facts, model_name)
+
+    def write_card(self, folder: Path) -> None:
+        """Writes a card of the run so far into a folder."""
+        self._write_card(folder, self.facts)
+
+    def _write_card(self, folder: Path, facts: ModelFacts, model_name: str | None = None) -> None:
         card = build_model_card(self, self.describe(folder), facts, folder=folder, model_name=model_name)
         write_model_card(card, folder)
 
@@ -374,6 +381,7 @@ class KeyedTrainer(Trainer):
             publish(staging / name, final)
         if self.is_local_process_zero():
             shutil.rmtree(staging, ignore_errors=True)
+        self.push_checkpoint(final)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""

@@ -111,11 +111,6 @@ class KeyedTrainingArguments(TrainingArguments):
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; it must be 1. To save memory set "
                 "lower_micro_batch_size and upper_micro_batch_size, which split a batch inside its step."
             )
-        if self.push_to_hub:
-            raise ValueError(
-                "push_to_hub would upload both levels under the name of one model; upload the exported folder "
-                "instead, with `hf upload user/name OUTPUT_DIR`."
-            )
         for name in (
             "auto_find_batch_size",
             "neftune_noise_alpha",

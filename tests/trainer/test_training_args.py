@@ -146,7 +146,6 @@ REFUSED = [
     ({"lower_gradient_cache": True}, "lower_gradient_cache is on, and lower_micro_batch_size is not set"),
     ({"hub_token": "secret"}, "hub_token would be written in clear"),
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2; it must be 1.* lower_micro_batch_size"),
-    ({"push_to_hub": True}, "push_to_hub would upload both levels"),
     ({"torch_compile": True}, "torch_compile is True, which is not supported: a compiled graph has no second deriv"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
     ({"fsdp": "full_shard"}, "fsdp is 'full_shard', which is not supported: .* use plain data parallelism"),

@@ -99,7 +99,7 @@ def _arguments_of_yaml(path: str, known: Sequence[str]) -> list[str]:
         if value is None:
             continue
         if isinstance(value, list):
-            arguments += [f"--{name}", *(str(item) for item in value)]
+            arguments += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
         elif isinstance(value, dict):
             arguments.append(f"--{name}={json.dumps(value)}")
         else:

@@ -127,6 +127,43 @@ def plot_similarity(values: np.ndarray, names: Sequence[str], path: str | Path, 
     _save(figure, path)
 
 
+def plot_differences(
+    panels: Sequence[tuple[str, Sequence[str], Sequence[tuple[str, Sequence[tuple[float, float, float]]]]]],
+    path: str | Path,
+    *,
+    label: str,
+    unit: str,
+) -> None:
+    """Draws differences with their intervals, one panel beside the other, around a line at 0.
+
+    Args:
+        panels (`Sequence`): title, names of the groups along the axis, and for each arm its name and one `(difference,
+            low, high)` per group, in percentage points; the bounds are NaN where there is no interval.
+        path (`str` or `Path`): the PNG file.
+        label (`str`): of the vertical axis.
+        unit (`str`): of the groups.
+    """
+    arms = max(len(series) for _, _, series in panels)
+    width = max(3.2, max(len(groups) for _, groups, _ in panels) * (0.5 + 0.3 * arms))
+    figure = _new_figure(width * len(panels) + 2.0, 3.6)
+    row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, groups, series) in zip(row, panels, strict=True):
+        axes.axhline(0, color="0.3", linewidth=1)
+        for number, (name, points) in enumerate(series):
+            values, low, high = np.array(points, dtype=float).T
+            places = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * min(0.2, 0.7 / len(series))
+            axes.errorbar(places, values, yerr=[values - low, high - values], fmt="o", capsize=4, label=name)
+        axes.set_title(title, fontsize=11)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_xlabel(unit)
+        axes.grid(axis="y", alpha=0.3)
+    row[0].set_ylabel(label)
+    handles, names = row[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
 def plot_search(trials: Sequence[dict[str, float]], best: dict[str, float], metric: str, path: str | Path) -> None:
     """Draws the pairs that a search has tried, coloured by what came of them, the chosen one circled.
 

@@ -1,0 +1,292 @@
+"""Runs what is missing of a study. Each part has a folder of its own; one that is finished is never run again, one
+that was interrupted goes on from its checkpoint."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import PartialState
+from transformers import set_seed
+
+from ..cli.finetuning import FineTuning
+from ..cli.images import LabelledImages, build_train_transform, build_view_transform
+from ..cli.models import StartArguments, classifier_builder, new_classifier
+from ..cli.parts import Part
+from ..data.augment import EvalTransform, image_processor
+from ..evaluation.metrics import SINGLE_LABEL
+from ..models.modeling_bissl import BiSSLModel
+from ..models.modeling_simclr import SimCLRForPreTraining
+from ..trainer.bissl_trainer import BiSSLTrainer
+from ..trainer.checkpoints import find_last_checkpoint
+from ..trainer.keyed_trainer import KeyedTrainer
+from ..trainer.knn_check import KnnCheck
+from ..trainer.pretext_trainer import PretextTrainer
+from ..trainer.training_args import PretextTrainingArguments
+from .images import StudyImages
+from .plan import Arm, Plan
+
+
+@dataclass(frozen=True)
+class StudyPart:
+    """A part of a study.
+
+    Args:
+        title (`str`): for users.
+        part ([`Part`]): its folder, settings and result.
+        run (`Callable[[], None]`): runs it, after which it has a result.
+    """
+
+    title: str
+    part: Part
+    run: Callable[[], None]
+
+
+class Study:
+    """A plan with its images and its parts.
+
+    Args:
+        plan ([`Plan`])
+
+    Raises:
+        `ValueError`: for data that are missing or do not fit, or a folder that was begun with other settings.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.image_size = plan.study.image_size
+        self.folder = Path(plan.study.output_dir) / "parts"
+        self.writes = plan.finetune_arguments("unused", 0).process_index == 0
+        self.views = build_view_transform(self.image_size, plan.views)
+        self.crops = build_train_transform(self.image_size, plan.views)
+        self.images = StudyImages(plan.study)
+        self.parts = list(self._list_parts())
+
+    def try_out(self) -> None:
+        """Builds what training will build, so that settings which do not fit come to light before it."""
+        self._pretrainer(self._pretext_model(0), self.plan.pretrain_arguments(str(self.folder), 0)).try_loss(rows=4)
+        for dataset in self.plan.study.datasets:
+            images = self.images.take(dataset, min(self.plan.study.train_examples), seed=0)
+            for arm in self.plan.study.compared:
+                if arm.kind == "bissl":
+                    trainer = self._bissl_trainer(self.folder, arm, 0, images, self._pretext_model(0))
+                    trainer.create_optimizer()
+                    trainer.try_losses(rows=4)
+                else:
+                    args = self.plan.continue_arguments(str(self.folder), 0, arm, self.plan.matched_steps)
+                    self._pretrainer(self._pretext_model(0), args).create_optimizer()
+
+    def run(self) -> list[dict[str, Any]]:
+        """Runs the parts that are not finished.
+
+        Returns:
+            `list[dict]`: the results of all runs: by set, number of labels, arm and seed.
+        """
+        for number, part in enumerate(self.parts, 1):
+            place = f"part {number} of {len(self.parts)}: {part.title}"
+            if part.part.result is not None:
+                self._say(f"{place} is finished")
+                continue
+            self._say(place)
+            part.run()
+        study = self.plan.study
+        return [
+            {"dataset": dataset, "train_examples": examples, "arm": arm.name, "seed": seed, **result}
+            for dataset in study.datasets
+            for examples in study.train_examples
+            for arm in study.compared
+            for seed in range(study.seeds)
+            if (result := self._run_part(arm, dataset, examples, seed).result) is not None
+        ]
+
+    def _say(self, text: str) -> None:
+        if self.writes:
+            print(text, flush=True)
+
+    # Parts
+
+    def _list_parts(self) -> Iterator[StudyPart]:
+        study = self.plan.study
+        # What is matched to the time of another arm comes after it.
+        arms = sorted(study.compared, key=lambda arm: arm.match == "wall_clock")
+        for seed in range(study.seeds):
+            part = self._common_part(seed)
+            yield StudyPart(f"pre-training, seed {seed}", part, partial(self._pretrain, seed))
+            for arm in arms:
+                if self._is_shared(arm):
+                    title = f"{arm.name}, further pre-training, seed {seed}"
+                    yield StudyPart(title, self._shared_part(arm, seed), partial(self._continue_shared, arm, seed))
+            for dataset in study.datasets:
+                for examples in study.train_examples:
+                    for arm in arms:
+                        title = f"{arm.name} on {dataset} with {examples} labels, seed {seed}"
+                        part = self._run_part(arm, dataset, examples, seed)
+                        yield StudyPart(title, part, partial(self._run, arm, dataset, examples, seed))
+
+    @staticmethod
+    def _is_shared(arm: Arm) -> bool:
+        """Whether the backbone of an arm is the same for all downstream sets."""
+        return arm.kind == "conventional" and arm.match == "steps"
+
+    def _common_part(self, seed: int) -> Part:
+        return self._part(f"pretrain-seed{seed}", self.plan.common_settings(seed))
+
+    def _shared_part(self, arm: Arm, seed: int) -> Part:
+        return self._part(f"{arm.name}-seed{seed}", self.plan.arm_settings(arm, seed))
+
+    def _run_part(self, arm: Arm, dataset: str, examples: int, seed: int) -> Part:
+        set_name = dataset.strip("/.").replace("/", "--")
+        settings = self.plan.run_settings(arm, dataset, examples, seed)
+        return self._part(f"{set_name}-{examples}/{arm.name}-seed{seed}", settings)
+
+    def _part(self, name: str, settings: Mapping[str, Any]) -> Part:
+        return Part(self.folder / name, settings, writes=self.writes)
+
+    # Pretext training
+
+    def _pretext_model(self, seed: int) -> SimCLRForPreTraining:
+        set_seed(seed)
+        return SimCLRForPreTraining(self.plan.pretext_config())
+
+    def _common_model(self, seed: int) -> SimCLRForPreTraining:
+        return SimCLRForPreTraining.from_pretrained(self._common_part(seed).folder / "model")
+
+    def _pretrainer(self, model: SimCLRForPreTraining, args: PretextTrainingArguments) -> PretextTrainer:
+        return PretextTrainer(
+            model,
+            args,
+            train_dataset=self.images.pretext,
+            train_transform=self.views,
+            processing_class=image_processor(self.image_size),
+        )
+
+    def _pretrain(self, seed: int) -> None:
+        part = self._common_part(seed)
+        args = self.plan.pretrain_arguments(str(part.folder), seed)
+        self._train_pretext(part, self._pretext_model(seed), args)
+
+    def _continue_shared(self, arm: Arm, seed: int) -> None:
+        self._continue(self._shared_part(arm, seed), arm, seed, self.plan.matched_steps)
+
+    def _continue(self, part: Part, arm: Arm, seed: int, steps: int) -> None:
+        args = self.plan.continue_arguments(str(part.folder), seed, arm, steps)
+        self._train_pretext(part, self._common_model(seed), args)
+
+    def _train_pretext(self, part: Part, model: SimCLRForPreTraining, args: PretextTrainingArguments) -> None:
+        trainer = self._pretrainer(model, args)
+        _train(trainer, part, args.max_steps, lambda: trainer.write_model(part.folder / "model"))
+
+    def _fitting_steps(self, seconds: float, seed: int) -> int:
+        """How many further pretext steps fit into a time, by what an image took in the common steps."""
+        common = _result_of(self._common_part(seed))
+        batch = self.plan.bissl_arguments("unused", seed).per_device_lower_batch_size
+        common_batch = self.plan.pretrain_arguments("unused", seed).per_device_train_batch_size
+        return max(1, int(seconds / (common["seconds"] / common["steps"] * batch / common_batch)))
+
+    # BiSSL
+
+    def _bissl_trainer(
+        self, folder: Path, arm: Arm, seed: int, images: LabelledImages, lower: SimCLRForPreTraining
+    ) -> BiSSLTrainer:
+        set_seed(seed)
+        upper = new_classifier(lower.config.backbone_config, images.class_names, problem_type=images.problem_type)
+        return BiSSLTrainer(
+            BiSSLModel.from_models(lower, upper),
+            self.plan.bissl_arguments(str(folder), seed, arm),
+            train_dataset=images.train,
+            lower_dataset=self.images.pretext,
+            train_transform=self.crops,
+            eval_transform=EvalTransform(self.image_size),
+            lower_transform=self.views,
+            processing_class=image_processor(self.image_size),
+        )
+
+    def _align(self, part: Part, arm: Arm, seed: int, images: LabelledImages) -> None:
+        trainer = self._bissl_trainer(part.folder, arm, seed, images, self._common_model(seed))
+        steps = trainer.args.num_alternations * trainer.args.lower_steps
+
+        def save() -> None:
+            batches = list(trainer.recalibration_batches()) or None
+            trainer.model.export(
+                part.folder / "model", processing_class=trainer.processing_class, recalibrate_on=batches
+            )
+
+        _train(trainer, part, steps, save)
+
+    # One arm on one set
+
+    def _backbone(self, arm: Arm, dataset: str, examples: int, seed: int, images: LabelledImages) -> Part:
+        """The finished part that holds the backbone of a run."""
+        if self._is_shared(arm):
+            return self._shared_part(arm, seed)
+        folder = self._run_part(arm, dataset, examples, seed).folder / "backbone"
+        part = Part(folder, self.plan.arm_settings(arm, seed), writes=self.writes)
+        if part.result is None and arm.kind == "bissl":
+            self._align(part, arm, seed, images)
+        elif part.result is None:
+            clock = _result_of(self._run_part(self.plan.clock_arm, dataset, examples, seed))
+            self._continue(part, arm, seed, self._fitting_steps(clock["backbone_seconds"], seed))
+        return part
+
+    def _run(self, arm: Arm, dataset: str, examples: int, seed: int) -> None:
+        part = self._run_part(arm, dataset, examples, seed)
+        images = self.images.take(dataset, examples, seed=seed)
+        backbone = self._backbone(arm, dataset, examples, seed, images)
+        start = StartArguments(model=str(backbone.folder / "model"))
+        tuning = FineTuning(
+            args=self.plan.finetune_arguments(str(part.folder), seed),
+            images=images,
+            build_model=classifier_builder(start, images.class_names, problem_type=images.problem_type),
+            train_transform=self.crops,
+            image_size=self.image_size,
+            settings=self.plan.run_settings(arm, dataset, examples, seed),
+        )
+        knn = self._knn_accuracy(tuning, part.folder)
+        study, chosen = self.plan.study, {}
+        if study.search_trials:
+            chosen = tuning.search(part.folder / "search", study.space, num_trials=study.search_trials).best
+        run = tuning.train(part.folder / "finetuning", **chosen)
+        test = tuning.test(part.folder / "finetuning")
+        learned = _result_of(backbone)
+        part.finish(
+            {
+                "metric": tuning.metric,
+                "score": test[f"test_{tuning.metric}"],
+                **test,
+                f"eval_{tuning.metric}": run[f"eval_{tuning.metric}"],
+                "knn_accuracy": knn,
+                "learning_rate": chosen.get("learning_rate", tuning.args.learning_rate),
+                "weight_decay": chosen.get("weight_decay", tuning.args.weight_decay),
+                "pretext_steps": study.pretrain_steps + learned["steps"],
+                "backbone_seconds": learned["seconds"],
+                "finetuning_seconds": run["train_seconds"],
+            }
+        )
+        PartialState().wait_for_everyone()
+
+    def _knn_accuracy(self, tuning: FineTuning, folder: Path) -> float | None:
+        """How the backbone classifies the validation split by nearest labelled images before it is fine-tuned, under
+        fine-tuning's batch norm; `None` where an image may have several classes."""
+        if tuning.images.problem_type != SINGLE_LABEL:
+            return None
+        trainer = tuning.build_trainer(output_dir=str(folder))
+        trainer.start_batch_norm()
+        images, transform = tuning.images, EvalTransform(self.image_size)
+        return KnnCheck(trainer, images.train, images.validation, eval_transform=transform).measure()
+
+
+def _train(trainer: KeyedTrainer, part: Part, steps: int, save: Callable[[], None]) -> None:
+    """Trains from the newest checkpoint in the folder of a part, and finishes the part."""
+    checkpoint, _ = find_last_checkpoint(part.folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_world_process_zero():
+        save()
+    part.finish({"steps": steps, "seconds": trainer.training_seconds})
+    trainer.accelerator.wait_for_everyone()
+
+
+def _result_of(part: Part) -> dict[str, Any]:
+    if part.result is None:
+        raise RuntimeError(f"{part.folder} is not finished, and another part needs its result; start the study anew.")
+    return part.result

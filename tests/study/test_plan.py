@@ -1,0 +1,81 @@
+"""What a study may say, and how its arms are matched."""
+
+import json
+
+import pytest
+
+from bissl_hf.cli.images import ViewArguments
+from bissl_hf.study.plan import Plan, StudyArguments
+
+CONVENTIONAL = {"name": "plain", "kind": "conventional"}
+BISSL = {"name": "ours", "kind": "bissl"}
+
+
+def plan(**changes) -> Plan:
+    settings = {"arms": [CONVENTIONAL, BISSL], "bissl": {"num_alternations": 6, "lower_steps": 5}, **changes}
+    return Plan(StudyArguments(output_dir="unused", **settings), ViewArguments())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0}, "seeds is 0; it must be at least 1"),
+        ({"pretrain_steps": 0}, "pretrain_steps is 0; it must be at least 1"),
+        ({"search_trials": -1}, "search_trials is -1; it must be at least 0"),
+        ({"datasets": ["digits", "digits"]}, "datasets is .* it must name at least one, each once"),
+        ({"train_examples": []}, "train_examples is .* it must name at least one, each once"),
+        ({"train_examples": [1]}, "train_examples is .* each must be at least 2"),
+        ({"search_learning_rate": [1.0, 0.1]}, "The range of learning_rate is"),
+        ({"arms": [BISSL]}, "arms are ours, and none is of the kind conventional"),
+        ({"arms": [CONVENTIONAL, {**BISSL, "name": "plain"}]}, "Several arms are named 'plain'"),
+        ({"arms": [{**CONVENTIONAL, "kind": "joint"}]}, "The kind of the arm plain is 'joint'; it must be one of"),
+        ({"arms": [{**CONVENTIONAL, "match": "epochs"}]}, "The match of the arm plain is 'epochs'"),
+        ({"arms": [{**CONVENTIONAL, "match": "wall_clock"}]}, "is for a conventional arm beside a BiSSL arm"),
+        ({"arms": [{**CONVENTIONAL, "solver": "cg"}]}, "An arm has the unknown field 'solver'; it may have name"),
+        ({"arms": [{"name": "plain"}]}, "has no field 'kind'"),
+        ({"arms": [{**CONVENTIONAL, "name": "a/b"}]}, "An arm is named 'a/b'; use letters"),
+        ({"arms": [{**CONVENTIONAL, "overrides": 3}]}, "overrides of the arm plain is 3"),
+        ({"arms": ["plain"]}, "An arm is 'plain'; it must hold"),
+        ({"bissl": "lambda"}, "bissl is 'lambda'; it must hold"),
+        ({"bissl": {"lambda": 1}}, "bissl sets 'lambda', which BiSSLTrainingArguments does not have"),
+        ({"arms": [CONVENTIONAL, {**BISSL, "overrides": {"solver": "lu"}}]}, "solver is 'lu'; it must be one of"),
+        ({"finetune": {"seed": 3}}, "finetune sets seed, which the study sets by itself"),
+        ({"pretrain": {"learning_rate": -1.0}}, "learning_rate is -1.0"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**changes)
+
+
+def test_the_conventional_arm_takes_the_lower_steps_of_bissl():
+    made = plan(
+        bissl={
+            "num_alternations": 6, "lower_steps": 5, "lower_learning_rate": 0.7, "lower_momentum": 0.8,
+            "lower_warmup_steps": 0.2, "per_device_lower_batch_size": 32, "lower_max_grad_norm": 3.0,
+        },
+        arms=[{**CONVENTIONAL, "overrides": {"weight_decay": 0.25}}, BISSL],
+    )  # fmt: skip
+    assert made.matched_steps == 30
+    args = made.continue_arguments("unused", 4, made.baseline, 30)
+    assert (args.max_steps, args.warmup_steps, args.seed) == (30, 6, 4)
+    assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (0.7, 0.25, 3.0)
+    assert args.per_device_train_batch_size == 32
+    assert args.optimizer_options == {"momentum": 0.8}
+    assert made.continue_arguments("unused", 4, made.baseline, 60).warmup_steps == 12, "in proportion"
+
+
+def test_arms_are_read_from_mappings_and_from_json():
+    arms = [json.dumps(CONVENTIONAL), {**BISSL, "overrides": {"solver": "identity"}}]
+    made = plan(arms=arms)
+    assert [arm.kind for arm in made.study.compared] == ["conventional", "bissl"]
+    assert made.bissl_arguments("unused", 0, made.clock_arm).solver == "identity"
+    assert made.bissl_arguments("unused", 0).solver == "cg"
+
+
+def test_settings_on_which_no_result_depends_do_not_tell_parts_apart():
+    first, second = plan(), plan(finetune={"save_strategy": "no"}, seeds=9)
+    assert first.run_settings(first.baseline, "digits", 10, 0) == second.run_settings(second.baseline, "digits", 10, 0)
+    other = plan(finetune={"learning_rate": 0.5})
+    assert first.run_settings(first.baseline, "digits", 10, 0) != other.run_settings(other.baseline, "digits", 10, 0)

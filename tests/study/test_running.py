@@ -1,0 +1,189 @@
+"""Studies on tiny images: what runs, what is found again, what is reported."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bissl_hf.cli.images import ViewArguments
+from bissl_hf.study.plan import Plan, StudyArguments
+from bissl_hf.study.report import build_results, write_report
+from bissl_hf.study.running import Study
+from bissl_hf.trainer.keyed_trainer import KeyedTrainer
+
+from ..recipes import runs as tiny
+
+TIMES = ("backbone_seconds", "finetuning_seconds")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_splits(tmp_path_factory.mktemp("images"))
+
+
+def study_of(images: Path, output: Path, **changes: Any) -> Study:
+    quiet = {"disable_tqdm": True, "logging_strategy": "no"}
+    settings: dict[str, Any] = {
+        "pretext_dataset": str(images),
+        "datasets": [str(images)],
+        "train_examples": [12],
+        "image_size": 8,
+        "backbone": {"model_type": "resnet", **tiny.resnet_config().to_diff_dict()},
+        "projection_dims": [6, 5],
+        "pretrain_steps": 3,
+        "pretrain": {"per_device_train_batch_size": 12, "learning_rate": 0.1, **quiet},
+        "bissl": {
+            "num_alternations": 2,
+            "lower_steps": 1,
+            "upper_steps": 1,
+            "head_warmup_epochs": 1,
+            "per_device_lower_batch_size": 12,
+            "per_device_train_batch_size": 6,
+            "solver_max_iterations": 1,
+            "proximal_weight": 10.0,
+            **quiet,
+        },
+        "finetune": {"num_train_epochs": 2, "per_device_train_batch_size": 6, "eval_strategy": "no", **quiet},
+        "arms": [{"name": "plain", "kind": "conventional"}, {"name": "ours", "kind": "bissl"}],
+        "seeds": 2,
+        "search_trials": 1,
+        "use_cpu": True,
+    }
+    return Study(Plan(StudyArguments(output_dir=str(output), **{**settings, **changes}), ViewArguments()))
+
+
+def without_times(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in run.items() if name not in TIMES} for run in runs]
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    output = tmp_path_factory.mktemp("study") / "out"
+    return output, study_of(images, output).run()
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders, relative to `parts`, of what is trained in a test."""
+    folders: list[str] = []
+    train = KeyedTrainer.train
+
+    def traced(trainer: KeyedTrainer, *args: Any, **kwargs: Any) -> Any:
+        folders.append(str(trainer.args.output_dir).split("/parts/")[1])
+        return train(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(KeyedTrainer, "train", traced)
+    return folders
+
+
+def test_every_arm_has_a_result_for_every_seed(finished: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, found = finished
+    assert [(run["arm"], run["seed"]) for run in found] == [("plain", 0), ("plain", 1), ("ours", 0), ("ours", 1)]
+    for run in found:
+        assert run["score"] == run["test_accuracy"]
+        assert 0 <= run["score"] <= 1
+        assert 0 <= run["knn_accuracy"] <= 1
+        assert run["pretext_steps"] == 3 + 2
+        assert run["backbone_seconds"] > 0
+    assert found[0]["learning_rate"] == found[2]["learning_rate"], "the same seed tries the same pairs"
+    assert found[0]["test_loss"] != found[2]["test_loss"]
+
+
+def test_finished_parts_are_never_run_again(
+    finished: tuple[Path, list[dict[str, Any]]],
+    images: Path,
+    trained: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, found = finished
+    shutil.copytree(output, tmp_path / "out")
+    assert study_of(images, tmp_path / "out").run() == found
+    assert trained == []
+    assert capsys.readouterr().out.count("is finished") == 8, "2 seeds of: the common steps, further steps, two arms"
+    part = next((tmp_path / "out" / "parts").rglob("ours-seed1"))
+    for file in ("result.json", "finetuning/result.json"):
+        (part / file).unlink()
+    again = study_of(images, tmp_path / "out").run()
+    assert without_times(again) == without_times(found)
+    assert [folder.split("/", 1)[1] for folder in trained] == ["ours-seed1/finetuning"]
+
+
+def test_an_interrupted_study_goes_on_to_the_same_numbers(
+    finished: tuple[Path, list[dict[str, Any]]], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found = finished
+    steps = 0
+    step = KeyedTrainer.move_and_transform
+
+    def failing(trainer: KeyedTrainer, *args: Any) -> Any:
+        nonlocal steps
+        steps += "ours-seed0/backbone" in str(trainer.args.output_dir)
+        if steps == 6:
+            raise KeyboardInterrupt
+        return step(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyedTrainer, "move_and_transform", failing)
+        with pytest.raises(KeyboardInterrupt):
+            study_of(images, tmp_path).run()
+    assert not list(tmp_path.rglob("ours-seed1/result.json"))
+    assert list(tmp_path.rglob("plain-seed0/result.json"))
+    assert without_times(study_of(images, tmp_path).run()) == without_times(found)
+
+
+def test_wall_clock_gives_the_steps_that_fit(images: Path, finished: tuple[Path, list[dict[str, Any]]]) -> None:
+    """At 2 seconds per 3 steps of the same batch, 5 seconds are worth 7 whole steps."""
+    output, _ = finished
+    study = study_of(images, output)
+    file = output / "parts" / "pretrain-seed0" / "result.json"
+    kept = file.read_text()
+    try:
+        file.write_text(json.dumps({"steps": 3, "seconds": 2.0}))
+        assert study._fitting_steps(5.0, 0) == 7
+        assert study._fitting_steps(0.1, 0) == 1
+    finally:
+        file.write_text(kept)
+
+
+def test_other_settings_are_refused_before_anything_runs(
+    images: Path, finished: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    output, _ = finished
+    with pytest.raises(
+        ValueError, match="pretrain-seed0 was begun with other settings: pretrain_steps was 3 and is 4"
+    ):
+        study_of(images, output, pretrain_steps=4)
+
+
+def test_numbers_of_labels_that_a_set_lacks_are_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train_examples is 99 on .*: 99 training examples are asked for"):
+        study_of(images, tmp_path, train_examples=[99])
+
+
+def test_a_result_that_another_part_needs_must_be_there(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="pretrain-seed0 is not finished, and another part needs its result"):
+        study_of(images, tmp_path)._fitting_steps(1.0, 0)
+
+
+def test_the_report_shows_the_comparison(
+    images: Path, finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    output, _ = finished
+    runs = [
+        {"dataset": "d", "train_examples": 12, "arm": arm, "seed": seed, "metric": "accuracy", "score": score,
+         "knn_accuracy": 0.5}
+        for arm, scores in (("plain", (0.5, 0.6, 0.7)), ("ours", (0.51, 0.62, 0.73)))
+        for seed, score in enumerate(scores)
+    ]  # fmt: skip
+    shown = write_report(build_results(study_of(images, output).plan, runs), tmp_path)
+    for text in (shown, (tmp_path / "table.md").read_text()):
+        assert "62.00 ± 11.00 %" in text
+        assert "+2.00" in text
+        assert "-0.48 to +4.48" in text
+        assert "0.074" in text
+        assert "3 common pretext steps, then 2 more, as many as BiSSL takes" in text
+    assert json.loads((tmp_path / "results.json").read_text())["runs"] == runs
+    assert (tmp_path / "figures" / "study.png").stat().st_size > 5000

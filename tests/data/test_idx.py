@@ -86,7 +86,7 @@ def test_broken_files(tmp_path, content, message):
         read_idx(path, dimensions=3)
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(idx(PIXELS["train"]))[:60]])
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(idx(PIXELS["train"]))[:60]], ids=["none", "cut"])
 def test_broken_gzip(tmp_path, content):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(content)

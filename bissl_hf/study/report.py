@@ -28,7 +28,7 @@ def build_results(plan: Plan, runs: Sequence[Mapping[str, Any]]) -> dict[str, An
     return {
         "settings": settings,
         "baseline": plan.baseline.name,
-        "matching": {arm.name: _describe(arm, plan) for arm in plan.study.compared},
+        "matching": [{"arm": arm.name, "how": _describe(arm, plan)} for arm in plan.study.compared],
         "runs": list(runs),
     }
 
@@ -65,11 +65,11 @@ def write_report(results: Mapping[str, Any], output: Path) -> str:
     seeds = len(rows[0]["seeds"])
     notes = [
         f"Mean and sample deviation over {seeds} seed{'s' if seeds > 1 else ''} on the test split. The difference to "
-        f"{results['baseline']} is paired by seed, with a {CONFIDENCE:.0%} t interval and the p-value of the paired "
-        "t-test, as it is and corrected by Holm for all comparisons of the table; '-' where it is undefined. kNN: the "
-        "backbone before fine-tuning, on the validation split.",
+        f"{results['baseline']} is paired by seed, with a {100 * CONFIDENCE:.0f} % t interval and the p-value of the "
+        "paired t-test, as it is and corrected by Holm for all comparisons of the table; '-' where it is undefined. "
+        "kNN: the backbone before fine-tuning, on the validation split.",
         _COMMON,
-        *(f"{name}: {text}." for name, text in results["matching"].items()),
+        *(f"{arm['arm']}: {arm['how']}." for arm in results["matching"]),
     ]
     write_json(output / RESULTS_NAME, results)
     write_text(output / "table.md", f"{_markdown(cells)}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n")
@@ -84,7 +84,7 @@ def write_report(results: Mapping[str, Any], output: Path) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    compared = dict.fromkeys(("difference", f"{CONFIDENCE:.0%} interval", "p", "p (Holm)"), "")
+    compared = dict.fromkeys(("difference", f"{100 * CONFIDENCE:.0f} % interval", "p", "p (Holm)"), "")
     if comparison := row["comparison"]:
         interval = comparison["interval"]
         bounds = "-" if interval is None else " to ".join(f"{100 * bound:+.2f}" for bound in interval)

@@ -27,9 +27,11 @@ from .schema import class_names, labels_of
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES_IN_MEMORY = 256 * 2**20
+# Decoding as much takes a second or two; a larger array is written to a file once.
+MAX_BYTES_IN_MEMORY = 32 * 2**20
 _PROGRESS_ROWS = 2000
 _BLOCK_ROWS = 256
+_ARROW_ROWS = 1024
 # Raised whenever the same images would be stored differently, so that old cache files are not read.
 _CACHE_VERSION = 1
 
@@ -139,7 +141,7 @@ class DecodedImages(torch.utils.data.Dataset):
                 side `resize_side(image_size)`.
             native_size (`bool`, *optional*, defaults to `False`): whether images that are all square and of one size
                 keep that size. For training images, whose crops then lose nothing to a first resize.
-            cache_dir (`str` or `os.PathLike`, *optional*): folder for arrays above 256 MiB, which are mapped from a
+            cache_dir (`str` or `os.PathLike`, *optional*): folder for arrays above 32 MiB, which are mapped from a
                 file that later runs find again. Defaults to `bissl_hf` in the cache folder of `datasets`.
             description (`str`, *optional*): name of the progress bar, which is shown above 2,000 images.
 
@@ -157,6 +159,12 @@ class DecodedImages(torch.utils.data.Dataset):
         if len(dataset) == 0:
             raise ValueError("`dataset` is empty; it must have at least one image.")
         reader = _ImageReader(dataset)
+        folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "bissl_hf")
+        name = _cache_key(dataset, reader)
+        # Found before a header is read: of images by the hundred thousand that alone takes many seconds.
+        stored = next(folder.glob(f"{name}-native-*.npy"), None) if native_size else None
+        if stored is not None:
+            return cls._labelled(stored, dataset)
         native_side = reader.common_square_side() if native_size else None
         convert = None if native_side else lambda image: resize_and_crop_square(image, image_size)
         shape = (len(reader), 3, native_side or side, native_side or side)
@@ -165,11 +173,13 @@ class DecodedImages(torch.utils.data.Dataset):
             pixels = np.empty(shape, dtype=np.uint8)
             reader.decode_into(pixels, convert, description)
         else:
-            folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "bissl_hf")
-            geometry = "native" if native_side else str(image_size)
-            pixels = folder / f"{_cache_key(dataset, reader)}-{geometry}-{shape[2]}.npy"
+            pixels = folder / f"{name}-{'native' if native_side else image_size}-{shape[2]}.npy"
             if not pixels.exists():
                 _write_file(pixels, shape, lambda array: reader.decode_into(array, convert, description))
+        return cls._labelled(pixels, dataset)
+
+    @classmethod
+    def _labelled(cls, pixels: np.ndarray | Path, dataset: datasets.Dataset) -> "DecodedImages":
         if "label" not in dataset.column_names:
             return cls(pixels)
         return cls(pixels, labels_of(dataset), class_names(dataset))
@@ -229,6 +239,14 @@ class _ImageReader:
         """Yields (first row number, undecoded rows)."""
         for start in range(0, len(self), _BLOCK_ROWS):
             yield start, self._rows[start : start + _BLOCK_ROWS]["image"]
+
+    def paths_of_files(self) -> Iterator[str]:
+        """Yields the paths of images whose bytes are not in the table."""
+        table = self._rows.with_format("arrow")
+        for start in range(0, len(self), _ARROW_ROWS):
+            images = table[start : start + _ARROW_ROWS]["image"].combine_chunks()
+            paths = images.field("path").filter(images.field("bytes").is_null())
+            yield from (path for path in paths.to_pylist() if path)
 
     def common_square_side(self) -> int | None:
         """Returns the side of the images if all are square and of one size, else `None`; reads the headers only."""
@@ -293,11 +311,10 @@ def _header_size(value: dict[str, Any]) -> tuple[int, int]:
 def _cache_key(dataset: datasets.Dataset, reader: _ImageReader) -> str:
     """Names the content of a split: its fingerprint, and size and time of change of files it refers to."""
     digest = hashlib.sha256(f"{_CACHE_VERSION} {dataset._fingerprint} {len(dataset)}".encode())
-    for _, block in reader.blocks():
-        for value in block:
-            if value is not None and value["bytes"] is None and os.path.isfile(value["path"]):
-                status = os.stat(value["path"])
-                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    for path in reader.paths_of_files():
+        if os.path.isfile(path):
+            status = os.stat(path)
+            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
 
 

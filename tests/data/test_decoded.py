@@ -167,6 +167,14 @@ class TestFile:
         again = DecodedImages.from_dataset(dataset, image_size=8, cache_dir=tmp_path)
         assert torch.equal(first[0]["pixel_values"], again[0]["pixel_values"])
 
+    def test_a_native_file_is_found_without_reading_headers(self, monkeypatch, tmp_path):
+        dataset = make_split([random_image(8, 8, seed=seed) for seed in range(3)])
+        first = DecodedImages.from_dataset(dataset, image_size=14, native_size=True, cache_dir=tmp_path)
+        monkeypatch.setattr(decoded, "_header_size", lambda value: pytest.fail("read a header"))
+        again = DecodedImages.from_dataset(dataset, image_size=14, native_size=True, cache_dir=tmp_path)
+        assert again.image_shape == (3, 8, 8)
+        assert torch.equal(first[2]["pixel_values"], again[2]["pixel_values"])
+
     def test_geometry_and_content_name_the_file(self, tmp_path):
         dataset = make_split([random_image(16, 16), random_image(16, 16)])
         DecodedImages.from_dataset(dataset, image_size=14, cache_dir=tmp_path)

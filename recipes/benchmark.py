@@ -1,6 +1,6 @@
 """Measures how fast an alternation is, part by part, beside a plain baseline in the same process.
 
-    python recipes/benchmark.py [--quick] --output FILE.json
+    python recipes/benchmark.py [--quick | --growth] --output FILE.json
 
 Images per second, forward-backward equivalents, memory and waits for the device of every part; then whole alternations
 of the trainer, of a bare loop and of the baseline in turn. On a GPU the sizes are the paper's.
@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from bissl_hf.benchmark.growth import growth_rows, measure_growth
 from bissl_hf.benchmark.report import format_report
 from bissl_hf.benchmark.run import run_benchmark
 from bissl_hf.benchmark.workload import WORKLOADS
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
-from bissl_hf.cli.outputs import open_output_dir
+from bissl_hf.cli.outputs import format_table, open_output_dir
 from bissl_hf.trainer.checkpoints import write_json
 
 
@@ -26,6 +27,10 @@ class BenchmarkArguments:
 
     output: str = field(metadata={"help": "JSON file for all figures."})
     quick: bool = field(default=False, metadata={"help": "Small sizes: about 3 minutes on 2 cores."})
+    growth: bool = field(
+        default=False,
+        metadata={"help": "Measure how alternations grow with batch, image, width and data set instead."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Measure the CPU although there is a GPU."})
     repeats: int | None = field(default=None, metadata={"help": "Rounds that medians are taken of."})
 
@@ -42,9 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
             workload = workload.changed(repeats=chosen.repeats)
         open_output_dir(str(output.parent), resume=True)
     logging.set_verbosity_error()
-    report = run_benchmark(workload, device)
+    if chosen.growth:
+        report = measure_growth(device)
+        text = format_table(growth_rows(report))
+    else:
+        report = run_benchmark(workload, device)
+        text = format_report(report)
     write_json(output, report)
-    print(f"\n{format_report(report)}\n\nAll figures lie in {output}.")
+    print(f"\n{text}\n\nAll figures lie in {output}.")
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         solver_max_iterations (`int`, *optional*, defaults to 5): Hessian-vector products per upper step, at most.
         solver_tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which a solve stops.
         curvature_mode (`str`, *optional*, defaults to `"cached"`): `"cached"` keeps the graph of the lower gradient
-            for an upper phase; `"recompute"` builds it for each product, slower and with less memory.
+            for an upper phase; `"recompute"` builds it for each product, slower, and holds none in between.
         curvature_batch_size (`int`, *optional*): global batch that fixes H; the lower batch if not given.
         head_warmup_epochs (`int`, *optional*, defaults to 20): passes over the labelled data that train the head
             alone.

@@ -39,7 +39,7 @@ from bissl_hf.cli.images import (
     load_labelled,
 )
 from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
-from bissl_hf.cli.outputs import RESULTS_NAME, format_table, name_metrics, open_output_dir
+from bissl_hf.cli.outputs import RESULTS_NAME, format_table, name_metrics, open_run
 from bissl_hf.cli.pretraining import FINISHED_NAME, pretrain
 from bissl_hf.data.alternation import StepKey, Stream
 from bissl_hf.data.augment import EvalTransform, image_processor
@@ -340,11 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
             print_plan(trainer, pretrainer, images)
         return
     with refusing_bad_input():
-        with args.main_process_first(desc="looking for a checkpoint"):  # the others find what it has fetched
-            checkpoint = open_output_dir(
-                args.output_dir, args.resume_from_checkpoint, repo_id=args.hub_model_id, revision=args.hub_revision
-            )
-        args.distributed_state.wait_for_everyone()  # no process may write there before all have looked
+        checkpoint = open_run(args)
         images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
         trainer.resume_files = (BEFORE_NAME, f"{PRETRAINING_NAME}/{FINISHED_NAME}")

@@ -28,7 +28,7 @@ from bissl_hf.cli.images import (
     load_labelled,
 )
 from bissl_hf.cli.models import PretextModelArguments, build_pretext_model
-from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_output_dir
+from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_run
 from bissl_hf.data.augment import EvalTransform, image_processor
 from bissl_hf.evaluation.figures import plot_curves
 from bissl_hf.trainer.checkpoints import write_json
@@ -166,9 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
-        checkpoint = open_output_dir(
-            args.output_dir, args.resume_from_checkpoint, repo_id=args.hub_model_id, revision=args.hub_revision
-        )
+        checkpoint = open_run(args)
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)
         trainer.facts = recipe_facts(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import PartialState
+from transformers import TrainingArguments
 
 from ..trainer.checkpoints import find_defect, find_last_checkpoint, list_checkpoints
 from ..trainer.hub_folder import fetch_last_checkpoint
@@ -74,17 +75,21 @@ def open_output_dir(
     for path, defect in passed_over.items():
         print(f"Passing over {path}, which is not whole: {defect}.", file=sys.stderr)
     if checkpoint is None and wants == RESUME_FROM_HUB:
-        checkpoint = _fetch_checkpoint(repo_id or folder.absolute().name, folder, revision)
+        repo_id = repo_id or folder.absolute().name
+        checkpoint = fetch_last_checkpoint(repo_id, folder, revision=revision)
+        if checkpoint is None:
+            print(f"The Hub has no checkpoint of {repo_id} yet: the run starts from its beginning.", file=sys.stderr)
     return checkpoint
 
 
-def _fetch_checkpoint(repo_id: str, folder: Path, revision: str | None) -> Path | None:
-    """Fetches the checkpoint of a repository, once per machine."""
-    with PartialState().local_main_process_first():
-        checkpoint, _ = find_last_checkpoint(folder)
-        checkpoint = checkpoint or fetch_last_checkpoint(repo_id, folder, revision=revision)
-    if checkpoint is None:
-        print(f"The Hub has no checkpoint of {repo_id} yet: the run starts from its beginning.", file=sys.stderr)
+def open_run(args: TrainingArguments) -> Path | None:
+    """Opens the output folder of a run (see [`open_output_dir`]), on the first process of a machine before the others:
+    they find what it has fetched, and none writes there before all have looked."""
+    with args.main_process_first(desc="looking for a checkpoint"):
+        checkpoint = open_output_dir(
+            str(args.output_dir), args.resume_from_checkpoint, repo_id=args.hub_model_id, revision=args.hub_revision
+        )
+    PartialState().wait_for_everyone()
     return checkpoint
 
 

@@ -1,12 +1,20 @@
 """Folders of runs, and tables."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from transformers import TrainingArguments
 
 from bissl_hf.cli import outputs
 from bissl_hf.trainer.checkpoints import write_manifest
+
+from ..hub_stand_in import HubStandIn
+from ..processes import run_in_processes
 
 # Folders
 
@@ -106,3 +114,24 @@ def test_a_checkpoint_of_another_folder_is_refused(tmp_path):
     write_manifest(checkpoint)
     with pytest.raises(ValueError, match="is not in output_dir"):
         outputs.open_output_dir(str(tmp_path / "here"), str(checkpoint))
+
+
+def open_in_process(environment: dict[str, str], folder: str) -> None:
+    os.environ |= environment
+    args = TrainingArguments(output_dir=folder, resume_from_checkpoint="hub", hub_model_id="user/run", use_cpu=True)
+    assert args.world_size == 2
+    assert outputs.open_run(args) == Path(folder) / "checkpoint-7"
+    total = torch.tensor(1.0 + dist.get_rank())
+    dist.all_reduce(total)  # the processes are in step
+    assert total == 3
+
+
+@pytest.mark.distributed
+def test_processes_fetch_a_checkpoint_once_and_stay_in_step(tmp_path):
+    state = '{"global_step": 7}'
+    manifest = json.dumps({"files": {"trainer_state.json": len(state)}})
+    with HubStandIn() as hub:
+        files = {"last-checkpoint/trainer_state.json": state, "last-checkpoint/manifest.json": manifest}
+        hub.add_repository("user/run", files)
+        run_in_processes(open_in_process, 2, hub.environment(tmp_path / "home"), str(tmp_path / "run"))
+    assert [request.method for request in hub.requests if "resolve" in request.path].count("GET") == 2

@@ -153,7 +153,6 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"lr_scheduler_type": "zigzag"}, "lr_scheduler_type is 'zigzag'"),
     ({"lower_lr_scheduler_type": "zigzag"}, "lower_lr_scheduler_type is 'zigzag'"),
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2.*lower_micro_batch_size"),
-    ({"fp16": True}, "fp16.*bf16"),
     ({"num_train_epochs": 7}, "num_train_epochs is 7.0 and num_alternations 2"),
     ({"lower_steps": "abc"}, "--lower_steps.*: invalid int value: 'abc'"),
     ({"lower_stepz": 3}, "Unknown argument --lower_stepz; did you mean lower_steps"),

@@ -19,6 +19,7 @@ from ..data.alternation import StepKey, Stream
 from ..hypergradient import Curvature, implicit_gradient
 from ..linear_solve import SolveInfo
 from ..models.modeling_bissl import BiSSLModel
+from ..recycling import Directions
 from ..tensors import Vector, add_scaled, dot, fill_missing, subtract
 from ..trainer.bissl_trainer import BiSSLTrainer
 from ..trainer.optimizer import LARS
@@ -122,6 +123,7 @@ class BareLoop(PlainLoop):
     """The trainer's arithmetic: views on the device, the gradient linearised once per phase."""
 
     _curvature: Curvature | None = None
+    _directions: Directions | None = None
 
     def __init__(self, trainer: BiSSLTrainer, model: BiSSLModel, args: BiSSLTrainingArguments | None = None) -> None:
         super().__init__(trainer, model, args)
@@ -140,7 +142,7 @@ class BareLoop(PlainLoop):
 
     def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
         if self._curvature is None:
-            self._curvature = self.curvature(batch)
+            self._curvature, self._directions = self.curvature(batch), Directions()
         solution, info = implicit_gradient(
             self._curvature,
             rhs,
@@ -149,6 +151,7 @@ class BareLoop(PlainLoop):
             max_iterations=self.args.solver_max_iterations,
             tolerance=self.args.solver_tolerance,
             solver=self.args.solver,
+            directions=self._directions,
         )
         self.solves.append(info)
         return solution

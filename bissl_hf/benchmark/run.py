@@ -9,12 +9,17 @@ from typing import Any
 import torch
 
 from ..data.alternation import Stream
+from ..trainer.training_args import BiSSLTrainingArguments
 from .claims import Measured, make_claims
 from .comparison import TRAINER, SynchronisationWatch, compare_alternations
 from .loops import BareLoop, Baseline, PlainLoop
 from .measuring import count_flops, watched_memory
 from .parts import Part, PartsOfAlternation, measure_parts
 from .workload import Workload, build_model, build_trainer, pretrain
+
+TOLERANCE = 0.01
+# The bound on products where a solve stops at a tolerance.
+MAX_PRODUCTS = 20
 
 
 def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[str], Any] = print) -> dict[str, Any]:
@@ -38,7 +43,8 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
         if workload.bf16:
             _to_channels_last(trainer.model)
         bare = BareLoop(trainer, copy.deepcopy(trainer.model))
-        loops: dict[str, PlainLoop] = {"bare loop": bare, "baseline": baseline}
+        recycled = BareLoop(trainer, copy.deepcopy(trainer.model), _recycling(trainer.args, workload))
+        loops: dict[str, PlainLoop] = {"bare loop": bare, "recycled": recycled, "baseline": baseline}
         say("Measuring the parts of an alternation")
         of_alternation = PartsOfAlternation(bare, baseline)
         parts = measure_parts(of_alternation, repeats=workload.repeats)
@@ -60,8 +66,15 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
         "synchronisations": synchronisations,
         "peak_bytes": memory.peak,
     }
-    products = [info.iterations for info in bare.solves]
-    measured = Measured(parts, alternations, counts, synchronisations, products)
+    measured = Measured(
+        parts,
+        alternations,
+        counts,
+        synchronisations,
+        products=[info.iterations for info in bare.solves],
+        recycled_products=[info.iterations for info in recycled.solves],
+        residuals=[info.residual for info in recycled.solves],
+    )
     return {**report, "claims": [vars(claim) for claim in make_claims(measured, device, products=workload.products)]}
 
 
@@ -78,6 +91,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _recycling(args: BiSSLTrainingArguments, workload: Workload) -> BiSSLTrainingArguments:
+    args = copy.copy(args)
+    args.solver, args.solver_tolerance, args.solver_max_iterations = "recycled", TOLERANCE, MAX_PRODUCTS
+    args.damping = workload.damping
+    return args
 
 
 def _count_baseline(baseline: Baseline, unit: Part) -> dict[str, float]:

@@ -299,7 +299,8 @@ class _RandomCrop:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         batch, channels, height, width = images.shape
         # Four corners (x, y) of each box, the last pixel included, from the top left clockwise.
-        corners = self._boxes.generate_parameters(images.shape)["src"].to(images.device, torch.float32)
+        corners = self._boxes.generate_parameters(images.shape)["src"]
+        corners = corners.to(images.device, torch.float32, non_blocking=True)
         (left, top), (right, bottom) = corners[:, 0].unbind(1), (corners[:, 2] + 1).unbind(1)
         columns = resampling_weights(left, right, width, self._size)
         if self._flip > 0:

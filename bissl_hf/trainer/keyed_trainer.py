@@ -161,6 +161,11 @@ class KeyedTrainer(HubTrainer):
 
     def move_and_transform(self, inputs: dict[str, Any], key: StepKey, transform: Transform | None) -> dict[str, Any]:
         """Moves a batch to the device and makes its views there."""
+        # Trainer's own copy would wait for the device; one from pinned memory goes on in the background.
+        inputs = {
+            name: value.to(self.args.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+        }
         inputs = self._prepare_inputs(inputs)
         return transform(inputs, tuple(key)) if transform else inputs
 

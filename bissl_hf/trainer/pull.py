@@ -39,7 +39,7 @@ class Pull:
             return
         length = step_length(optimizer, theta_p, fill_missing([p.grad for p in theta_p], theta_p))
         rate = optimizer.param_groups[0]["lr"]
-        self.total = self.total.to(length.device) + rate * self.proximal_weight * length * clipped
+        self.total = self.total.to(length.device, non_blocking=True) + rate * self.proximal_weight * length * clipped
 
     @torch.no_grad()
     def estimate(

@@ -50,7 +50,7 @@ def test_every_part_is_measured_and_the_unit_costs_itself(report):
 
 def test_runners_take_turns_and_solves_take_all_products(report):
     assert {name: len(phases["upper"]["all"]) for name, phases in report["alternations"].items()} == {
-        "trainer": 1, "bare loop": 1, "baseline": 1,
+        "trainer": 1, "bare loop": 1, "recycled": 1, "baseline": 1,
     }  # fmt: skip
     products = next(claim for claim in report["claims"] if claim["name"].startswith("products of each solve"))
     assert products["value"] == TINY.products
@@ -153,13 +153,19 @@ def test_claims_hold_within_their_bounds():
     assert Claim("a", 1.0, at_least=0.85, at_most=1.15).bounds == ">= 0.85, <= 1.15"
 
 
-def measured(**changes) -> Measured:
+def measured() -> Measured:
     times = defaultdict(dict)
     times["baseline"] = {"lower": [2.0, 4.0], "upper": [8.0, 16.0], "unit": [1.0, 2.0]}
     times["bare loop"] = {"lower": [2.0, 4.0], "upper": [4.0, 8.0]}
+    times["recycled"] = {"lower": [2.0, 4.0], "upper": [2.0, 4.0]}
     times["trainer"] = {"lower": [2.0, 4.0], "upper": [4.12, 8.24], "waiting": [0.0, 0.0], "log": [0.0, 0.0]}
     parts = [Part(UNIT, 4, [1.0]), Part("lower step", 4, [1.25])]
-    values = {"baseline_equivalents": {"lower": 2.0, "upper": 8.5}, "products": [5], **changes}
+    values = {
+        "baseline_equivalents": {"lower": 2.0, "upper": 8.5},
+        "products": [5],
+        "recycled_products": [6, 2],
+        "residuals": [8e-3, 9e-3],
+    }
     return Measured(parts, times, synchronisations={"lower": 0, "upper": 1}, **values)
 
 
@@ -168,6 +174,8 @@ def test_claims_are_ratios_of_the_same_round():
     assert claims["baseline: its time over its own count of equivalents"] == pytest.approx(10 / 10.5)
     assert claims["upper phase, same products: baseline / trainer"] == pytest.approx(8 / 4.12)
     assert claims["whole alternation: trainer / bare loop"] == pytest.approx(6.12 / 6)
+    assert claims["upper phase, recycled solver at 1 %: baseline / ours"] == pytest.approx(4)
+    assert claims["mean products of its solves"] == 4
     assert "lower step: images per second over those of a bare step" not in claims
 
 

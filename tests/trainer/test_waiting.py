@@ -1,0 +1,78 @@
+"""No step waits for the device. On the device `meta` tensors have no values, so that reading one raises."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bissl_hf.benchmark.measuring import SynchronisationCounter
+from bissl_hf.data.alternation import StepKey, Stream
+from bissl_hf.data.augment import TrainTransform
+from bissl_hf.trainer.training_args import BiSSLTrainingArguments
+
+from .test_bissl_trainer import make_trainer
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BiSSLTrainingArguments, "device", property(lambda args: META))
+    # 2026-11: torch 2.13 has no autocast for `meta`; without mixed precision it does nothing anyway.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+
+
+def batches(trainer) -> Iterator[tuple[StepKey, dict]]:
+    for stream, steps in ((Stream.LOWER, trainer.args.lower_steps), (Stream.UPPER, trainer.args.upper_steps)):
+        for step in range(steps):
+            key = StepKey(0, int(stream), 0, step, 0)
+            yield key, trainer.sources[stream].read(key)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lower_optim": "lars"},
+        {"lower_optim": "adamw", "optim": "adamw"},
+        {"solver": "blockwise_cg"},
+        {"solver": "identity", "direct_weight": 0.0},
+        {"curvature_mode": "recompute", "lower_micro_batch_size": 4, "upper_micro_batch_size": 3},
+        {"lower_max_grad_norm": 0.0, "max_grad_norm": 0.0},
+    ],
+    ids=lambda settings: ",".join(settings) or "plain",
+)
+def test_no_step_reads_a_value_from_the_device(tmp_path, on_meta, settings):
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.model.to(META)
+    trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(10)
+    for key, inputs in batches(trainer):
+        with SynchronisationCounter(META) as counter:
+            loss = trainer.training_step(trainer.model, {"key": key, "inputs": inputs})
+            trainer._get_grad_norm(trainer.model)
+            trainer.optimizer.step()
+            scheduler.step()
+            trainer.optimizer.zero_grad()
+        assert counter.found == []
+        assert loss.device == META
+
+
+def test_a_tolerance_reads_at_most_one_value_per_iteration(tmp_path):
+    """Counted on the CPU, where the solver looks at its status before each iteration, tolerance or not."""
+    trainer = make_trainer(tmp_path, solver_tolerance=1e-9, solver_max_iterations=4, lower_optim="lars")
+    trainer.create_optimizer()
+    for key, inputs in batches(trainer):
+        with SynchronisationCounter(torch.device("cpu")) as counter:
+            trainer.training_step(trainer.model, {"key": key, "inputs": inputs})
+            trainer._get_grad_norm(trainer.model)
+            trainer.optimizer.step()
+        assert counter.count <= (0 if key.level == Stream.LOWER else 4)
+
+
+def test_crops_do_not_wait(on_meta):
+    images = {"pixel_values": torch.zeros(4, 3, 20, 20, dtype=torch.uint8, device=META)}
+    with SynchronisationCounter(META) as counter:
+        TrainTransform(16)(images, (0, 1))
+    assert counter.found == []

@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from .measuring import SynchronisationCounter, seconds, wait_for
 
 TRAINER = "trainer"
 PHASES = ("lower", "upper")
-UNITS = 3
 
 
 class PhaseClock(TrainerCallback):
@@ -25,7 +24,8 @@ class PhaseClock(TrainerCallback):
     Args:
         device (`torch.device`): where the trainer works.
         loops (`Mapping[str, PlainLoop]`, *optional*): run after each alternation.
-        unit (`Callable`, *optional*): timed before each of them, as a measure of the machine's speed at the moment.
+        unit (`Callable`, *optional*): timed after each of their steps, outside their time, as a measure of how fast
+            the machine is at the moment.
 
     Attributes:
         seconds (`dict[str, dict[str, list[float]]]`): by runner and phase, one entry per alternation; of the trainer
@@ -72,12 +72,20 @@ class PhaseClock(TrainerCallback):
         self.seconds[TRAINER]["log"].append(self._lap())
         for name, loop in self.loops.items():
             loop.model.train()
+            units: list[float] = []
             if self.unit is not None:
-                units = [seconds(self.unit, self.device) for _ in range(UNITS)]
-                self.seconds[name]["unit"].append(median(units))
+                loop.between_steps = partial(self._time_unit, units)
             for phase in PHASES:
-                self.seconds[name][phase].append(seconds(getattr(loop, f"{phase}_phase"), self.device))
+                before = sum(units)
+                spent = seconds(getattr(loop, f"{phase}_phase"), self.device)
+                self.seconds[name][phase].append(spent - (sum(units) - before))
+            if units:
+                self.seconds[name]["unit"].append(sum(units) / len(units))
             loop.alternations += 1
+
+    def _time_unit(self, units: list[float]) -> None:
+        if self.unit is not None:
+            units.append(seconds(self.unit, self.device))
 
 
 class SynchronisationWatch(TrainerCallback):

@@ -54,6 +54,8 @@ class PlainLoop(ABC):
             self.upper_parameters, lr=SMALL_RATE, momentum=0.9, weight_decay=self.args.weight_decay
         )
         self.alternations = 0
+        # Called after each step; whoever measures may put something in its place.
+        self.between_steps: Callable[[], Any] = tuple
 
     @abstractmethod
     def batches(self, stream: Stream) -> Iterator[Batch]:
@@ -74,12 +76,14 @@ class PlainLoop(ABC):
         """Takes the lower steps."""
         for batch in self.batches(Stream.LOWER):
             self.lower_step(batch)
+            self.between_steps()
 
     def upper_phase(self) -> None:
         """Takes the upper steps."""
         (curvature_batch,) = self.batches(Stream.CURVATURE)
         for batch in self.batches(Stream.UPPER):
             self.upper_step(curvature_batch, batch)
+            self.between_steps()
 
     def lower_step(self, batch: Batch) -> None:
         """One step on the pretext loss and the proximal term."""

@@ -21,7 +21,7 @@ from recipes import benchmark
 
 CPU = torch.device("cpu")
 TINY = WORKLOADS["quick"].changed(
-    image_size=16, width=4, lower_batch=6, upper_batch=4, lower_steps=1, upper_steps=2, products=2, pretrain_steps=1,
+    image_size=16, width=4, lower_batch=6, upper_batch=4, lower_steps=1, upper_steps=2, products=2, pretrain_steps=1, pretrain_batch=6,
     repeats=1, evaluation_images=8,
 )  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_a_gpu_has_targets_of_its_own():
 
 @pytest.mark.slow
 def test_the_quick_benchmark_runs_as_users_start_it(tmp_path, monkeypatch):
-    smaller = WORKLOADS["quick"].changed(width=8, lower_batch=8, pretrain_steps=5, repeats=2)
+    smaller = WORKLOADS["quick"].changed(width=8, lower_batch=8, pretrain_steps=5, repeats=1)
     monkeypatch.setitem(benchmark.WORKLOADS, "quick", smaller)
     benchmark.main(["--quick", "--use_cpu", "--output", str(tmp_path / "figures.json")])
     assert json.loads((tmp_path / "figures.json").read_text())["workload"]["width"] == 8

@@ -21,8 +21,8 @@ from recipes import benchmark
 
 CPU = torch.device("cpu")
 TINY = WORKLOADS["quick"].changed(
-    image_size=16, width=4, lower_batch=6, upper_batch=4, lower_steps=1, upper_steps=2, products=2, pretrain_steps=1, pretrain_batch=6,
-    repeats=1, evaluation_images=8,
+    image_size=16, width=4, lower_batch=6, upper_batch=4, lower_steps=1, upper_steps=2, products=2,
+    pretrain_steps=1, pretrain_batch=6, repeats=1, evaluation_images=8,
 )  # fmt: skip
 
 

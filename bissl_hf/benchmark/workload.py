@@ -50,7 +50,7 @@ class Workload:
     upper_steps: int
     products: int = 5
     pretrain_steps: int = 0
-    pretrain_batch: int = 64
+    pretrain_batch: int = 32
     repeats: int = 5
     evaluation_images: int = 64
     width: int = 64
@@ -66,7 +66,7 @@ class Workload:
 # The paper's sizes (section 4) on a GPU; on a CPU what fits the time, with the paper's proportions of both batches.
 # So few pairs after so few steps have a curvature in the hundreds: the paper's damping of 10 leaves it indefinite.
 WORKLOADS = {
-    "quick": Workload("quick", 32, 16, 8, lower_steps=5, upper_steps=8, pretrain_steps=100, width=32, damping=1000.0),
+    "quick": Workload("quick", 32, 12, 6, lower_steps=4, upper_steps=8, pretrain_steps=100, width=32, damping=1000.0),
     "cpu": Workload("cpu", 32, 16, 8, lower_steps=5, upper_steps=8, pretrain_steps=100, damping=1000.0),
     "gpu": Workload(
         "gpu",

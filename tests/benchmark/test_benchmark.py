@@ -153,7 +153,7 @@ def test_claims_hold_within_their_bounds():
     assert Claim("a", 1.0, at_least=0.85, at_most=1.15).bounds == ">= 0.85, <= 1.15"
 
 
-def measured() -> Measured:
+def measured(residuals=(8e-3, 9e-3)) -> Measured:
     times = defaultdict(dict)
     times["baseline"] = {"lower": [2.0, 4.0], "upper": [8.0, 16.0], "unit": [1.0, 2.0]}
     times["bare loop"] = {"lower": [2.0, 4.0], "upper": [4.0, 8.0]}
@@ -164,7 +164,7 @@ def measured() -> Measured:
         "baseline_equivalents": {"lower": 2.0, "upper": 8.5},
         "products": [5],
         "recycled_products": [6, 2],
-        "residuals": [8e-3, 9e-3],
+        "residuals": list(residuals),
     }
     return Measured(parts, times, synchronisations={"lower": 0, "upper": 1}, **values)
 
@@ -177,6 +177,11 @@ def test_claims_are_ratios_of_the_same_round():
     assert claims["upper phase, recycled solver at 1 %: baseline / ours"] == pytest.approx(4)
     assert claims["mean products of its solves"] == 4
     assert "lower step: images per second over those of a bare step" not in claims
+
+
+def test_solves_that_do_not_reach_the_tolerance_are_no_gain():
+    claims = {claim.name: claim for claim in make_claims(measured([1.7, 2.0]), CPU, products=5)}
+    assert not claims["upper phase, recycled solver at 1 %: baseline / ours"].holds
 
 
 def test_a_gpu_has_targets_of_its_own():

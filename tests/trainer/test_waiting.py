@@ -76,3 +76,20 @@ def test_crops_do_not_wait(on_meta):
     with SynchronisationCounter(META) as counter:
         TrainTransform(16)(images, (0, 1))
     assert counter.found == []
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(tmp_path):
+    """The driver raises where the host waits. The first alternation, which allocates, may."""
+    trainer = make_trainer(tmp_path, use_cpu=False, lower_optim="lars")
+    trainer.create_optimizer()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for key, inputs in batches(trainer):
+                trainer.training_step(trainer.model, {"key": key, "inputs": inputs})
+                trainer._get_grad_norm(trainer.model)
+                trainer.optimizer.step()
+                trainer.optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -15,6 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
+from bissl_hf.cli.card import CardArguments, recipe_facts
 from bissl_hf.cli.finetuning import FineTuning, summarise
 from bissl_hf.cli.images import CropArguments, DataArguments, build_train_transform, decode_labelled, load_labelled
 from bissl_hf.cli.models import StartArguments, classifier_builder
@@ -23,6 +24,8 @@ from bissl_hf.data.augment import image_processor
 from bissl_hf.evaluation.figures import plot_curves, plot_search
 from bissl_hf.models.saving import save_model
 from bissl_hf.trainer.checkpoints import write_json
+from bissl_hf.trainer.finetune_trainer import FineTuneTrainer
+from bissl_hf.trainer.model_card.tables import Evaluation, metrics_of
 from bissl_hf.trainer.search import SearchResult, SearchSpace, check_backend
 from bissl_hf.trainer.training_args import FineTuningArguments, with_changes
 
@@ -110,6 +113,21 @@ def write_outputs(
     return results
 
 
+def write_card(
+    trainer: FineTuneTrainer, results: dict[str, Any], best: dict[str, Any], test: dict[str, float], rows: int
+) -> None:
+    """Writes the card of the best model, which another trainer has trained: this one takes over what it was told."""
+    for name, source in (("seed", "best_seed"), ("learning_rate", "learning_rate"), ("weight_decay", "weight_decay")):
+        setattr(trainer.args, name, results[source])
+    trainer.state.log_history = best["log_history"]
+    trainer.facts.evaluations = [Evaluation("This model", "test", metrics_of(test, "test"), rows)]
+    if len(results["seeds"]) > 1:
+        means = {name: results[name]["mean"] for name in test}
+        mean_of = f"Mean over {len(results['seeds'])} seeds"
+        trainer.facts.evaluations.append(Evaluation(mean_of, "test", metrics_of(means, "test"), rows, described=False))
+    trainer.create_model_card()
+
+
 def curves_of(runs: dict[int, dict[str, Any]], metric: str) -> tuple[list[dict[str, Any]], list[Any]]:
     """The runs' histories under names of their own, and what to draw of them."""
     history = [
@@ -151,8 +169,8 @@ def print_summary(tuning: FineTuning, results: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    data, crops, start, repetition, args = parse_arguments(
-        (DataArguments, CropArguments, StartArguments, RepetitionArguments, FineTuningArguments),
+    data, crops, start, repetition, card, args = parse_arguments(
+        (DataArguments, CropArguments, StartArguments, RepetitionArguments, CardArguments, FineTuningArguments),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
@@ -165,6 +183,12 @@ def main(arguments: list[str] | None = None) -> None:
         trainer = tuning.build_trainer(push_to_hub=args.push_to_hub)
         trainer.create_optimizer()
         trainer.try_loss(rows=4)
+        trainer.facts = recipe_facts(
+            card,
+            dataset=data.dataset,
+            base_models=[start.model],
+            settings={"Data": data, "Views": crops, "Model": start},
+        )
 
     output = Path(args.output_dir)
     found, chosen = None, {}
@@ -182,7 +206,10 @@ def main(arguments: list[str] | None = None) -> None:
         runs[seed] = tuning.train(seed_folder(output, seed), seed=seed, **chosen)
     tests = {seed: tuning.test(seed_folder(output, seed)) for seed in runs}
     if trainer.is_world_process_zero():
-        print_summary(tuning, write_outputs(tuning, runs, tests, found))
+        results = write_outputs(tuning, runs, tests, found)
+        best = results["best_seed"]
+        write_card(trainer, results, runs[best], tests[best], len(tuning.images.test))
+        print_summary(tuning, results)
     trainer.push_outputs()
 
 

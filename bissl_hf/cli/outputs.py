@@ -56,21 +56,7 @@ def open_output_dir(
             )
         return None
     if wants not in (True, "true", RESUME_FROM_HUB):
-        named = Path(str(resume))
-        if not named.is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint is {resume}; there is no such folder. Pass true for the newest one."
-            )
-        if defect := find_defect(named):
-            raise ValueError(
-                f"resume_from_checkpoint is {resume}, which is not whole: {defect}. Pass true for the newest that is."
-            )
-        if named.resolve().parent != folder.resolve():
-            raise ValueError(
-                f"resume_from_checkpoint is {resume}, which is not in output_dir {folder}. A run goes on in its own "
-                f"folder: set output_dir to {named.parent}."
-            )
-        return named
+        return _named_checkpoint(Path(str(resume)), folder)
     checkpoint, passed_over = find_last_checkpoint(folder)
     for path, defect in passed_over.items():
         print(f"Passing over {path}, which is not whole: {defect}.", file=sys.stderr)
@@ -80,6 +66,22 @@ def open_output_dir(
         if checkpoint is None:
             print(f"The Hub has no checkpoint of {repo_id} yet: the run starts from its beginning.", file=sys.stderr)
     return checkpoint
+
+
+def _named_checkpoint(named: Path, folder: Path) -> Path:
+    """Returns the checkpoint that a user has named, if a run in `folder` can go on from it."""
+    if not named.is_dir():
+        raise ValueError(f"resume_from_checkpoint is {named}; there is no such folder. Pass true for the newest one.")
+    if defect := find_defect(named):
+        raise ValueError(
+            f"resume_from_checkpoint is {named}, which is not whole: {defect}. Pass true for the newest that is."
+        )
+    if named.resolve().parent != folder.resolve():
+        raise ValueError(
+            f"resume_from_checkpoint is {named}, which is not in output_dir {folder}. A run goes on in its own "
+            f"folder: set output_dir to {named.parent}."
+        )
+    return named
 
 
 def open_run(args: TrainingArguments) -> Path | None:

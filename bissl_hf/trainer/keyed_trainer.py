@@ -30,6 +30,7 @@ from ..data.alternation import (
     read_rows,
 )
 from ..distributed import average_flat, copy_from_first, world_size
+from .batches import batch_rows, split_rows
 from .callbacks import ShortProgressCallback, TrainingClock
 from .checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
 from .data_parallel import check_whole_model, pad_rows, reduce_gradients_of, rows_of_its_own
@@ -427,28 +428,3 @@ class _EpochBoundary(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         if isinstance(train_dataloader, AlternatingDataLoader):
             train_dataloader.close()
-
-
-def batch_rows(inputs: dict[str, Any]) -> int:
-    """Returns the number of rows of a batch: the first dimension of its first tensor."""
-    for value in inputs.values():
-        if isinstance(value, torch.Tensor) and value.ndim > 0:
-            return value.shape[0]
-    raise ValueError(
-        f"A batch must hold at least one tensor with rows; this one has {', '.join(inputs) or 'nothing'}."
-    )
-
-
-def split_rows(inputs: dict[str, Any], part_size: int | None) -> list[tuple[dict[str, Any], float]]:
-    """Splits a batch into parts of at most `part_size` rows, each with its share of the batch."""
-    rows = batch_rows(inputs)
-    if part_size is None or part_size >= rows:
-        return [(inputs, 1.0)]
-    parts = []
-    for start in range(0, rows, part_size):
-        part = {
-            name: value[start : start + part_size] if isinstance(value, torch.Tensor) and value.ndim else value
-            for name, value in inputs.items()
-        }
-        parts.append((part, batch_rows(part) / rows))
-    return parts

@@ -16,7 +16,8 @@ from ..linear_solve import SolveStatus
 from ..models.batch_norm import running_statistics
 from ..recycling import Directions
 from ..tensors import Vector, add_scaled, at_least_float32, cosine, dot, fill_missing, subtract
-from .keyed_trainer import Transform, split_rows
+from .batches import split_rows
+from .keyed_trainer import Transform
 from .level_evaluation import LevelEvaluation
 from .precision import in_full_precision
 

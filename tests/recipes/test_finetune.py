@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
@@ -81,6 +82,25 @@ def test_a_run_leaves_its_best_model_and_figures_for_every_seed(finished: tuple[
         rf"test +accuracy +{100 * accuracy['mean']:.2f} % +{100 * accuracy['std']:.2f} % +{values}", printed
     )
     assert "chosen among 2 pairs on the validation split" in printed
+
+
+def test_the_model_card_is_that_of_the_best_seed(finished: tuple[Path, str], images: Path) -> None:
+    output, _ = finished
+    results = json.loads((output / "all_results.json").read_text())
+    card = ModelCard.load(output / "README.md")
+    best = results["seeds"].index(results["best_seed"])
+    accuracy = results["test_accuracy"]
+    shown = {
+        ("| **This model** | test (24) |", accuracy["values"][best]),
+        ("| Mean over 2 seeds | test (24) |", accuracy["mean"]),
+        ("| **This model** | validation (6) |", results["eval_accuracy"]["values"][best]),
+    }
+    for row, value in shown:
+        assert f" {value:.4f} |" in next(line for line in card.text.splitlines() if line.startswith(row))
+    assert re.search(rf"`learning_rate` \| {results['learning_rate']:.3g}", card.text)
+    assert card.data.pipeline_tag == "image-classification"
+    assert "(figures/finetuning.png)" in card.text
+    assert str(images) not in str(card)
 
 
 def test_an_interrupted_run_goes_on_and_finished_seeds_are_not_run_again(

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from bissl_hf.data.alternation import StepKey, keyed_random_state
-from bissl_hf.trainer.keyed_trainer import KeyedTrainer, batch_rows, split_rows
+from bissl_hf.trainer.keyed_trainer import KeyedTrainer
 from bissl_hf.trainer.metrics_buffer import MetricsBuffer
 from bissl_hf.trainer.training_args import KeyedTrainingArguments
 
@@ -57,33 +57,6 @@ def test_the_buffer_shows_what_is_not_finite():
     buffer.add("a", 1.0)
     buffer.add("a", float("inf"))
     assert buffer.pop_averages()["a"] == float("inf")
-
-
-def test_rows_are_those_of_the_first_tensor():
-    assert batch_rows({"scale": torch.tensor(2.0), "name": "x", "x": torch.zeros(5, 2)}) == 5
-
-
-@pytest.mark.parametrize(("inputs", "named"), [({}, "nothing"), ({"text": ["a"], "n": torch.tensor(1)}, "text, n")])
-def test_a_batch_without_rows_is_refused(inputs, named):
-    with pytest.raises(ValueError, match=f"must hold at least one tensor with rows; this one has {named}"):
-        batch_rows(inputs)
-
-
-def test_parts_of_a_batch_with_their_shares():
-    inputs = {"x": torch.arange(7), "y": torch.arange(14).view(7, 2), "scale": torch.tensor(3.0), "name": "both"}
-    parts = split_rows(inputs, 3)
-    assert [share for _, share in parts] == [3 / 7, 3 / 7, 1 / 7]
-    for name in ("x", "y"):
-        assert torch.equal(torch.cat([part[name] for part, _ in parts]), inputs[name])
-    assert all(part["scale"] is inputs["scale"] and part["name"] == "both" for part, _ in parts)
-
-
-@pytest.mark.parametrize("size", [None, 7, 8])
-def test_a_batch_that_fits_stays_whole(size):
-    inputs = {"x": torch.arange(7)}
-    ((part, share),) = split_rows(inputs, size)
-    assert part is inputs
-    assert share == 1.0
 
 
 def keyed_args(tmp_path, **overrides) -> KeyedTrainingArguments:

@@ -120,6 +120,7 @@ def write_card(
     for name, source in (("seed", "best_seed"), ("learning_rate", "learning_rate"), ("weight_decay", "weight_decay")):
         setattr(trainer.args, name, results[source])
     trainer.state.log_history = best["log_history"]
+    trainer.state.global_step = best["log_history"][-1]["step"]
     trainer.facts.evaluations = [Evaluation("This model", "test", metrics_of(test, "test"), rows)]
     if len(results["seeds"]) > 1:
         means = {name: results[name]["mean"] for name in test}

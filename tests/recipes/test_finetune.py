@@ -89,15 +89,18 @@ def test_the_model_card_is_that_of_the_best_seed(finished: tuple[Path, str], ima
     results = json.loads((output / "all_results.json").read_text())
     card = ModelCard.load(output / "README.md")
     best = results["seeds"].index(results["best_seed"])
-    accuracy = results["test_accuracy"]
+    trained = json.loads((output / f"seed-{results['best_seed']}" / "result.json").read_text())
+    loss = results["test_loss"]
+    assert loss["values"][0] != loss["values"][1]
     shown = {
-        ("| **This model** | test (24) |", accuracy["values"][best]),
-        ("| Mean over 2 seeds | test (24) |", accuracy["mean"]),
-        ("| **This model** | validation (6) |", results["eval_accuracy"]["values"][best]),
+        ("| **This model** | test (24) |", loss["values"][best]),
+        ("| Mean over 2 seeds | test (24) |", loss["mean"]),
+        ("| **This model** | validation (6) |", trained["eval_loss"]),
     }
     for row, value in shown:
         assert f" {value:.4f} |" in next(line for line in card.text.splitlines() if line.startswith(row))
     assert re.search(rf"`learning_rate` \| {results['learning_rate']:.3g}", card.text)
+    assert "9 steps were taken" in card.text
     assert card.data.pipeline_tag == "image-classification"
     assert "(figures/finetuning.png)" in card.text
     assert str(images) not in str(card)

@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,14 @@ class HubTrainer(Trainer):
         names: dict[Any, str] = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         if name := names.get(self.args.hub_strategy):
             lay_out(files_of_checkpoint(checkpoint, name), tree)
-            lay_out(files_beside_checkpoint(Path(str(self.args.output_dir)), self.resume_files, name), tree)
+            lay_out(files_beside_checkpoint(Path(str(self.args.output_dir)), self._beside(checkpoint), name), tree)
+
+    def _beside(self, checkpoint: Path) -> Iterator[str]:
+        """Yields what of the output folder a resume from a checkpoint needs beside it."""
+        yield from self.resume_files
+        best = Path(self.state.best_model_checkpoint or checkpoint)
+        if self.args.load_best_model_at_end and best.name != checkpoint.name:
+            yield best.name
 
     def _progress_message(self) -> str:
         return f"Training in progress, step {self.state.global_step}"

@@ -19,12 +19,13 @@ from transformers.utils import logging
 
 from .checkpoints import MANIFEST_NAME, STAGING_FOLDER, find_defect, publish
 from .hub_process import DownloadJob, HubProcess
+from .model_card.writing import CARD_NAME
 
 logger = logging.get_logger(__name__)
 
 LAST_CHECKPOINT = "last-checkpoint"
-# What the output folder holds beside is not pushed: it may be anything.
-_ROOT_SUFFIXES = (".json", ".safetensors", ".md", ".txt", ".model", ".jinja")
+# What the output folder holds beside is not pushed: it may be anything, or a card that gave way to the user's own.
+_ROOT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _FOLDERS = ("bilevel", "figures")
 _FOLDER_SUFFIXES = (*_ROOT_SUFFIXES, ".png")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
@@ -34,8 +35,8 @@ _LARGEST_TEXT_BYTES = 20_000_000
 def outputs_of_run(output_dir: Path, *, except_for: Iterable[str] = ()) -> Iterator[tuple[Path, str]]:
     """Yields the files of an output folder that belong on the Hub, with their paths there, checkpoints left out."""
     for path in sorted(output_dir.iterdir()):
-        if path.is_file() and path.suffix in _ROOT_SUFFIXES and not path.name.startswith("."):
-            if path.name not in except_for:
+        if path.is_file() and (path.suffix in _ROOT_SUFFIXES or path.name == CARD_NAME):
+            if path.name not in except_for and not path.name.startswith("."):
                 yield path, path.name
         elif path.is_dir() and path.name in _FOLDERS:
             for file in sorted(path.rglob("*")):

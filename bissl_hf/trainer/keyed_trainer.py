@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
@@ -31,6 +33,7 @@ from ..data.alternation import (
 )
 from ..distributed import average_flat, copy_from_first, world_size
 from .batches import batch_rows, split_rows
+from .best_checkpoint import BestCheckpoint, check_best_checkpoint
 from .callbacks import ShortProgressCallback, TrainingClock
 from .checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
 from .data_parallel import check_whole_model, pad_rows, reduce_gradients_of, rows_of_its_own
@@ -93,8 +96,8 @@ class KeyedTrainer(HubTrainer):
         self._samples = 0
         self._samples_since = time.perf_counter()
         self.metrics_buffer = MetricsBuffer(average_flat)
-        self._clock = TrainingClock()
-        callbacks = [self._clock, *(trainer_kwargs.pop("callbacks", None) or []), _EpochBoundary()]
+        self._clock, self._best = TrainingClock(), BestCheckpoint()
+        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), _EpochBoundary()]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
@@ -294,6 +297,7 @@ class KeyedTrainer(HubTrainer):
             "metrics": self.metrics_buffer.state_dict(),
             "settings": self.resume_settings(),
             "seconds": self.training_seconds,
+            "best_checkpoint": Path(best).name if (best := self.state.best_model_checkpoint) else None,
         }
 
     def load_run_state(self, state: dict[str, Any]) -> None:
@@ -334,7 +338,8 @@ class KeyedTrainer(HubTrainer):
             whole, _ = find_last_checkpoint(checkpoint.parent)
             advice = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
             raise ValueError(f"The checkpoint {checkpoint} is not whole: {defect}; {advice}.")
-        then = json.loads((checkpoint / RUN_STATE_NAME).read_text())["settings"]
+        state = json.loads((checkpoint / RUN_STATE_NAME).read_text())
+        then = state["settings"]
         changed = [
             f"{name} was {then.get(name)} and is {now}"
             for name, now in self.resume_settings().items()
@@ -345,6 +350,8 @@ class KeyedTrainer(HubTrainer):
                 f"The checkpoint belongs to another run: {'; '.join(changed)}. Resume with the settings it was made "
                 "with."
             )
+        if self.args.load_best_model_at_end:
+            check_best_checkpoint(checkpoint, state.get("best_checkpoint"))
 
     def _get_output_dir(self, trial: Any) -> str:
         """Leads Trainer to the staging folder while a checkpoint is being written."""
@@ -364,12 +371,13 @@ class KeyedTrainer(HubTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        run_state = self.run_state()
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
+        run_state = self.run_state()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            # Where the best checkpoint lies is told by name, in the run's state.
+            replace(self.state, best_model_checkpoint=None).save_to_json(str(staging / name / TRAINER_STATE_NAME))
             write_json(staging / name / RUN_STATE_NAME, run_state)
             if tensors := self.run_tensors():
                 save_file(tensors, staging / name / RUN_TENSORS_NAME)
@@ -393,7 +401,9 @@ class KeyedTrainer(HubTrainer):
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         self.check_checkpoint(resume_from_checkpoint)
         self._restore_weights(resume_from_checkpoint)
-        self.load_run_state(json.loads((Path(resume_from_checkpoint) / RUN_STATE_NAME).read_text()))
+        state = json.loads((Path(resume_from_checkpoint) / RUN_STATE_NAME).read_text())
+        self.load_run_state(state)
+        self._best.find(Path(resume_from_checkpoint), state.get("best_checkpoint"))
         tensors = Path(resume_from_checkpoint) / RUN_TENSORS_NAME
         if tensors.is_file():
             self.load_run_tensors(load_file(tensors, device=str(self.args.device)))

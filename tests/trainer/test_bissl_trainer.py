@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -719,12 +720,21 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 def test_the_best_checkpoint_is_remembered_over_a_resume(tmp_path):
     settings = {
         "num_alternations": 3, "eval_rows": 6, "save_strategy": "epoch", "load_best_model_at_end": True,
-        "metric_for_best_model": "score", "greater_is_better": True,
+        "metric_for_best_model": "score", "greater_is_better": True, "save_total_limit": 3,
     }  # fmt: skip
-    make_trainer(tmp_path, keywords=scripted_scores([3.0, 2.0, 1.0]), **settings).train()
-    resumed = make_trainer(tmp_path, keywords=scripted_scores([2.0, 1.0]), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert resumed.state.best_model_checkpoint == str(tmp_path / "checkpoint-5")
+    make_trainer(tmp_path / "there", keywords=scripted_scores([3.0, 2.0, 1.0]), **settings).train()
+    here = (tmp_path / "there").rename(tmp_path / "here")
+    resumed = make_trainer(here, keywords=scripted_scores([1.0]), **settings)
+    resumed.train(resume_from_checkpoint=str(here / "checkpoint-10"))
+    assert resumed.state.best_model_checkpoint == str(here / "checkpoint-5")
+    best = BiSSLModel.from_pretrained(here / "checkpoint-5")
+    assert same_tensors(resumed.model.state_dict(), best.state_dict())
+    shutil.rmtree(here / "checkpoint-5")
+    message = r"checkpoint-5 is the best .* load_best_model_at_end needs it .* not a folder. Put it there, or set"
+    with pytest.raises(ValueError, match=message):
+        resumed.check_checkpoint(here / "checkpoint-15")
+    resumed.args.load_best_model_at_end = False
+    resumed.check_checkpoint(here / "checkpoint-15")
 
 
 def test_training_stops_early_when_asked_to(tmp_path):

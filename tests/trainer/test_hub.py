@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from bissl_hf.cli.models import PretextModelArguments, build_pretext_model
 from bissl_hf.cli.outputs import open_output_dir
 from bissl_hf.data.augment import image_processor
 from bissl_hf.trainer import hub_process
-from bissl_hf.trainer.checkpoints import find_last_checkpoint
+from bissl_hf.trainer.checkpoints import find_defect, find_last_checkpoint
 from bissl_hf.trainer.hub_folder import fetch_last_checkpoint
 from bissl_hf.trainer.pretext_trainer import PretextTrainer
 from bissl_hf.trainer.training_args import PretextTrainingArguments
@@ -63,8 +65,15 @@ def make_pretext_trainer(output_dir: Path, **overrides) -> PretextTrainer:
     return PretextTrainer(tiny_model().lower, args, train_dataset=TinyImages(20, pairs=True))
 
 
-def make_bissl_trainer(output_dir: Path, **overrides) -> BiSSLTrainer:
-    """Two alternations of two lower and two upper steps, with a save after each."""
+def make_bissl_trainer(output_dir: Path, *, scores: Sequence[float] = (), **overrides) -> BiSSLTrainer:
+    """Two alternations of two lower and two upper steps, with a save after each. With scores: three alternations, of
+    which the one with the highest score is the best."""
+    scripted: dict[str, Any] = {}
+    if scores:
+        answers = iter([value for score in scores for value in (score, 0.0)])  # the upper model is evaluated second
+        scripted = {"eval_dataset": TinyImages(6), "compute_metrics": lambda prediction: {"score": next(answers)}}
+        overrides |= {"num_alternations": 3, "eval_strategy": "epoch", "load_best_model_at_end": True,
+                      "metric_for_best_model": "score", "greater_is_better": True}  # fmt: skip
     args = BiSSLTrainingArguments(
         **{
             "output_dir": str(output_dir),
@@ -89,7 +98,7 @@ def make_bissl_trainer(output_dir: Path, **overrides) -> BiSSLTrainer:
     model.upper.config.id2label = dict(enumerate(("cat", "dog", "emu")))
     return BiSSLTrainer(
         model, args, train_dataset=TinyImages(24), lower_dataset=TinyImages(24, pairs=True),
-        processing_class=image_processor(8),
+        processing_class=image_processor(8), **scripted,
     )  # fmt: skip
 
 
@@ -135,7 +144,7 @@ def test_a_user_pushes_as_with_any_trainer(hub, tmp_path):
     assert {"config.json", "model.safetensors", "README.md"} <= set(hub.files("user/simclr", branch="branch"))
     assert trainer.push_to_hub(blocking=False).result().commit_message == "End of training"
     hub.fail("500", path="/commit/")
-    (tmp_path / "simclr" / "notes.md").write_text("new")
+    (tmp_path / "simclr" / "notes.txt").write_text("new")
     with pytest.raises(
         RuntimeError, match=r"it answered 500.*Not there yet: the model\. .*\n    hf upload user/simclr"
     ):
@@ -183,6 +192,8 @@ def test_no_pickle_of_arguments_and_no_token_leaves_the_machine(hub, tmp_path, c
     (output / "all_results.json").write_text("{}")
     (output / "training_args.bin").write_bytes(pickle.dumps(trainer.args))
     (output / ".env").write_text(TOKEN)
+    for name in ("README.md", "README.new-1.md", "notes.md"):
+        (output / name).write_text("# Mine")
     (output / "private").mkdir()
     (output / "private" / "key.json").write_text("{}")
     trainer.push_outputs()
@@ -191,6 +202,7 @@ def test_no_pickle_of_arguments_and_no_token_leaves_the_machine(hub, tmp_path, c
     suffixes = {Path(path).suffix for path in files if "/" not in path or path.startswith("bilevel")}
     assert suffixes <= {"", ".json", ".safetensors", ".md"}
     assert not [path for path in files if "training_args" in path or "key" in path or "env" in path]
+    assert [path for path in files if path.endswith(".md")] == ["README.md"]
     assert not [request.line for request in hub.requests if TOKEN.encode() in request.body]
     assert f"{output / 'notes.json'} holds a token of the Hub and is not pushed" in caplog.text
     for path, content in files.items():
@@ -210,9 +222,13 @@ def test_pushing_does_not_change_the_run(hub, tmp_path):
 
 
 class Stop(TrainerCallback):
+    """Ends the training with a save."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = state.global_step == 3
-        control.should_training_stop = state.global_step == 3
+        control.should_save = control.should_training_stop = state.global_step == self.step
 
 
 @pytest.mark.parametrize("make", [make_bissl_trainer, make_pretext_trainer])
@@ -220,7 +236,7 @@ def test_a_run_goes_on_from_the_hub_alone_to_the_bit(hub, tmp_path, make):
     whole = make(tmp_path / "whole", push_to_hub=False)
     whole.train()
     first = make(tmp_path / "first" / "run")
-    first.add_callback(Stop())
+    first.add_callback(Stop(3))
     first.resume_files = ("before.json", "pretraining/model")
     (tmp_path / "first" / "run" / "pretraining" / "model").mkdir(parents=True)
     (tmp_path / "first" / "run" / "pretraining" / "model" / "config.json").write_text("{}")
@@ -244,6 +260,24 @@ def test_a_run_goes_on_from_the_hub_alone_to_the_bit(hub, tmp_path, make):
     ]
     assert ends[0] == ends[1]
     assert "loss" in ends[0]
+
+
+def test_the_best_model_is_loaded_at_the_end_by_a_run_that_goes_on_from_the_hub(hub, tmp_path):
+    whole = make_bissl_trainer(tmp_path / "whole", scores=[3.0, 1.0, 2.0], push_to_hub=False)
+    whole.train()
+    first = make_bissl_trainer(tmp_path / "first" / "run", scores=[3.0, 1.0])
+    first.add_callback(Stop(8))
+    first.train()
+    assert not [path for path, content in hub.files("user/run").items() if str(tmp_path).encode() in content]
+    shutil.rmtree(tmp_path / "first")
+    output = tmp_path / "second" / "run"
+    checkpoint = open_output_dir(str(output), "hub")
+    assert (checkpoint, find_defect(output / "checkpoint-4")) == (output / "checkpoint-8", None)
+    second = make_bissl_trainer(output, scores=[2.0])
+    second.train(resume_from_checkpoint=str(checkpoint))
+    assert second.state.best_model_checkpoint == str(output / "checkpoint-4")
+    assert same_weights(second.model, whole.model)
+    assert same_weights(second.model, BiSSLModel.from_pretrained(output / "checkpoint-4"))
 
 
 def test_a_run_starts_where_the_hub_has_no_checkpoint(hub, tmp_path, capsys):

@@ -16,12 +16,13 @@ import numpy as np
 from accelerate.state import PartialState
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 from transformers.utils.logging import disable_progress_bar
 
 from bissl_hf import BiSSLConfig, BiSSLModel
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.images import DataArguments, LabelledImages, decode_labelled, load_labelled
+from bissl_hf.cli.loading import load_config, loading
 from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_output_dir
 from bissl_hf.data.augment import EvalTransform
 from bissl_hf.evaluation.analysis import FeatureReport, Labelled, cka_matrix, report_features
@@ -85,16 +86,14 @@ def load_backbones(arguments: AnalysisArguments) -> dict[str, PreTrainedModel]:
     backbones: dict[str, PreTrainedModel] = {}
     names = arguments.names or [Path(source).name for source in arguments.checkpoints]
     for name, source in zip(names, arguments.checkpoints, strict=True):
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"The checkpoint {source!r} cannot be loaded: {reason}") from error
-        if isinstance(config, BiSSLConfig):
-            both = BiSSLModel.from_pretrained(source)
-            found = {f"{name}, lower level": both.lower.base_model, f"{name}, upper level": both.upper.base_model}
-        else:
-            found = {name: load_backbone(source)}
+        config = load_config("checkpoints", source)
+        with loading("checkpoints", source):
+            if isinstance(config, BiSSLConfig):
+                both = BiSSLModel.from_pretrained(source)
+                levels = {"lower": both.lower.base_model, "upper": both.upper.base_model}
+                found = {f"{name}, {level} level": backbone for level, backbone in levels.items()}
+            else:
+                found = {name: load_backbone(source)}
         if twice := sorted(set(found) & set(backbones)):
             raise ValueError(f"Two checkpoints are called {twice[0]!r}; tell them apart with --names.")
         backbones |= found

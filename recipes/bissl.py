@@ -38,6 +38,7 @@ from bissl_hf.cli.images import (
     decode_unlabelled,
     load_labelled,
 )
+from bissl_hf.cli.loading import check_sources
 from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
 from bissl_hf.cli.outputs import RESULTS_NAME, format_table, name_metrics, open_run
 from bissl_hf.cli.pretraining import FINISHED_NAME, pretrain
@@ -299,6 +300,7 @@ def build_run(
     args: BiSSLTrainingArguments,
 ) -> tuple[Images, BiSSLTrainer, PretextTrainer]:
     set_seed(args.seed)
+    check_sources(models, "lower_model", "backbone", "upper_model")
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
     lower = build_pretext_model(models)

@@ -18,6 +18,7 @@ from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.card import CardArguments, recipe_facts
 from bissl_hf.cli.finetuning import FineTuning, summarise
 from bissl_hf.cli.images import CropArguments, DataArguments, build_train_transform, decode_labelled, load_labelled
+from bissl_hf.cli.loading import check_sources
 from bissl_hf.cli.models import StartArguments, classifier_builder
 from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_output_dir
 from bissl_hf.data.augment import image_processor
@@ -76,6 +77,7 @@ def open_run(args: FineTuningArguments) -> None:
 def build_finetuning(
     data: DataArguments, crops: CropArguments, start: StartArguments, args: FineTuningArguments
 ) -> FineTuning:
+    check_sources(start, "model")
     train_transform = build_train_transform(data.image_size, crops)
     images = decode_labelled(load_labelled(data, seed=args.seed), data.image_size)
     return FineTuning(

@@ -27,6 +27,7 @@ from bissl_hf.cli.images import (
     decode_unlabelled,
     load_labelled,
 )
+from bissl_hf.cli.loading import check_sources
 from bissl_hf.cli.models import PretextModelArguments, build_pretext_model
 from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_run
 from bissl_hf.data.augment import EvalTransform, image_processor
@@ -104,6 +105,7 @@ def build_trainer(
         raise ValueError(
             f"train_examples is {data.train_examples}, but pre-training uses no labels and all images; leave it out."
         )
+    check_sources(models, "lower_model", "backbone")
     view_transform = build_view_transform(data.image_size, views)
     splits = load_image_dataset(
         data.dataset,

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import httpx2
 import numpy as np
 import pytest
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -21,6 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from bissl_hf import load_image_dataset
+from bissl_hf.trainer.hub_process import httpx
 
 from .conftest import tiny_resnet_config
 from .hub_stand_in import OTHER_TOKEN, READ_ONLY_TOKEN, TOKEN, HubStandIn
@@ -103,7 +103,7 @@ def test_who_may_read_and_write(hub):
 def test_parts_of_files_are_served(hub):
     hub.add_repository("user/name", CONTENT)
     url = f"{hub.url}/user/name/resolve/main/sub/weights.safetensors"
-    answer = httpx2.get(url, headers={"Range": "bytes=3-9"})
+    answer = httpx.get(url, headers={"Range": "bytes=3-9"})
     assert (answer.status_code, answer.content) == (206, bytes(range(3, 10)))
 
 
@@ -152,19 +152,19 @@ def test_a_connection_is_cut_refused_or_hangs(hub):
     hub.add_repository("user/name", CONTENT)
     url = f"{hub.url}/user/name/resolve/main/sub/weights.safetensors"
     hub.fail("cut", path="GET .*weights", times=1)
-    with pytest.raises(httpx2.RemoteProtocolError):
-        httpx2.get(url)
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(url)
     hub.fail("hang", path="GET .*weights", times=1)
-    with pytest.raises(httpx2.ReadTimeout):
-        httpx2.get(url, timeout=0.2)
-    assert httpx2.get(url).content == CONTENT["sub/weights.safetensors"]
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.get(url, timeout=0.2)
+    assert httpx.get(url).content == CONTENT["sub/weights.safetensors"]
     hub.fail("refuse", path="GET")
-    with pytest.raises(httpx2.TransportError):
-        httpx2.get(url)
-    with pytest.raises(httpx2.ConnectError):
-        httpx2.get(url)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(url)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
     hub.recover()
-    assert httpx2.get(url).content == CONTENT["sub/weights.safetensors"]
+    assert httpx.get(url).content == CONTENT["sub/weights.safetensors"]
     with pytest.raises(ValueError, match="kind is 'fire'; it must be one of refuse, hang"):
         hub.fail("fire")
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
 from ..evaluation.metrics import SINGLE_LABEL
 from ..models.configuration_bissl import BiSSLConfig
 from ..models.configuration_simclr import SimCLRConfig, resnet18_config
 from ..models.modeling_bissl import BiSSLModel
 from ..models.modeling_simclr import SimCLRForPreTraining, load_backbone
+from .loading import load_config, loading
 
 
 @dataclass
@@ -49,21 +50,24 @@ def build_pretext_model(arguments: PretextModelArguments) -> SimCLRForPreTrainin
     if arguments.lower_model and arguments.backbone:
         raise ValueError("Both lower_model and backbone are given; a lower model brings its backbone, so drop one.")
     if arguments.lower_model:
-        config = AutoConfig.from_pretrained(arguments.lower_model, trust_remote_code=False)
-        if not isinstance(config, SimCLRConfig):
-            raise ValueError(
-                f"lower_model {arguments.lower_model} is a {config.model_type!r} model; it must be a SimCLR one. To "
-                "put a SimCLR head on it pass it as --backbone."
-            )
-        return SimCLRForPreTraining.from_pretrained(arguments.lower_model)
+        return _load_simclr(arguments.lower_model)
     if arguments.backbone and arguments.backbone_init == "pretrained":
-        return SimCLRForPreTraining.from_backbone(arguments.backbone, **heads)
-    backbone = (
-        AutoConfig.from_pretrained(arguments.backbone, trust_remote_code=False)
-        if arguments.backbone
-        else resnet18_config()
-    )
-    return SimCLRForPreTraining(SimCLRConfig(backbone_config=backbone, **heads))
+        with loading("backbone", arguments.backbone):
+            backbone = load_backbone(arguments.backbone)
+        return SimCLRForPreTraining.from_backbone(backbone, **heads)
+    config = load_config("backbone", arguments.backbone) if arguments.backbone else resnet18_config()
+    return SimCLRForPreTraining(SimCLRConfig(backbone_config=config, **heads))
+
+
+def _load_simclr(source: str) -> SimCLRForPreTraining:
+    config = load_config("lower_model", source)
+    if not isinstance(config, SimCLRConfig):
+        raise ValueError(
+            f"lower_model {source} is a {config.model_type!r} model; it must be a SimCLR one. To put a SimCLR head on "
+            "it pass it as --backbone."
+        )
+    with loading("lower_model", source):
+        return SimCLRForPreTraining.from_pretrained(source)
 
 
 def new_classifier(
@@ -91,7 +95,8 @@ def load_classifier(
     Raises:
         `ValueError`: if it tells another number of classes apart.
     """
-    model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False)
+    with loading(field, source):
+        model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False)
     if model.config.num_labels != len(class_names):
         raise ValueError(
             f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "
@@ -170,20 +175,22 @@ def classifier_on(
 
 
 def _backbone_config(source: str | None) -> PretrainedConfig:
-    config: Any = AutoConfig.from_pretrained(source) if source else resnet18_config()
+    config: Any = load_config("model", source) if source else resnet18_config()
     if isinstance(config, BiSSLConfig):
         return config.upper_config
     return config.backbone_config if isinstance(config, SimCLRConfig) else config
 
 
 def _load_backbone(source: str) -> PreTrainedModel:
-    if isinstance(AutoConfig.from_pretrained(source), BiSSLConfig):
-        return BiSSLModel.from_pretrained(source).aligned_model().base_model
-    return load_backbone(source)
+    config = load_config("model", source)
+    with loading("model", source):
+        if isinstance(config, BiSSLConfig):
+            return BiSSLModel.from_pretrained(source).aligned_model().base_model
+        return load_backbone(source)
 
 
 def _load_whole(source: str, class_names: Sequence[str], problem_type: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(source)
+    config = load_config("model", source)
     if isinstance(config, SimCLRConfig | BiSSLConfig):
         raise ValueError(
             f"model {source} is a {config.model_type!r} model, which is no image classifier; leave keep_head out."

@@ -133,7 +133,7 @@ def test_figures_that_are_not_defined_are_null() -> None:
         ({"knn_neighbors": 0}, "knn_neighbors is 0; it must be at least 1"),
         ({"names": ["a", "b"]}, "names has 2 entries for 1 checkpoints; give one for each"),
         ({"checkpoints": ["simclr", "simclr"]}, "Two checkpoints are called 'simclr'; tell them apart with --names"),
-        ({"checkpoints": ["nowhere"]}, "The checkpoint 'nowhere' cannot be loaded: "),
+        ({"checkpoints": ["no/such/folder"]}, "checkpoints is 'no/such/folder'; there is no such folder"),
         ({"dataset": "digitz"}, "There is no data set 'digitz'.*Did you mean 'digits'"),
         ({"checkpoints": None}, "the following arguments are required: --checkpoints; see --help"),
         ({"tsne_images": "many"}, "argument --tsne_images.*invalid int value: 'many'"),

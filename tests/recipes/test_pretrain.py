@@ -127,7 +127,7 @@ def test_it_starts_from_the_backbone_it_is_given(images: Path, backbone: Path, t
         ({"crop_scale": [0.5]}, "crop_scale is .* two numbers"),
         ({"optim": "lbfgs"}, "optim is 'lbfgs'"),
         ({"learning_rat": 1}, "Unknown argument --learning_rat; did you mean learning_rate"),
-        ({"lower_model": "no/such/folder"}, "Both lower_model and backbone are given"),
+        ({"lower_model": "no/such/folder"}, "lower_model is 'no/such/folder'; there is no such folder. It must"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

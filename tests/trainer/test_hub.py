@@ -333,7 +333,7 @@ def test_code_beside_a_model_is_not_run(hub, tmp_path):
     code = f"open({str(tmp_path / 'witness')!r}, 'w')\n"
     hub.add_repository("user/own", {"config.json": json.dumps(config), "own.py": code})
     for name in ("lower_model", "backbone"):
-        with pytest.raises(ValueError, match="trust_remote_code"):
+        with pytest.raises(ValueError, match=f"{name} is 'user/own'; .* contains custom code"):
             build_pretext_model(PretextModelArguments(**{name: "user/own"}))
     assert not (tmp_path / "witness").exists()
 

@@ -1,0 +1,74 @@
+"""Loading what a user has named by folder or Hub id; an error says by which argument."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import CONFIG_NAME
+
+_ALLOWED = f"It must be a folder with a {CONFIG_NAME} and weights, or the id of a model at the Hub, such as user/name."
+
+
+@contextmanager
+def loading(field: str, source: str) -> Iterator[None]:
+    """Has an error in loading a model name the argument and its value.
+
+    Args:
+        field (`str`): the argument that names the model.
+        source (`str`): its value.
+
+    Raises:
+        `ValueError`: before anything is asked of the Hub, if `source` is neither a folder with a configuration nor
+            the name of a repository; later for whatever hinders the loading.
+    """
+    if Path(source).is_dir():
+        if not (Path(source) / CONFIG_NAME).is_file():
+            raise ValueError(f"{field} is {source!r}, a folder without a {CONFIG_NAME}. {_ALLOWED}")
+    elif not _may_be_repository(source):
+        raise ValueError(f"{field} is {source!r}; there is no such folder. {_ALLOWED}")
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(" .")
+        found = (
+            "a folder that" if Path(source).is_dir() else "there is no such folder, and what the Hub has of that name"
+        )
+        raise ValueError(f"{field} is {source!r}; {found} cannot be loaded: {reason}. {_ALLOWED}") from error
+
+
+def load_config(field: str, source: str) -> PretrainedConfig:
+    """Loads the configuration of a model; code that lies beside it is not run.
+
+    Raises:
+        `ValueError`: see [`loading`].
+    """
+    with loading(field, source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def check_sources(arguments: Any, *names: str) -> None:
+    """Finds out, before anything large is loaded, whether arguments that may name models do.
+
+    Args:
+        arguments: an object with the arguments.
+        names (`str`): those that name a model where they are given.
+
+    Raises:
+        `ValueError`: see [`loading`].
+    """
+    for name in names:
+        if source := getattr(arguments, name):
+            load_config(name, source)
+
+
+def _may_be_repository(source: str) -> bool:
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True

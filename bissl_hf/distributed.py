@@ -1,6 +1,8 @@
 """Exchange between processes: a gather that can be differentiated twice, one flat average, a common start."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import reduce
 from typing import Any
 
@@ -8,15 +10,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+def _in_group() -> bool:
+    return not _ALONE.get() and dist.is_available() and dist.is_initialized()
+
 
 def world_size() -> int:
     """Number of processes; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _in_group() else 1
 
 
 def rank() -> int:
     """Number of this process; 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _in_group() else 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Has this process compute as if it were the only one: nothing in this module exchanges anything meanwhile."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -60,6 +78,20 @@ def gather_rows(tensor: Tensor) -> Tensor:
         `torch.Tensor`: shape `(processes * rows, ...)`; the tensor itself for one process.
     """
     return tensor if world_size() == 1 else _GatherRows.apply(tensor)
+
+
+def largest_over_processes(value: int, device: torch.device) -> int:
+    """Returns the largest of the processes' values, on each process.
+
+    Args:
+        value (`int`)
+        device (`torch.device`): on which processes exchange tensors.
+    """
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def from_first_process(value: Any) -> Any:

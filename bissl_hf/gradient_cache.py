@@ -92,7 +92,7 @@ class EmbeddingCurvature(Curvature):
 
     def _product(self, vector: Sequence[Tensor]) -> Vector:
         rows, row_gradient, sizes = self._embeddings()
-        product = tuple(torch.zeros_like(parameter) for parameter in self.parameters)
+        product = self._zeros()
         tangents = []
         with self._evaluating():
             for embed, constant in zip(self._embed_parts, row_gradient.detach().split(sizes), strict=True):
@@ -122,7 +122,7 @@ class EmbeddingCurvature(Curvature):
 
     def _pull_back(self, weights: Iterable[Tensor]) -> Vector:
         """Returns the sum over parts of J_k^T w_k."""
-        total = tuple(torch.zeros_like(parameter) for parameter in self.parameters)
+        total = self._zeros()
         with self._evaluating():
             for embed, part in zip(self._embed_parts, weights, strict=True):
                 found = torch.autograd.grad(embed(), self.parameters, part, allow_unused=True)

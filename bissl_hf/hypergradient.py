@@ -24,6 +24,7 @@ from .recycling import Directions, recycled_conjugate_gradient
 from .tensors import Vector, add_scaled, check_same_structure, fill_missing
 
 CurvatureMode = Literal["cached", "recompute"]
+LossFunction = Callable[[], Tensor]
 CURVATURE_MODES: tuple[str, ...] = ("cached", "recompute")
 SOLVERS: tuple[str, ...] = ("cg", "recycled", "blockwise_cg", "identity")
 
@@ -36,15 +37,17 @@ class Curvature:
     random state as found at construction, so dropout draws the same masks in every product.
 
     Args:
-        loss_fn (`Callable`): returns the lower loss, a tensor of shape `()`. It must not have side effects: in
-            particular it must leave the running statistics of batch norm alone (see [`BiSSLModel.pure`]).
+        loss_fn (`Callable` or `Sequence[Callable]`): returns the lower loss, a tensor of shape `()`; or several,
+            called in this order, whose values add up to it. They must not have side effects: in particular they must
+            leave the running statistics of batch norm alone (see [`BiSSLModel.pure`]).
         parameters (`Sequence[torch.Tensor]`): the leaves to differentiate in. Everything else is a constant.
         mode (`str`, *optional*, defaults to `"cached"`): `"cached"` keeps the graph of the gradient for all products;
-            `"recompute"` builds it anew for each, which takes longer and holds no memory in between.
+            `"recompute"` builds it anew for each, term by term, which takes longer, holds no memory in between and
+            that of one term at a time.
         reduce (`Callable`, *optional*): averages a vector over processes.
 
     Raises:
-        `ValueError`: for an unknown mode or a parameter list that is empty or does not require gradients.
+        `ValueError`: for an unknown mode, no loss, or a parameter list that is empty or does not require gradients.
         `RuntimeError`: from a product or the gradient, if the parameters have changed since construction.
 
     Example:
@@ -60,7 +63,7 @@ class Curvature:
 
     def __init__(
         self,
-        loss_fn: Callable[[], Tensor],
+        loss_fn: LossFunction | Sequence[LossFunction],
         parameters: Sequence[Tensor],
         *,
         mode: str = "cached",
@@ -77,7 +80,9 @@ class Curvature:
                 f"{frozen} of {len(self.parameters)} parameters do not require gradients; leave them out."
             )
         self.mode = mode
-        self._loss_fn = loss_fn
+        self._terms: tuple[LossFunction, ...] = (loss_fn,) if callable(loss_fn) else tuple(loss_fn)
+        if not self._terms:
+            raise ValueError("loss_fn is empty; the curvature needs at least one term of the loss.")
         self._reduce = reduce
         self._versions = self._current_versions()
         self._devices = sorted({p.device.index for p in self.parameters if p.device.type == "cuda"})
@@ -105,28 +110,50 @@ class Curvature:
 
     def _product(self, vector: Sequence[Tensor]) -> Vector:
         """Returns H times `vector` for the loss of this process."""
-        graph = self._graph if self._graph is not None else self._linearise()
-        # H v = d <g, v> / d theta, for the gradient g and a constant v. A gradient that is a constant of the
-        # parameters (a linear loss) has no graph, and no curvature.
+        if self.mode == "cached":
+            graph = self._linearise() if self._graph is None else self._graph
+            return self._differentiate(graph, vector, retain_graph=True)
+        product = gradient = self._zeros()
+        with self._evaluating():
+            for term in self._terms:
+                graph = self._gradient_of(term)
+                gradient = add_scaled(gradient, [g.detach() for g in graph], 1.0)
+                product = add_scaled(product, self._differentiate(graph, vector), 1.0)
+                del graph  # before the next term makes its own
+        self._keep_gradient(gradient)
+        return product
+
+    def _differentiate(self, graph: Vector, vector: Sequence[Tensor], *, retain_graph: bool = False) -> Vector:
+        """Returns  d <g, v> / d theta  for a gradient g and a constant v: H v."""
+        # A gradient that is a constant of the parameters (a linear loss) has no graph, and no curvature.
         pairs = [(g, v.to(g.dtype)) for g, v in zip(graph, vector, strict=True) if g.requires_grad]
-        outputs, weights = [g for g, _ in pairs], [v for _, v in pairs]
-        products: Sequence[Tensor | None] = [None] * len(self.parameters)
-        if outputs:
-            products = torch.autograd.grad(
-                outputs, self.parameters, weights, retain_graph=self.mode == "cached", allow_unused=True
-            )
-        return fill_missing(products, self.parameters)
+        if not pairs:
+            return self._zeros()
+        outputs, weights = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, self.parameters, weights, retain_graph=retain_graph, allow_unused=True)
+        return fill_missing(found, self.parameters)
 
     def _linearise(self) -> Vector:
-        """Returns the gradient with its graph; keeps the graph in mode `cached`."""
+        """Returns the gradient: in mode `cached` with its graph, which is kept, else without one."""
+        cached = self.mode == "cached"
         with self._evaluating():
-            loss = self._loss_fn()
-            gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-        graph = fill_missing(gradients, self.parameters)
-        self._keep_gradient(graph)
-        if self.mode == "cached":
-            self._graph = graph
-        return graph
+            if cached:
+                gradient = self._gradient_of(lambda: _sum_of(self._terms))
+            else:
+                gradient = self._zeros()
+                for term in self._terms:
+                    gradient = add_scaled(gradient, self._gradient_of(term, create_graph=False), 1.0)
+        self._keep_gradient(gradient)
+        if cached:
+            self._graph = gradient
+        return gradient
+
+    def _gradient_of(self, loss_fn: LossFunction, *, create_graph: bool = True) -> Vector:
+        found = torch.autograd.grad(loss_fn(), self.parameters, create_graph=create_graph, allow_unused=True)
+        return fill_missing(found, self.parameters)
+
+    def _zeros(self) -> Vector:
+        return tuple(torch.zeros_like(parameter) for parameter in self.parameters)
 
     def _keep_gradient(self, gradient: Vector) -> None:
         if self._gradient is None:
@@ -157,6 +184,12 @@ class Curvature:
     def _forked_random_state(self) -> Iterator[None]:
         with torch.random.fork_rng(devices=self._devices):
             yield
+
+
+def _sum_of(terms: Sequence[LossFunction]) -> Tensor:
+    """Calls functions in their order and returns the sum of what they return."""
+    values = [term() for term in terms]
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
 def implicit_gradient(

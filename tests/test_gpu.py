@@ -11,13 +11,16 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import gc
+from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
+import bissl_hf.trainer.level_curvature as level_curvature
 from bissl_hf import BiSSLModel, BiSSLTrainer, SimCLRConfig, SimCLRForPreTraining
 from bissl_hf.data.alternation import StepKey, Stream
+from bissl_hf.trainer.curvature_memory import extrapolate_bytes, peak_growth
 
 from .conftest import NUM_LABELS, tiny_model, vit_model
 from .trainer.test_bissl_trainer import all_equal, make_args, make_trainer
@@ -185,6 +188,66 @@ def test_a_recomputed_curvature_holds_nothing_between_products(tmp_path):
     batch = 4 * 64 * 2 * 3 * 64 * 64
     assert held["recompute"] < 1.5 * (parameters + batch), "the batch and the gradient"
     assert held["cached"] > 10 * held["recompute"]
+
+
+def measured_product(trainer, rows: int, halvings: int = 0) -> int:
+    """Bytes that a product on the first rows of the curvature batch takes at most."""
+    trainer.model.train()
+    batch = batch_on_the_device(trainer, Stream.CURVATURE)
+    part = {name: value[:rows] for name, value in batch["inputs"].items()}
+    return peak_growth(lambda: trainer._take_product(part, batch["key"], halvings), trainer.args.device)
+
+
+@contextmanager
+def at_most(bytes_more: float):
+    """Lets this process allocate so much beyond what it holds."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + bytes_more) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
+def test_the_estimate_of_a_product_is_what_it_takes(tmp_path):
+    trainer = large_trainer(tmp_path, per_device_lower_batch_size=128)
+    estimated = extrapolate_bytes(lambda rows: measured_product(trainer, rows), 128)
+    assert estimated == pytest.approx(measured_product(trainer, 128), rel=0.2)
+    assert measured_product(trainer, 128, halvings=2) < 0.4 * measured_product(trainer, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_estimated", [True, False], ids=["estimated", "out-of-memory"])
+def test_a_curvature_that_does_not_fit_gives_way_and_the_step_goes_on(tmp_path, monkeypatch, is_estimated):
+    """The process is allowed 0.6 of what the cached graph takes. An upper step is that of a trainer which takes the
+    same parts with plenty of memory."""
+    said, gradients = [], []
+    monkeypatch.setattr(level_curvature.logger, "warning_once", said.append)
+    trainers = [large_trainer(tmp_path, per_device_lower_batch_size=128) for _ in range(2)]
+    if not is_estimated:
+        trainers[0]._estimate_halvings = lambda inputs, key: 0
+    needed, batch = measured_product(trainers[0], 128), batch_on_the_device(trainers[0], Stream.UPPER)
+    with at_most(0.6 * needed):
+        trainers[0].training_step(trainers[0].model, batch)
+    assert trainers[0].curvature_halvings >= 1
+    assert len(said) == 1
+    trainers[1].curvature_halvings = trainers[0].curvature_halvings
+    trainers[1].training_step(trainers[1].model, batch)
+    for trainer in trainers:
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in trainer.model.upper_shared_parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * float(gradients[1].abs().max()))
+
+
+@pytest.mark.gpu
+def test_a_mode_that_was_chosen_runs_out_of_memory(tmp_path):
+    trainer = large_trainer(tmp_path, per_device_lower_batch_size=128, curvature_mode="cached")
+    needed, batch = measured_product(trainer, 128), batch_on_the_device(trainer, Stream.UPPER)
+    with at_most(0.6 * needed), pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.training_step(trainer.model, batch)
+    assert "Set a smaller curvature_batch_size" in caught.value.__notes__[0]
 
 
 @pytest.mark.gpu

@@ -265,8 +265,58 @@ def test_a_curvature_of_other_weights_is_refused(mode):
         curvature([torch.ones(2)])
 
 
+@pytest.mark.parametrize("mode", ["cached", "recompute"])
+def test_a_loss_may_come_in_terms(mode):
+    """With dropout: the terms draw one after the other, in every product."""
+    model = ConvNet(dropout=0.5).train()
+    parameters = list(model.parameters())
+    images = torch.rand(2, 5, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def term(number):
+        return functional_call(model, copies(model), (images[number],)).square().mean()
+
+    torch.manual_seed(3)
+    whole = Curvature(lambda: term(0) + term(1), parameters)
+    torch.manual_seed(3)
+    curvature = Curvature([lambda: term(0), lambda: term(1)], parameters, mode=mode)
+    for vector in (whole.gradient, [torch.ones_like(p) for p in parameters]):
+        expected = flat(whole(vector))
+        assert expected.norm() > 1e-3
+        assert relative_error(flat(curvature(vector)), expected) < 1e-10
+    assert relative_error(flat(curvature.gradient), flat(whole.gradient)) < 1e-10
+
+
+def test_terms_are_recomputed_one_at_a_time():
+    """What autograd keeps of a term is let go before the next one."""
+    weights = torch.ones(50, requires_grad=True)
+    held, peaks = [], []
+
+    class Held:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            held.append(None)
+            peaks[-1] = max(peaks[-1], len(held))
+
+        def __del__(self):
+            held.pop()
+
+    def term():
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda kept: kept.tensor):
+            return weights.exp().sin().sum()
+
+    for count in (1, 4):
+        peaks.append(0)
+        curvature = Curvature([term] * count, [weights], mode="recompute")
+        curvature([torch.ones(50)])
+        assert curvature.gradient
+        assert not held
+    assert peaks[0] == peaks[1] > 0
+
+
 def test_bad_arguments_are_refused():
     parameter = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="loss_fn is empty"):
+        Curvature([], [parameter])
     with pytest.raises(ValueError, match="mode is 'eager'"):
         Curvature(lambda: parameter.sum(), [parameter], mode="eager")
     with pytest.raises(ValueError, match="parameters is empty"):

@@ -28,7 +28,7 @@ MUTANTS = {
         )
     ],
     "a stale curvature": [
-        (BiSSLTrainer, "_leave_upper_phase", "self._curvature = self._directions = None", "pass"),
+        (BiSSLTrainer, "leave_upper_phase", "self._curvature = self._directions = None", "pass"),
         (
             BiSSLTrainer,
             "_curvature_of",
@@ -38,7 +38,7 @@ MUTANTS = {
         (hypergradient.Curvature, "check_unchanged", "if self._current_versions() != self._versions:", "if False:"),
     ],
     "directions of another phase": [
-        (BiSSLTrainer, "_leave_upper_phase", "self._curvature = self._directions = None", "self._curvature = None"),
+        (BiSSLTrainer, "leave_upper_phase", "self._curvature = self._directions = None", "self._curvature = None"),
         (
             BiSSLTrainer,
             "_directions_of",
@@ -62,15 +62,15 @@ MUTANTS = {
             "self.model.lower_head_parameters()]),\n",
         ),
         (BiSSLTrainer, "_upper_step", "(*solution,", "(*solution[: len(theta_p)],"),
-        (BiSSLTrainer, "_solve", "cosine(curvature.gradient, rhs)", "0.0"),
+        (BiSSLTrainer, "_solve", "cosine(curvature.gradient, rhs)", "rhs[0].sum()"),
     ],
     "proximal term counted in H": [
         (
             BiSSLTrainer,
             "_build_curvature",
-            "self.lower_loss_terms(model, inputs, key)]).sum()",
-            "self.lower_loss_terms(model, inputs, key)]).sum() + 0.5 * self.args.proximal_weight * sum((p**2).sum()"
-            " for p in self.model.lower_shared_parameters())",
+            "self.lower_loss_terms(model, inputs, key)",
+            "[*self.lower_loss_terms(model, inputs, key), lambda: 0.5 * self.args.proximal_weight * sum((p**2).sum()"
+            " for p in self.model.lower_shared_parameters())]",
         )
     ],
     "learning rates of the levels swapped": [

@@ -167,7 +167,7 @@ class BareLoop(PlainLoop):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 return self.model.pure("lower")(**batch).loss
 
-        return Curvature(lower_loss, self.theta_p, mode=self.args.curvature_mode)
+        return Curvature(lower_loss, self.theta_p)
 
     def upper_phase(self) -> None:
         super().upper_phase()

@@ -348,13 +348,18 @@ class BiSSLTrainer(LevelSteps):
         return describe_aligned(self, has_both_levels=(folder / "bilevel" / "config.json").is_file())
 
     def run_state(self) -> dict[str, Any]:
-        """Adds the pull so far."""
-        return {**super().run_state(), "pull": float(self.pull.total)}
+        """Adds the pull so far, and how the curvature fits the device."""
+        return {
+            **super().run_state(),
+            "pull": float(self.pull.total),
+            "curvature_halvings": self.curvature_halvings,
+        }
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """A resumed run has its head warmed up and some pull behind it."""
         super().load_run_state(state)
         self.pull.total = torch.tensor(state["pull"], dtype=torch.float64)
+        self.curvature_halvings = state["curvature_halvings"] if self.args.curvature_mode == "auto" else 0
         self._head_is_warm = True
 
     def run_tensors(self) -> dict[str, Tensor]:

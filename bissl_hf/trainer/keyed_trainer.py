@@ -406,7 +406,8 @@ class KeyedTrainer(HubTrainer):
         self._best.find(Path(resume_from_checkpoint), state.get("best_checkpoint"))
         tensors = Path(resume_from_checkpoint) / RUN_TENSORS_NAME
         if tensors.is_file():
-            self.load_run_tensors(load_file(tensors, device=str(self.args.device)))
+            # To the host first: among several processes a CPU is called "cpu:0", which safetensors does not know.
+            self.load_run_tensors({name: value.to(self.args.device) for name, value in load_file(tensors).items()})
 
     def _load_best_model(self) -> None:
         """Loads the weights of the best checkpoint."""

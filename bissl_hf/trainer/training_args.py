@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..hypergradient import CURVATURE_MODES, SOLVERS
+from ..hypergradient import CURVATURE_MODES as FIXED_CURVATURE_MODES
+from ..hypergradient import SOLVERS
 from .data_parallel import refuse_other_parallelism
 from .optimizer import parse_optimizer_options, resolve_optimizer, takes_momentum
 from .schedule import level_schedule
+
+CURVATURE_MODES = ("auto", *FIXED_CURVATURE_MODES)
 
 # Smallest values allowed, for each trainer and for BiSSL.
 _AT_LEAST = {
@@ -224,8 +227,10 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
         solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"recycled"`, `"blockwise_cg"` or `"identity"`.
         solver_max_iterations (`int`, *optional*, defaults to 5): Hessian-vector products per upper step, at most.
         solver_tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which a solve stops.
-        curvature_mode (`str`, *optional*, defaults to `"cached"`): `"cached"` keeps the graph of the lower gradient
-            for an upper phase; `"recompute"` builds it for each product, slower, and holds none in between.
+        curvature_mode (`str`, *optional*, defaults to `"auto"`): `"cached"` keeps the graph of the lower gradient for
+            an upper phase; `"recompute"` builds it for each product, slower, and holds none in between; `"auto"` keeps
+            it while it fits the memory of the GPU, and otherwise, with a warning, takes the curvature batch in parts.
+            On a CPU it is `"cached"`.
         curvature_batch_size (`int`, *optional*): global batch that fixes H; the lower batch if not given.
         head_warmup_epochs (`int`, *optional*, defaults to 20): passes over the labelled data that train the head
             alone.
@@ -265,7 +270,10 @@ class BiSSLTrainingArguments(KeyedTrainingArguments):
     solver: str = field(default="cg", metadata={"help": f"Linear solver: {', '.join(SOLVERS)}."})
     solver_max_iterations: int = field(default=5, metadata={"help": "Hessian-vector products per upper step at most."})
     solver_tolerance: float = field(default=0.0, metadata={"help": "Relative residual at which a solve stops."})
-    curvature_mode: str = field(default="cached", metadata={"help": f"One of {', '.join(CURVATURE_MODES)}."})
+    curvature_mode: str = field(
+        default="auto",
+        metadata={"help": f"Graph of the curvature: {', '.join(CURVATURE_MODES)} (cached while it fits the GPU)."},
+    )
     curvature_batch_size: int | None = field(
         default=None, metadata={"help": "Global batch that fixes H; the lower batch if not given."}
     )

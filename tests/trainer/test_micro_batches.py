@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-import bissl_hf.trainer.level_steps as level_steps
+import bissl_hf.trainer.level_curvature as level_curvature
 from bissl_hf import BiSSLModel, BiSSLTrainer
 from bissl_hf.data.alternation import StepKey
 
@@ -59,8 +59,8 @@ def test_one_solve_per_step_whatever_the_parts(tmp_path, monkeypatch):
         solves.append(snapshot(rhs))
         return solve(curvature, rhs, **keywords)
 
-    solve = level_steps.implicit_gradient
-    monkeypatch.setattr(level_steps, "implicit_gradient", counting)
+    solve = level_curvature.implicit_gradient
+    monkeypatch.setattr(level_curvature, "implicit_gradient", counting)
     for size in (None, 2):
         train(tmp_path, upper_micro_batch_size=size, num_alternations=1, upper_steps=2)
     assert len(solves) == 4

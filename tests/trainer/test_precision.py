@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-import bissl_hf.trainer.level_steps as level_steps
+import bissl_hf.trainer.level_curvature as level_curvature
 from bissl_hf.data.alternation import StepKey, Stream
 from bissl_hf.trainer.precision import LossScale
 
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_float64_within_the_precision(tmp_path, exact, pr
 @pytest.mark.parametrize("precision", HALF, ids=ids)
 def test_weights_momenta_and_solver_vectors_stay_in_float32(tmp_path, monkeypatch, precision, device):
     dtypes = set()
-    solve = level_steps.implicit_gradient
+    solve = level_curvature.implicit_gradient
 
     def watching(curvature, rhs, **keywords):
         def product(vector):
@@ -93,7 +93,7 @@ def test_weights_momenta_and_solver_vectors_stay_in_float32(tmp_path, monkeypatc
         dtypes.update(tensor.dtype for tensor in (*rhs, *solution))
         return solution, info
 
-    monkeypatch.setattr(level_steps, "implicit_gradient", watching)
+    monkeypatch.setattr(level_curvature, "implicit_gradient", watching)
     trainer = make_trainer(tmp_path, num_alternations=1, use_cpu=device == "cpu", **precision)
     trainer.train()
     assert dtypes == {torch.float32}
@@ -157,9 +157,9 @@ def overflowing(output_dir, *steps, device="cpu", **settings):
 def test_an_overflow_skips_the_step_of_its_level_and_nothing_else(tmp_path, monkeypatch, settings, device):
     """Steps 0 to 2 are lower ones, 3 and 4 upper ones, and so on; the second of each level overflows."""
     solves = []
-    solve = level_steps.implicit_gradient
+    solve = level_curvature.implicit_gradient
     monkeypatch.setattr(
-        level_steps, "implicit_gradient", lambda *args, **keywords: solves.append(1) or solve(*args, **keywords)
+        level_curvature, "implicit_gradient", lambda *args, **keywords: solves.append(1) or solve(*args, **keywords)
     )
     trainer = overflowing(tmp_path, 1, 4, device=device, **settings)
     seen = []

@@ -138,7 +138,7 @@ def test_values_between_0_and_1(name, value):
 
 REFUSED = [
     ({"solver": "lu"}, "solver is 'lu'; it must be one of cg, recycled, blockwise_cg, identity"),
-    ({"curvature_mode": "eager"}, "curvature_mode is 'eager'; it must be one of cached, recompute"),
+    ({"curvature_mode": "eager"}, "curvature_mode is 'eager'; it must be one of auto, cached, recompute"),
     ({"solver": "blockwise_cg", "solver_tolerance": 0.1}, "solver_tolerance is 0.1, and solver 'blockwise_cg' has no"),
     ({"num_train_epochs": 3}, "num_train_epochs is 3 and num_alternations 500; one epoch is one alternation"),
     ({"max_steps": 5}, "max_steps is 5; the length of a run is num_alternations x"),

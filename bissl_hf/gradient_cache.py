@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .hypergradient import Curvature
-from .tensors import Vector, add_scaled, fill_missing
+from .tensors import Vector, accumulate, fill_missing
 
 Embed = Callable[[], Tensor]
 
@@ -106,11 +106,12 @@ class EmbeddingCurvature(Curvature):
                     [g for g, _ in outputs], (weights, *self.parameters), [v for _, v in outputs], allow_unused=True
                 )
                 tangents.append(tangent)
-                product = add_scaled(product, fill_missing(second, self.parameters), 1.0)
+                accumulate(product, fill_missing(second, self.parameters))
         if not row_gradient.requires_grad:  # a loss that is linear in the embeddings
             return product
         (row_product,) = torch.autograd.grad(row_gradient, rows, torch.cat(tangents), retain_graph=True)
-        return add_scaled(product, self._pull_back(row_product.split(sizes)), 1.0)
+        accumulate(product, self._pull_back(row_product.split(sizes)))
+        return product
 
     def _embeddings(self) -> tuple[Tensor, Tensor, list[int]]:
         if self._rows is None:
@@ -126,5 +127,5 @@ class EmbeddingCurvature(Curvature):
         with self._evaluating():
             for embed, part in zip(self._embed_parts, weights, strict=True):
                 found = torch.autograd.grad(embed(), self.parameters, part, allow_unused=True)
-                total = add_scaled(total, fill_missing(found, self.parameters), 1.0)
+                accumulate(total, fill_missing(found, self.parameters))
         return total

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .linear_solve import SolveInfo, SolveStatus, conjugate_gradient
 from .recycling import Directions, recycled_conjugate_gradient
-from .tensors import Vector, add_scaled, check_same_structure, fill_missing
+from .tensors import Vector, accumulate, add_scaled, check_same_structure, fill_missing
 
 CurvatureMode = Literal["cached", "recompute"]
 LossFunction = Callable[[], Tensor]
@@ -113,14 +113,16 @@ class Curvature:
         if self.mode == "cached":
             graph = self._linearise() if self._graph is None else self._graph
             return self._differentiate(graph, vector, retain_graph=True)
-        product = gradient = self._zeros()
+        product, gradient = self._zeros(), self._zeros() if self._gradient is None else None
         with self._evaluating():
             for term in self._terms:
                 graph = self._gradient_of(term)
-                gradient = add_scaled(gradient, [g.detach() for g in graph], 1.0)
-                product = add_scaled(product, self._differentiate(graph, vector), 1.0)
+                if gradient is not None:
+                    accumulate(gradient, [g.detach() for g in graph])
+                accumulate(product, self._differentiate(graph, vector))
                 del graph  # before the next term makes its own
-        self._keep_gradient(gradient)
+        if gradient is not None:
+            self._keep_gradient(gradient)
         return product
 
     def _differentiate(self, graph: Vector, vector: Sequence[Tensor], *, retain_graph: bool = False) -> Vector:
@@ -142,7 +144,7 @@ class Curvature:
             else:
                 gradient = self._zeros()
                 for term in self._terms:
-                    gradient = add_scaled(gradient, self._gradient_of(term, create_graph=False), 1.0)
+                    accumulate(gradient, self._gradient_of(term, create_graph=False))
         self._keep_gradient(gradient)
         if cached:
             self._graph = gradient
@@ -156,9 +158,8 @@ class Curvature:
         return tuple(torch.zeros_like(parameter) for parameter in self.parameters)
 
     def _keep_gradient(self, gradient: Vector) -> None:
-        if self._gradient is None:
-            gradient = tuple(g.detach() for g in gradient)
-            self._gradient = self._reduce(gradient) if self._reduce else gradient
+        gradient = tuple(g.detach() for g in gradient)
+        self._gradient = self._reduce(gradient) if self._reduce else gradient
 
     def check_unchanged(self) -> None:
         """Raises a `RuntimeError` if the parameters have changed since construction."""

@@ -25,6 +25,11 @@ def add_scaled(x: Sequence[Tensor], y: Sequence[Tensor], scale: float) -> Vector
     return tuple(torch._foreach_add(list(x), list(y), alpha=scale))
 
 
+def accumulate(total: Vector, part: Sequence[Tensor]) -> None:
+    """Adds a vector to `total`, in place."""
+    torch._foreach_add_(list(total), list(part))
+
+
 def subtract(x: Sequence[Tensor], y: Sequence[Tensor]) -> Vector:
     """Returns `x - y`."""
     return tuple(torch._foreach_sub(list(x), list(y)))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bissl_hf.tensors import (
+    accumulate,
     add_scaled,
     block_dots,
     check_same_structure,
@@ -80,3 +81,12 @@ def test_vectors_of_another_structure_are_refused():
         check_same_structure(x[:1], x, names=("image", "rhs"))
     with pytest.raises(ValueError, match=r"Tensor 1 has shape \(5,\) in image and \(4,\) in rhs; they must agree"):
         check_same_structure((x[0], torch.ones(5)), x, names=("image", "rhs"))
+
+
+def test_accumulating_changes_the_total_in_place():
+    total, part = (torch.ones(2), torch.zeros(2, 2)), (torch.tensor([1.0, -3.0]), torch.ones(2, 2))
+    first = total[0]
+    accumulate(total, part)
+    assert first.tolist() == [2.0, -2.0]
+    assert total[1].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert part[0].tolist() == [1.0, -3.0]

@@ -5,6 +5,7 @@ from statistics import median
 
 import torch
 
+from ..linear_solve import SolveStatus
 from .comparison import PHASES, TRAINER
 from .measuring import median_ratio
 from .parts import UNIT, Part
@@ -49,7 +50,8 @@ class Measured:
             floating-point operations.
         synchronisations (`dict[str, int]`): waits for the device in each phase of the trainer.
         products (`list[int]`): of each solve of the bare loop, where as many are asked for as the baseline takes.
-        recycled_products (`list[int]`), residuals (`list[float]`): of each solve that recycles.
+        recycled_products (`list[int]`), residuals (`list[float]`), statuses (`list[SolveStatus]`): of each solve that
+            recycles.
     """
 
     parts: list[Part]
@@ -59,6 +61,7 @@ class Measured:
     products: list[int]
     recycled_products: list[int]
     residuals: list[float]
+    statuses: list[SolveStatus]
 
     def seconds(self, part: str) -> float:
         """Median seconds of a part."""
@@ -87,11 +90,13 @@ def make_claims(measured: Measured, device: torch.device, *, products: int) -> l
         Claim("share of an alternation spent waiting for batches", waiting, at_most=0.01),
     ]
     residual = median(measured.residuals)
+    broken_down = sum(status == SolveStatus.NEGATIVE_CURVATURE for status in measured.statuses)
     # Solves that end early, of negative curvature, are fast for nothing: they count as none.
     speed = median_ratio(times["baseline"]["upper"], times["recycled"]["upper"]) if residual <= 0.01 else 0.0
     claims += [
         Claim("upper phase, recycled solver at 1 %: baseline / ours", speed, at_least=2.2),
         Claim("median residual of its solves", residual, at_most=0.01),
+        Claim("share of its solves that met negative curvature", broken_down / len(measured.statuses), at_most=0),
         Claim("mean products of its solves", sum(measured.recycled_products) / len(measured.recycled_products)),
     ]
     if on_gpu:

@@ -74,6 +74,7 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
         products=[info.iterations for info in bare.solves],
         recycled_products=[info.iterations for info in recycled.solves],
         residuals=[info.residual for info in recycled.solves],
+        statuses=[info.status for info in recycled.solves],
     )
     return {**report, "claims": [vars(claim) for claim in make_claims(measured, device, products=workload.products)]}
 

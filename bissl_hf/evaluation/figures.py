@@ -3,20 +3,23 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESIDUAL_TITLE = "Residual of the linear solve"
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def _new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # half a second that no run should wait for before it trains
+
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: "Figure", path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -84,10 +87,12 @@ def plot_layouts(
         class_names (`Sequence[str]`): names of the classes; the legend shows at most 20.
         path (`str` or `Path`): the PNG file.
     """
+    from matplotlib import colormaps
+
     columns = min(len(layouts), 4)
     rows = math.ceil(len(layouts) / columns)
     figure = _new_figure(4.2 * columns + 1.2, 4.2 * rows)
-    palette = matplotlib.colormaps["tab10" if len(class_names) <= 10 else "tab20"]
+    palette = colormaps["tab10" if len(class_names) <= 10 else "tab20"]
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels[len(layouts) :]:
         axes.remove()

@@ -17,6 +17,7 @@ from bissl_hf.benchmark.report import format_report
 from bissl_hf.benchmark.run import run_benchmark
 from bissl_hf.benchmark.workload import WORKLOADS, benchmark_images, build_model, build_trainer
 from bissl_hf.data.alternation import Stream
+from bissl_hf.linear_solve import SolveStatus
 from recipes import benchmark
 
 CPU = torch.device("cpu")
@@ -153,7 +154,7 @@ def test_claims_hold_within_their_bounds():
     assert Claim("a", 1.0, at_least=0.85, at_most=1.15).bounds == ">= 0.85, <= 1.15"
 
 
-def measured(residuals=(8e-3, 9e-3)) -> Measured:
+def measured(residuals=(8e-3, 9e-3), statuses=(SolveStatus.CONVERGED,) * 2) -> Measured:
     times = defaultdict(dict)
     times["baseline"] = {"lower": [2.0, 4.0], "upper": [8.0, 16.0], "unit": [1.0, 2.0]}
     times["bare loop"] = {"lower": [2.0, 4.0], "upper": [4.0, 8.0]}
@@ -165,6 +166,7 @@ def measured(residuals=(8e-3, 9e-3)) -> Measured:
         "products": [5],
         "recycled_products": [6, 2],
         "residuals": list(residuals),
+        "statuses": list(statuses),
     }
     return Measured(parts, times, synchronisations={"lower": 0, "upper": 1}, **values)
 
@@ -180,8 +182,13 @@ def test_claims_are_ratios_of_the_same_round():
 
 
 def test_solves_that_do_not_reach_the_tolerance_are_no_gain():
-    claims = {claim.name: claim for claim in make_claims(measured([1.7, 2.0]), CPU, products=5)}
+    statuses = (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.CONVERGED)
+    claims = {claim.name: claim for claim in make_claims(measured([1.7, 2.0], statuses), CPU, products=5)}
     assert not claims["upper phase, recycled solver at 1 %: baseline / ours"].holds
+    why = claims["share of its solves that met negative curvature"]
+    assert (why.value, why.holds) == (0.5, False)
+    (held,) = [claim for claim in make_claims(measured(), CPU, products=5) if claim.name == why.name]
+    assert (held.value, held.holds) == (0, True)
 
 
 def test_a_gpu_has_targets_of_its_own():

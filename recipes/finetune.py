@@ -157,7 +157,7 @@ def print_summary(tuning: FineTuning, results: dict[str, Any]) -> None:
             rows.append(
                 {
                     "split": {"eval": "validation"}.get(split, split),
-                    "metric": metric.replace("_", " "),
+                    "metric": {"map": "11-point mAP"}.get(metric, metric.replace("_", " ")),
                     "mean": f"{factor * summary['mean']:.2f}{unit}",
                     **({"deviation": deviation} if deviation else {}),
                     **({"all values": ", ".join(f"{factor * v:.2f}" for v in summary["values"])} if deviation else {}),

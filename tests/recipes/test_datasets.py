@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,13 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from transformers import AutoModelForImageClassification, ResNetConfig
+import torch
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
+from bissl_hf import load_image_dataset
+from bissl_hf.data.augment import EvalTransform
 from bissl_hf.data.catalogue import CATALOGUE
-from recipes import bissl
+from bissl_hf.data.decoded import DecodedImages
+from recipes import bissl, finetune
 from tests.data.hub_parquet import make_split, png, serve
 from tests.hub_stand_in import HubStandIn
+from tests.recipes.runs import as_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,10 +33,13 @@ def hub() -> Iterator[HubStandIn]:
         yield hub
 
 
+def tiny_config() -> ResNetConfig:
+    return ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
+
+
 def settings(folder: Path, **changes: Any) -> list[str]:
     """A short run on a tiny backbone."""
-    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
-    config.save_pretrained(folder / "backbone")
+    tiny_config().save_pretrained(folder / "backbone")
     values = {
         "backbone": folder / "backbone",
         "backbone_init": "random",
@@ -97,6 +107,59 @@ def test_voc2007_with_several_classes_per_image(
     assert results["before_map"] > 0.15
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
     assert config.problem_type == "multi_label_classification"
+
+
+def map_by_hand(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over classes of the 11-point interpolated average precision, counted threshold by threshold."""
+    means = []
+    for scored, present in zip(scores.T.tolist(), labels.T.tolist(), strict=True):
+        points = []  # (recall, precision) of the images that score at least as much as each of them
+        for threshold in scored:
+            taken = [truth for score, truth in zip(scored, present, strict=True) if score >= threshold]
+            points.append((sum(taken) / sum(present), sum(taken) / len(taken)))
+        # A recall of 3/10 is one of 0.3.
+        best = [max(precision for recall, precision in points if recall >= t / 10 - 1e-9) for t in range(11)]
+        means.append(sum(best) / 11)
+    return sum(means) / len(means)
+
+
+def test_voc2007_is_fine_tuned_and_searched_by_its_map(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = replace(CATALOGUE["voc2007"], rows={"train": 80, "test": 40})
+    monkeypatch.setitem(CATALOGUE, "voc2007", entry)
+    splits = {split: make_split(entry, rows, side=8) for split, rows in entry.rows.items()}
+    serve(hub, entry, splits)
+    hub.patch(monkeypatch, tmp_path / "home")
+    ResNetForImageClassification(tiny_config()).save_pretrained(tmp_path / "backbone")
+    output = tmp_path / "out"
+    options = {
+        "dataset": "voc2007", "model": tmp_path / "backbone", "image_size": 8, "output_dir": output, "seeds": 2,
+        "search_trials": 2, "num_train_epochs": 3, "per_device_train_batch_size": 20, "learning_rate": 0.1,
+        "per_device_eval_batch_size": 16, "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    finetune.main(as_arguments(options))
+    printed = capsys.readouterr().out
+    results = json.loads((output / "all_results.json").read_text())
+    assert "test_accuracy" not in results
+    trials = results["search"]
+    best = max(trials, key=lambda trial: (trial["eval_map"], -trial["eval_loss"]))
+    assert len({trial["eval_map"] for trial in trials}) == 2, "the pairs differ, so there was a choice"
+    assert (results["learning_rate"], results["weight_decay"]) == (best["learning_rate"], best["weight_decay"])
+
+    test = DecodedImages.from_dataset(load_image_dataset("voc2007")["test"], image_size=8)
+    rows = [test[row] for row in range(len(test))]
+    inputs = EvalTransform(8)({"pixel_values": torch.stack([row["pixel_values"] for row in rows])}, (0,))
+    labels = np.stack([row["labels"] for row in rows])
+    assert labels.shape == (40, 20)
+    assert (labels.sum(1) == 2).all()
+    for seed, value in zip(results["seeds"], results["test_map"]["values"], strict=True):
+        model = AutoModelForImageClassification.from_pretrained(output / f"seed-{seed}" / "model").eval()
+        assert model.config.problem_type == "multi_label_classification"
+        with torch.no_grad():
+            scores = model(**inputs).logits.numpy()
+        assert value == pytest.approx(map_by_hand(scores, labels), abs=1e-6)
+    assert re.search(rf"test +11-point mAP +{100 * results['test_map']['mean']:.2f} %", printed)
 
 
 def test_duplicates_of_test_images_are_left_out_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from bissl_hf.cli.finetuning import FineTuning, summarise
 from bissl_hf.cli.images import CropArguments, DataArguments, build_train_transform, decode_labelled, load_labelled
 from bissl_hf.cli.loading import check_sources
 from bissl_hf.cli.models import StartArguments, classifier_builder
-from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_output_dir
+from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_run
 from bissl_hf.data.augment import image_processor
 from bissl_hf.evaluation.figures import plot_curves, plot_search
 from bissl_hf.models.saving import save_model
@@ -58,8 +58,8 @@ class RepetitionArguments:
         self.space = SearchSpace(tuple(self.search_learning_rate), tuple(self.search_weight_decay))  # type: ignore[arg-type]
 
 
-def open_run(args: FineTuningArguments) -> None:
-    """Lets a run into its folder. What it goes on from are the finished parts in there."""
+def check_run(args: FineTuningArguments) -> None:
+    """Refuses ways to go on and to push that fine-tuning does not have."""
     resume = str(args.resume_from_checkpoint or "").lower()
     if resume not in ("", "none", "false", "true"):
         raise ValueError(
@@ -71,7 +71,6 @@ def open_run(args: FineTuningArguments) -> None:
             f"hub_strategy is {HubStrategy(args.hub_strategy).value}; fine-tuning pushes the model that it has "
             "chosen, at its end: leave hub_strategy out."
         )
-    open_output_dir(str(args.output_dir), resume)
 
 
 def build_finetuning(
@@ -79,7 +78,8 @@ def build_finetuning(
 ) -> FineTuning:
     check_sources(start, "model")
     train_transform = build_train_transform(data.image_size, crops)
-    images = decode_labelled(load_labelled(data, seed=args.seed), data.image_size)
+    with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
+        images = decode_labelled(load_labelled(data, seed=args.seed), data.image_size)
     return FineTuning(
         args=with_changes(args, push_to_hub=False),  # what is pushed is the outcome of all runs
         images=images,
@@ -179,7 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
-        open_run(args)
+        check_run(args)
+        open_run(args)  # what it goes on from are the finished parts in there
         if repetition.search_trials:
             check_backend(repetition.search_backend, field="search_backend")
         tuning = build_finetuning(data, crops, start, args)
@@ -205,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = found.best
     runs = {}
     for seed in range(args.seed, args.seed + repetition.seeds):
-        print(f"Fine-tuning with seed {seed}")
+        if trainer.is_world_process_zero():
+            print(f"Fine-tuning with seed {seed}")
         runs[seed] = tuning.train(seed_folder(output, seed), seed=seed, **chosen)
     tests = {seed: tuning.test(seed_folder(output, seed)) for seed in runs}
     if trainer.is_world_process_zero():

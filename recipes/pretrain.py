@@ -107,18 +107,20 @@ def build_trainer(
         )
     check_sources(models, "lower_model", "backbone")
     view_transform = build_view_transform(data.image_size, views)
-    splits = load_image_dataset(
-        data.dataset,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        seed=args.seed,
-        revision=data.dataset_revision,
-        require_labels=False,
-    )
+    with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
+        splits = load_image_dataset(
+            data.dataset,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            seed=args.seed,
+            revision=data.dataset_revision,
+            require_labels=False,
+        )
+        images = decode_unlabelled(splits, data.image_size)
     return PretextTrainer(
         build_pretext_model(models),
         args,
-        train_dataset=decode_unlabelled(splits, data.image_size),
+        train_dataset=images,
         train_transform=view_transform,
         processing_class=image_processor(data.image_size),
     )
@@ -178,14 +180,16 @@ def main(arguments: list[str] | None = None) -> None:
             settings={"Data": data, "Views": views, "Model": models},
         )
         trainer.pushes_outputs_later = True
-        if (knn_images := load_knn_images(data, args.seed)) is not None:
+        with args.main_process_first(desc="reading labelled images"):
+            knn_images = load_knn_images(data, args.seed)
+        if knn_images is not None:
             add_knn_check(trainer, knn_images, data)
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
         trainer.create_optimizer()
         trainer.try_loss(rows=4)
 
-    if checkpoint and (Path(args.output_dir) / RESULTS_NAME).is_file():
+    if checkpoint and (Path(args.output_dir) / RESULTS_NAME).is_file() and trainer.is_world_process_zero():
         print("This run is finished already: unless it has become longer, nothing is trained again.")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():

@@ -59,11 +59,14 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
 
 
-def launch(recipe: str, arguments: list[str]) -> str:
+def launch(recipe: str | Path, arguments: list[str], *, processes: int = 1, **changes: str) -> str:
     """Runs a recipe through the launcher; returns what it printed."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml"), str(ROOT / "recipes" / recipe)]
-    done = subprocess.run([*launcher, *arguments], env=environment(), capture_output=True, text=True, timeout=300)
+    configuration = ROOT / "recipes" / "accelerate" / ("cpu.yaml" if processes == 1 else "one_machine.yaml")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration)]
+    launcher += ["--num_processes", str(processes), str(ROOT / "recipes" / recipe)]
+    done = subprocess.run(
+        [*launcher, *arguments], env=environment(**changes), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout

@@ -1,12 +1,10 @@
 """The recipe on two processes, as `accelerate launch` starts it from the configurations in recipes/accelerate."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +19,10 @@ from bissl_hf.data.augment import EvalTransform
 from bissl_hf.data.decoded import DecodedImages
 
 from .runs import ROOT, as_arguments, environment, resnet_config, write_splits
+from .watching import watched, writers
 
 CONFIGURATIONS = ROOT / "recipes" / "accelerate"
 STARTS = {"cpu": (1, 1), "one_gpu": (1, 1), "one_machine": (1, 8), "two_machines": (2, 16)}
-
-# Imported by every process at its start: notes which files below a folder it opens for writing or renames.
-WATCH = """
-import os, sys
-folder, log = os.environ["WATCHED_FOLDER"], os.environ["WATCH_LOG"]
-rank = os.environ.get("RANK")
-noted = os.open(f"{log}-{rank}-{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-def note(event, arguments):
-    if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
-        path = arguments[0]
-        if not isinstance(path, int) and os.path.isdir(path):
-            return  # a file without a name, by which a folder is tried
-    elif event == "os.rename":
-        path = arguments[1]
-    else:
-        return
-    if rank is not None and isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(folder):
-        os.write(noted, f"{os.path.relpath(path, folder)}\\n".encode())
-sys.addaudithook(note)
-"""
 
 
 def start(configuration: str, output: Path, images: Path, *options: str, **changes: str) -> subprocess.Popen[str]:
@@ -80,19 +59,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, set[str]]]:
     """The output of an uninterrupted run, what it printed, and for each file the processes that wrote it."""
     root = tmp_path_factory.mktemp("whole")
-    (root / "watch").mkdir()
-    (root / "watch" / "sitecustomize.py").write_text(WATCH)
-    paths = os.pathsep.join([str(root / "watch"), str(ROOT)])
-    run = start(
-        "one_machine", root / "out", images,
-        PYTHONPATH=paths, WATCHED_FOLDER=str(root / "out"), WATCH_LOG=str(root / "log"),
-    )  # fmt: skip
+    run = start("one_machine", root / "out", images, **watched(root / "out", root / "notes"))
     printed = finish(run)
-    writers: dict[str, set[str]] = defaultdict(set)
-    for log in root.glob("log-*"):
-        for path in log.read_text().splitlines():
-            writers[path].add(log.name.split("-")[1])
-    return root / "out", printed, writers
+    return root / "out", printed, writers(root / "notes")
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -107,13 +76,13 @@ def test_configurations_say_how_many_machines_and_processes(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_write_each_file_once(whole: tuple[Path, str, dict[str, set[str]]]) -> None:
-    output, printed, writers = whole
+    output, printed, written = whole
     assert (output / "checkpoint-12" / "rng_state_1.pth").is_file(), "there were two processes"
     assert (
         json.loads((output / "checkpoint-12" / "run_state.json").read_text())["settings"]["number of processes"] == 2
     )
-    assert {"model.safetensors", "all_results.json"} <= {Path(path).name.removeprefix(".") for path in writers}
-    assert {path: ranks for path, ranks in writers.items() if len(ranks) > 1} == {}
+    assert {"model.safetensors", "all_results.json"} <= {Path(path).name.removeprefix(".") for path in written}
+    assert {path: ranks for path, ranks in written.items() if len(ranks) > 1} == {}
     assert printed.count("Pre-training with SimCLR") == 1
     assert printed.count("aligned model, after BiSSL") == 1
 

@@ -1,7 +1,6 @@
 """The trainers at the Hub: what is pushed when."""
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -16,7 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from ..models.saving import save_model
 from .checkpoints import find_last_checkpoint
 from .hub_folder import LAST_CHECKPOINT, files_beside_checkpoint, files_of_checkpoint, lay_out, outputs_of_run
-from .hub_process import HubResult, UploadJob
+from .hub_process import UploadJob
 from .push_queue import PushQueue
 
 
@@ -116,12 +115,8 @@ class HubTrainer(Trainer):
             return
         self.pushes.wait()
         if self.pushes.unpushed.is_dir() and not self.pushes_outputs_later:
-            self._tell(self.pushes, self.pushes.push_and_wait(self._progress_message()))
-
-    def _tell(self, pushes: PushQueue, result: HubResult) -> None:
-        self.hub_model_id = pushes.repo_id
-        if result.outcome != "done":
-            print(pushes.explain(result), file=sys.stderr)
+            self.pushes.push_and_tell(self._progress_message(), quiet=True)
+            self.hub_model_id = self.pushes.repo_id
 
     # Called by users and recipes
 
@@ -130,10 +125,8 @@ class HubTrainer(Trainer):
         nothing without `push_to_hub`."""
         if self.pushes is not None:
             self._lay_out_outputs(self.pushes)
-            result = self.pushes.push_and_wait(commit_message)
-            self._tell(self.pushes, result)
-            if result.outcome == "done":
-                print(f"Pushed to the Hub: {result.repo_id}")
+            self.pushes.push_and_tell(commit_message)
+            self.hub_model_id = self.pushes.repo_id
 
     def _lay_out_outputs(self, pushes: PushQueue) -> None:
         output_dir = Path(str(self.args.output_dir))

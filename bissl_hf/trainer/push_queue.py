@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,6 +91,14 @@ class PushQueue:
         self.wait()
         return self._take_over(self._start(message))
 
+    def push_and_tell(self, message: str, *, quiet: bool = False) -> None:
+        """Does so, and tells the user what came of it; if `quiet`, only what did not get there."""
+        result = self.push_and_wait(message)
+        if result.outcome != "done":
+            print(self.explain(result), file=sys.stderr)
+        elif not quiet:
+            print(f"Pushed to the Hub: {result.repo_id}")
+
     def command(self) -> str:
         """What pushes the rest later: a command of `huggingface_hub`."""
         words = ["hf", "upload", self.repo_id, str(self.unpushed), "."]
@@ -138,7 +147,7 @@ class PushQueue:
         if result.outcome != "done" and not self._has_warned:
             again = "at the end of the run" if self._given_up else "at the next push"
             logger.warning(
-                f"The Hub takes no push to {self.repo_id} for now: {result.reason}. Training goes on; the push is "
+                f"The Hub takes no push to {self.repo_id} for now: {result.reason}. The run goes on; the push is "
                 f"tried again {again}."
             )
             self._has_warned = True

@@ -3,17 +3,19 @@
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from bissl_hf import SimCLRForPreTraining
 from recipes import convert
 
 from ..models.test_timm_resnet import plain_resnet, projection_head
-from .runs import as_arguments, launch, refusal
+from .runs import ROOT, as_arguments, launch, refusal
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -33,8 +35,12 @@ def run(source: Path, target: Path, **options: Any) -> None:
 def test_released_weights_become_a_simclr_checkpoint_through_the_launcher(tmp_path: Path) -> None:
     weights, backbone, head = released()
     torch.save(weights, tmp_path / "released.pth")
-    printed = launch("convert.py", as_arguments({"input": tmp_path / "released.pth", "output": tmp_path / "simclr"}))
+    config = str(ROOT / "recipes" / "configs" / "paper_v2" / "convert.yaml")
+    places = as_arguments({"input": tmp_path / "released.pth", "output": tmp_path / "simclr"})
+    printed = launch("convert.py", ["--config", config, *places])
     assert "SimCLRForPreTraining" in printed
+    assert re.search(r"projection head +7 x 6 x 5 ", printed)
+    assert f"recipes/bissl.py --lower_model {tmp_path / 'simclr'}" in printed
     model = SimCLRForPreTraining.from_pretrained(tmp_path / "simclr").eval()
     with torch.no_grad():
         torch.testing.assert_close(model.embed(IMAGES), head(backbone(IMAGES)[1]), rtol=1e-4, atol=1e-5)
@@ -52,7 +58,9 @@ def test_there_and_back_is_the_same(bottleneck: bool, tmp_path: Path, capsys: py
     again = torch.load(tmp_path / "new" / "again.pth", weights_only=True)
     assert set(again) == set(weights)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.items())
-    assert "state dict under timm's names" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"{tmp_path / 'new' / 'again.pth'} holds each tensor of {tmp_path / 'simclr'} under timm's names" in out
+    assert f"Checking again.pth: 100%|██████████| {len(weights)}/{len(weights)}" in err
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
@@ -98,8 +106,46 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         ("good.pth", "new", {"temperature": 0}, "temperature is 0.0; it must be above 0"),
         ("both.pth", "new", {}, "have both a projection head and a classifier fc"),
         ("vit", "new.pth", {}, "The backbone is no ResNet"),
+        ("nowhere", "new.pth", {}, "input is .*nowhere'; there is no such folder. It must be a folder with"),
+        ("vit", "new.pth", {"push_to_hub": True}, "push_to_hub is on and output is the file .*; only a checkpoint is"),
+        ("good.pth", "new", {"license": "mine"}, "license is 'mine'; it must be an identifier that the Hub knows"),
     ):
         arguments = as_arguments({"input": tmp_path / source, "output": tmp_path / target, **options})
         sentence = refusal(capsys, convert.main, arguments)
         assert re.search(message, sentence), sentence
         assert not (tmp_path / "new").exists()
+
+
+def test_numbers_that_a_checkpoint_does_not_hold_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = plain_resnet(bottleneck=False).state_dict()
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    torch.save(half, tmp_path / "half.pth")
+    run(tmp_path / "half.pth", tmp_path / "half")
+    wide = {name: tensor.double() / 3 if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    torch.save(wide, tmp_path / "wide.pth")
+    arguments = as_arguments({"input": tmp_path / "wide.pth", "output": tmp_path / "wide"})
+    with pytest.raises(SystemExit):
+        convert.main(arguments)
+    message = (
+        "error: .*, given as torch.float64, is not the same in .*wide. Checkpoints hold float32: give weights that"
+    )
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_card_says_what_is_known(tmp_path: Path) -> None:
+    weights, _, _ = released()
+    torch.save(weights, tmp_path / "released.pth")
+    run(tmp_path / "released.pth", tmp_path / "simclr", license="mit")
+    card = ModelCard.load(tmp_path / "simclr" / "README.md")
+    assert (card.data.license, card.data.library_name) == ("mit", "bissl_hf")
+    assert card.data.tags == ["simclr", "self-supervised-learning", "bissl"]
+    assert "converted, number for number, from a state dict of a ResNet under the names of [timm]" in card.text
+    assert 'SimCLRForPreTraining.from_pretrained("path/to/this/folder")' in card.text
+    for unknown in ("## Training", "## Evaluation", "## Citation", str(tmp_path), "released"):
+        assert unknown not in card.text
+
+
+def test_one_process_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(convert, "PartialState", lambda cpu: SimpleNamespace(num_processes=2))
+    arguments = as_arguments({"input": tmp_path / "a.pth", "output": tmp_path / "b"})
+    assert "The conversion runs on 2 processes; start it on one" in refusal(capsys, convert.main, arguments)

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForImageClassification, ResNetForImageClassification, pipeline
 
 from bissl_hf import BiSSLModel, SimCLRForPreTraining
-from recipes import bissl, finetune, pretrain
+from recipes import bissl, convert, finetune, pretrain
 
 from ..hub_stand_in import HubStandIn
 from . import runs
+from .test_convert import released
 
 FINETUNE = {
     "backbone": None,
@@ -150,3 +152,43 @@ def test_a_dead_hub_costs_nothing_but_the_push(hub: HubStandIn, tmp_path: Path, 
     assert err.count("Not there yet: the model, figures/. Everything is on disk") == 1
     assert f"hf upload run {tmp_path / 'run' / 'unpushed'} . --private" in err
     assert SimCLRForPreTraining.from_pretrained(tmp_path / "run" / "unpushed")
+
+
+def conversion(tmp_path: Path, **changes: Any) -> list[str]:
+    """Released weights, and the command line that makes a private repository of them."""
+    torch.save(released()[0], tmp_path / "released.pth")
+    push = {"push_to_hub": True, "hub_private_repo": True}
+    return runs.as_arguments({"input": tmp_path / "released.pth", "output": tmp_path / "out", **push, **changes})
+
+
+def test_converted_weights_go_up_and_serve_as_a_pretext_model(hub: HubStandIn, tmp_path: Path, capsys) -> None:
+    convert.main(conversion(tmp_path, hub_model_id="user/released"))
+    assert "Pushed to the Hub: user/released" in capsys.readouterr().out
+    files = hub.files("user/released")
+    assert {"config.json", "model.safetensors", "README.md"} <= set(files)
+    assert not [path for path in files if path.endswith((".pth", ".bin"))]
+    assert [commit.message for commit in hub.commits("user/released")] == ["initial commit", "Converted weights"]
+    assert hub.repositories["model", "user/released"].private
+    assert 'SimCLRForPreTraining.from_pretrained("user/released")' in files["README.md"].decode()
+    assert SimCLRForPreTraining.from_pretrained("user/released").config.projection_dims == [7, 6, 5]
+    again = {"input": "user/released", "output": tmp_path / "again.pth"}
+    convert.main(runs.as_arguments(again))
+    assert len(torch.load(tmp_path / "again.pth", weights_only=True)) == len(released()[0])
+
+
+def test_a_wrong_token_is_one_sentence_before_a_conversion(hub: HubStandIn, tmp_path, capsys, monkeypatch) -> None:
+    hub.patch(monkeypatch, tmp_path / "home", "hf_wrong")
+    sentence = runs.refusal(capsys, convert.main, conversion(tmp_path))
+    assert sentence.startswith("error: The Hub does not take pushes to out: it answered 401")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dead_hub_costs_a_conversion_nothing_but_the_push(hub: HubStandIn, tmp_path: Path, capsys) -> None:
+    hub.fail("500")
+    convert.main(conversion(tmp_path))
+    out, err = capsys.readouterr()
+    assert "The SimCLRForPreTraining in" in out
+    assert err.count("Not there yet: the model. Everything is on disk") == 1
+    assert f"hf upload out {tmp_path / 'out' / 'unpushed'} . --private" in err
+    for folder in (tmp_path / "out", tmp_path / "out" / "unpushed"):
+        assert SimCLRForPreTraining.from_pretrained(folder).config.projection_dims == [7, 6, 5]

@@ -438,7 +438,7 @@ def test_a_hub_that_hangs_is_given_up_until_one_more_try_at_the_end(hub, tmp_pat
     trainer.add_callback(Fail(hub, "step 2", "hang"))
     trainer.train()
     assert len([request for request in hub.requests if request.status == "hang"]) == 2
-    assert caplog.text.count("it made no progress for 3 seconds. Training goes on") == 1
+    assert caplog.text.count("it made no progress for 3 seconds. The run goes on") == 1
     assert capsys.readouterr().err.count("Not there yet: the model, last-checkpoint/. Everything is on disk") == 1
 
 

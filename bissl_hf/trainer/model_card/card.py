@@ -10,12 +10,13 @@ import datasets
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
 from ... import __version__
 from ...data.naming import PublicName, hub_repository, public_name
 from .facts import ModelFacts, as_list, check_license
 from .tables import Evaluation, evaluation_table, markdown_table, metrics_of, settings_table
-from .text import Description
+from .text import Description, describe_converted
 
 if TYPE_CHECKING:
     from ..keyed_trainer import KeyedTrainer
@@ -51,10 +52,49 @@ def build_model_card(
     Raises:
         `ValueError`: if the licence is none that the Hub knows.
     """
+    return _render(
+        description,
+        facts,
+        folder=folder,
+        repository=trainer.hub_model_id or trainer.args.hub_model_id,
+        model_name=model_name,
+        evaluations=[*facts.evaluations, *logged_evaluations(trainer)],
+        procedure=_procedure(trainer, description, facts),
+        arguments_class=type(trainer.args).__name__,
+        settings=settings_table(trainer.args, facts.settings, skip=_TOLD_ELSEWHERE),
+    )
+
+
+def build_converted_card(
+    model: PreTrainedModel, facts: ModelFacts, *, folder: Path, repository: str | None = None
+) -> ModelCard:
+    """Returns the card of a model whose weights were converted, which no trainer here has seen.
+
+    Args:
+        model (`PreTrainedModel`)
+        facts ([`ModelFacts`])
+        folder (`Path`): where the card will lie.
+        repository (`str`, *optional*): its name at the Hub.
+
+    Raises:
+        `ValueError`: if the licence is none that the Hub knows.
+    """
+    return _render(describe_converted(model), facts, folder=folder, repository=repository)
+
+
+def _render(
+    description: Description,
+    facts: ModelFacts,
+    *,
+    folder: Path,
+    repository: str | None,
+    model_name: str | None = None,
+    evaluations: Sequence[Evaluation] = (),
+    **training: str,
+) -> ModelCard:
+    """Fills the template; `training` is what its section on training takes, which is left out without a procedure."""
     check_license(facts.license)
-    repository = trainer.hub_model_id or trainer.args.hub_model_id
     name = model_name or (repository.split("/")[-1] if repository else folder.resolve().name)
-    evaluations = [*facts.evaluations, *logged_evaluations(trainer)]
     known = [public_name(dataset) if dataset else None for dataset in (facts.dataset, facts.lower_dataset)]
     figures = _figures(folder)
     return ModelCard.from_template(
@@ -70,9 +110,7 @@ def build_model_card(
         evaluation=evaluation_table(evaluations) if evaluations else "",
         evaluation_figures=[figure for figure in figures if "training" not in figure["path"]],
         training_figures=[figure for figure in figures if "training" in figure["path"]],
-        procedure=_procedure(trainer, description, facts),
-        arguments_class=type(trainer.args).__name__,
-        settings=settings_table(trainer.args, facts.settings, skip=_TOLD_ELSEWHERE),
+        **training,
         statistics_title=description.statistics_title,
         statistics=description.statistics,
         citations=description.citations,

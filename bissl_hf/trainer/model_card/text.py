@@ -1,7 +1,7 @@
 """What the cards of this package's models say: one description per kind of trainer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +29,10 @@ _SIMCLR = (
     "It was pre-trained by [SimCLR](https://arxiv.org/abs/2002.05709), without labels: it learned to find the other "
     "view of an image among the views of all images in a batch. [BiSSL](https://arxiv.org/abs/2410.02387) takes it "
     "from here and, with it as the lower level, aligns its backbone with a downstream task before fine-tuning."
+)
+_CONVERTED = (
+    "Its weights were converted, number for number, from a state dict of a ResNet under the names of "
+    "[timm](https://huggingface.co/docs/timm); how they were trained is told where they come from."
 )
 BISSL_CITATION = """@article{zakarias2024bissl,
   title   = {BiSSL: Enhancing the Alignment Between Self-Supervised Pre-Training
@@ -115,24 +119,43 @@ def describe_aligned(trainer: "BiSSLTrainer", *, has_both_levels: bool) -> Descr
 def describe_pretext(trainer: "PretextTrainer") -> Description:
     """The model of a [`PretextTrainer`]."""
     model = trainer.model
+    return replace(
+        _pretext_model(model),
+        summary=_class_sentence(model) + (f" {_SIMCLR}" if model.config.model_type == "simclr" else ""),
+        examples=[("Pretext task", _length(trainer.train_dataset))],
+        citations=[SIMCLR_CITATION] if model.config.model_type == "simclr" else [],
+        statistics_title="Loss",
+        statistics=_loss_statistics(trainer),
+    )
+
+
+def describe_converted(model: PreTrainedModel) -> Description:
+    """A model whose weights were converted: what it is, but not how it was trained, which weights do not tell."""
+    description = (
+        _pretext_model(model)
+        if model.config.model_type == "simclr"
+        else Description("", native_usage(model, None), examples=[], tags=["bissl"], citations=[], task=task_of(model))
+    )
+    return replace(description, summary=f"{_class_sentence(model)} {_CONVERTED}")
+
+
+def _pretext_model(model: PreTrainedModel) -> Description:
+    """What holds of a pretext model however it came to be."""
     name = type(model).__name__
     load = f'from bissl_hf import {name}\n\nmodel = {name}.from_pretrained("{{model}}")\nbackbone = model.base_model'
     align = "accelerate launch recipes/bissl.py --lower_model {model} --dataset user/labelled-images"
-    is_simclr = model.config.model_type == "simclr"
     return Description(
-        summary=f"{_class_sentence(model)}" + (f" {_SIMCLR}" if is_simclr else ""),
+        summary=_class_sentence(model),
         usage=[
             Snippet("The pretext model, and the backbone in it:", load),
             Snippet("As the lower level of BiSSL:", align, "bash"),
         ],
-        examples=[("Pretext task", _length(trainer.train_dataset))],
-        tags=["simclr" if is_simclr else model.config.model_type, "self-supervised-learning", "bissl"],
-        citations=[SIMCLR_CITATION] if is_simclr else [],
+        examples=[],
+        tags=[model.config.model_type, "self-supervised-learning", "bissl"],
+        citations=[],
         library="bissl_hf",
         task="image-feature-extraction" if model.main_input_name == "pixel_values" else None,
         base_models=loaded_from_hub(model.config, getattr(model.config, "backbone_config", None)),
-        statistics_title="Loss",
-        statistics=_loss_statistics(trainer),
     )
 
 

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all test-gpu check format clean
+.PHONY: help env demo test test-all test-gpu test-oldest check format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -12,6 +12,11 @@ help: ## Show this list
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
 	@touch $@
 
 env: $(VENV)/.installed ## Create the environment in .venv
@@ -29,6 +34,9 @@ test-all: env ## Run the tests, the slow ones included
 test-gpu: ## Run the tests that need a GPU, in the environment of $(PYTHON), whose torch has CUDA
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(PYTHON) -m pytest -m gpu $(ARGS)
 
+test-oldest: .venv-oldest/.installed ## Run the tests with the oldest versions that are supported, in .venv-oldest
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
 check: env ## Lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,5 +46,5 @@ format: env ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove the environment and the caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+clean: ## Remove the environments and the caches
+	rm -rf $(VENV) .venv-oldest .mypy_cache .pytest_cache .ruff_cache build *.egg-info

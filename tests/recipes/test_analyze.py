@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,3 +159,11 @@ def test_a_folder_with_files_is_left_alone(
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert "holds files" in refusal(capsys, analyze.main, settings(images, tmp_path, models / "simclr"))
+
+
+def test_one_process_analyses(
+    images: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(analyze, "PartialState", lambda cpu=None: SimpleNamespace(num_processes=2))
+    sentence = refusal(capsys, analyze.main, settings(images, tmp_path / "out", models / "simclr"))
+    assert "The analysis runs on 2 processes; start it on one: --num_processes 1" in sentence

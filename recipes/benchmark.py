@@ -26,7 +26,7 @@ class BenchmarkArguments:
     """What to measure, and where to write it."""
 
     output: str = field(metadata={"help": "JSON file for all figures."})
-    quick: bool = field(default=False, metadata={"help": "Small sizes: about 8 minutes on 2 cores."})
+    quick: bool = field(default=False, metadata={"help": "Small sizes: within 3 minutes on 2 idle cores."})
     growth: bool = field(
         default=False,
         metadata={"help": "Measure how alternations grow with batch, image, width and data set instead."},

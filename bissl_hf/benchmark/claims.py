@@ -10,6 +10,8 @@ from .comparison import PHASES, TRAINER
 from .measuring import median_ratio
 from .parts import UNIT, Part
 
+_PAPER_UPPER_STEPS = 8
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -73,8 +75,9 @@ class Measured:
         return [sum(times) for times in zip(*phases, strict=True)]
 
 
-def make_claims(measured: Measured, device: torch.device, *, products: int) -> list[Claim]:
-    """Returns what this run says about each target; those for a GPU only where there is one."""
+def make_claims(measured: Measured, device: torch.device, *, products: int, upper_steps: int) -> list[Claim]:
+    """Returns what this run says about each target; those for a GPU only where there is one, and that for recycling
+    only where a phase has as many steps to recycle for as the paper's."""
     times, on_gpu = measured.alternations, device.type == "cuda"
     ours, baseline = measured.whole(TRAINER), measured.whole("baseline")
     counted = [sum(measured.baseline_equivalents.values()) * unit for unit in times["baseline"]["unit"]]
@@ -93,8 +96,9 @@ def make_claims(measured: Measured, device: torch.device, *, products: int) -> l
     broken_down = sum(status == SolveStatus.NEGATIVE_CURVATURE for status in measured.statuses)
     # Solves that end early, of negative curvature, are fast for nothing: they count as none.
     speed = median_ratio(times["baseline"]["upper"], times["recycled"]["upper"]) if residual <= 0.01 else 0.0
+    aim = 2.2 if upper_steps >= _PAPER_UPPER_STEPS else None
     claims += [
-        Claim("upper phase, recycled solver at 1 %: baseline / ours", speed, at_least=2.2),
+        Claim("upper phase, recycled solver at 1 %: baseline / ours", speed, at_least=aim),
         Claim("median residual of its solves", residual, at_most=0.01),
         Claim("share of its solves that met negative curvature", broken_down / len(measured.statuses), at_most=0),
         Claim("mean products of its solves", sum(measured.recycled_products) / len(measured.recycled_products)),

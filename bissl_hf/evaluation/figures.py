@@ -10,6 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Title, names of the groups, and per series its name and one `(value, low, high)` per group.
+Panel = tuple[str, Sequence[str], Sequence[tuple[str, Sequence[tuple[float, float, float]]]]]
 RESIDUAL_TITLE = "Residual of the linear solve"
 
 
@@ -132,27 +134,25 @@ def plot_similarity(values: np.ndarray, names: Sequence[str], path: str | Path, 
     _save(figure, path)
 
 
-def plot_differences(
-    panels: Sequence[tuple[str, Sequence[str], Sequence[tuple[str, Sequence[tuple[float, float, float]]]]]],
-    path: str | Path,
-    *,
-    label: str,
-    unit: str,
-) -> None:
-    """Draws differences with their intervals, one panel beside the other, around a line at 0.
+def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, unit: str) -> None:
+    """Draws differences with their intervals around a line at 0, up to four panels in a row, with one scale.
 
     Args:
-        panels (`Sequence`): title, names of the groups along the axis, and for each arm its name and one `(difference,
-            low, high)` per group, in percentage points; the bounds are NaN where there is no interval.
+        panels (`Sequence[Panel]`): title, names of the groups along the axis, and for each series its name and one
+            `(difference, low, high)` per group, in percentage points; the bounds are NaN where there is no interval.
         path (`str` or `Path`): the PNG file.
         label (`str`): of the vertical axis.
         unit (`str`): of the groups.
     """
-    arms = max(len(series) for _, _, series in panels)
-    width = max(3.2, max(len(groups) for _, groups, _ in panels) * (0.5 + 0.3 * arms))
-    figure = _new_figure(width * len(panels) + 2.0, 3.6)
-    row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axes, (title, groups, series) in zip(row, panels, strict=True):
+    most = max(len(series) for _, _, series in panels)
+    width = max(3.2, max(len(groups) for _, groups, _ in panels) * (0.5 + 0.3 * most))
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    figure = _new_figure(width * columns + 2.0, 3.6 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid.flatten()[len(panels) :]:
+        axes.remove()
+    for axes, (title, groups, series) in zip(grid.flatten(), panels, strict=False):
         axes.axhline(0, color="0.3", linewidth=1)
         for number, (name, points) in enumerate(series):
             values, low, high = np.array(points, dtype=float).T
@@ -163,8 +163,9 @@ def plot_differences(
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set_xlabel(unit)
         axes.grid(axis="y", alpha=0.3)
-    row[0].set_ylabel(label)
-    handles, names = row[0].get_legend_handles_labels()
+    for axes in grid[:, 0]:
+        axes.set_ylabel(label)
+    handles, names = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
     _save(figure, path)
 

@@ -29,6 +29,10 @@ class StudyImages:
         self._labels: dict[str, Dataset] = {}
         for name in study.datasets:
             splits = load_labelled(DataArguments(dataset=name), seed=study.split_seed)
+            if study.validation_examples is not None and study.validation_examples < len(splits["validation"]):
+                splits["validation"] = take_examples(
+                    splits["validation"], study.validation_examples, seed=study.split_seed
+                )
             labels = splits["train"].remove_columns("image")
             self._labels[name] = labels.add_column("row", np.arange(len(labels)))
             for count in study.train_examples:

@@ -11,13 +11,14 @@ from ..trainer.search import SearchSpace
 from ..trainer.training_args import (
     BiSSLTrainingArguments,
     FineTuningArguments,
+    JointTrainingArguments,
     KeyedTrainingArguments,
     PretextTrainingArguments,
 )
 
-KINDS = ("conventional", "bissl")
+KINDS = ("conventional", "bissl", "joint")
 MATCHES = ("steps", "wall_clock")
-_SET_BY_STUDY = ("output_dir", "seed", "data_seed", "use_cpu", "max_steps", "resume_from_checkpoint")
+_SET_BY_STUDY = ("output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint")
 # Fields of training arguments on which no result depends.
 _INCIDENTAL = (
     *("save_strategy", "save_steps", "save_total_limit", "logging_strategy", "logging_steps", "report_to"),
@@ -32,11 +33,12 @@ class Arm:
 
     Args:
         name (`str`): in folders, tables and figures.
-        kind (`str`): `"bissl"`; or `"conventional"`, which goes on with the pretext task alone.
+        kind (`str`): `"bissl"`; `"conventional"`, which goes on with the pretext task alone; or `"joint"`, which
+            goes on with the sum of both losses ([`JointTrainer`]).
         match (`str`, *optional*, defaults to `"steps"`): of a conventional arm: as many pretext steps as BiSSL takes
             (`"steps"`), or as many as fit into the seconds that the first BiSSL arm took (`"wall_clock"`).
-        overrides (`Mapping`, *optional*): fields of [`BiSSLTrainingArguments`], or for a conventional arm of
-            [`PretextTrainingArguments`], that differ from the study's.
+        overrides (`Mapping`, *optional*): fields of [`BiSSLTrainingArguments`], [`PretextTrainingArguments`] or
+            [`JointTrainingArguments`], by kind, that differ from the study's.
 
     Raises:
         `ValueError`: for an unknown kind or match, or a name that cannot be that of a folder.
@@ -87,6 +89,9 @@ class StudyArguments:
     train_examples: list[int] = field(
         default_factory=lambda: [200], metadata={"help": "Numbers of labelled training images, each with each set."}
     )
+    validation_examples: int | None = field(
+        default=None, metadata={"help": "Validation images on which choices are made, at most; all if not given."}
+    )
     image_size: int = field(default=96, metadata={"help": "Side of the square images, in pixels."})
     split_seed: int = field(default=42, metadata={"help": "Decides the splits of sets that lack official ones."})
     backbone: dict | str | None = field(
@@ -107,7 +112,7 @@ class StudyArguments:
         default=None, metadata={"help": "Fields of recipes/finetune.py for all arms, as JSON."}
     )
     arms: list[str] = field(
-        default_factory=lambda: [json.dumps({"name": kind, "kind": kind}) for kind in KINDS],
+        default_factory=lambda: [json.dumps({"name": kind, "kind": kind}) for kind in KINDS[:2]],
         metadata={"help": "The arms, each as JSON with name, kind and maybe match and overrides."},
     )
     seeds: int = field(default=5, metadata={"help": "Runs of each arm, with the seeds 0, 1, ..."})
@@ -129,6 +134,8 @@ class StudyArguments:
             values = getattr(self, name)
             if not values or len(set(map(str, values))) < len(values):
                 raise ValueError(f"{name} is {values}; it must name at least one, each once.")
+        if self.validation_examples is not None and self.validation_examples < 2:
+            raise ValueError(f"validation_examples is {self.validation_examples}; it must be at least 2.")
         if min(self.train_examples) < 2:
             raise ValueError(f"train_examples is {self.train_examples}; each must be at least 2.")
         self.space = SearchSpace(tuple(self.search_learning_rate), tuple(self.search_weight_decay))  # type: ignore[arg-type]
@@ -176,10 +183,7 @@ class Plan:
         self.pretrain_arguments("unused", 0)
         self.finetune_arguments("unused", 0)
         for arm in self.study.compared:
-            if arm.kind == "bissl":
-                self.bissl_arguments("unused", 0, arm)
-            else:
-                self.continue_arguments("unused", 0, arm, 1)
+            self.arm_arguments("unused", 0, arm, 1)
 
     @property
     def baseline(self) -> Arm:
@@ -188,7 +192,7 @@ class Plan:
 
     @property
     def clock_arm(self) -> Arm:
-        """The arm whose seconds a conventional arm with `match="wall_clock"` gets: the first of BiSSL."""
+        """The arm whose time a conventional arm with `match="wall_clock"` gets: the first of BiSSL."""
         return next(arm for arm in self.study.compared if arm.kind == "bissl")
 
     @property
@@ -219,11 +223,34 @@ class Plan:
         settings = {**_mapping(self.study.bissl, "bissl"), **(arm.overrides if arm else {})}
         return self._build(BiSSLTrainingArguments, "bissl", settings, folder, seed, eval_strategy="no")
 
+    def arm_arguments(self, folder: str, seed: int, arm: Arm, steps: int) -> KeyedTrainingArguments:
+        """Returns the arguments of an arm that takes so many pretext steps after the common ones; BiSSL knows how many
+        by itself."""
+        if arm.kind == "bissl":
+            return self.bissl_arguments(folder, seed, arm)
+        if arm.kind == "joint":
+            return self.joint_arguments(folder, seed, arm, steps)
+        return self.continue_arguments(folder, seed, arm, steps)
+
     def continue_arguments(self, folder: str, seed: int, arm: Arm, steps: int) -> PretextTrainingArguments:
         """Returns the arguments of the further pretext steps of a conventional arm: BiSSL's lower level on its own,
         with its optimizer, schedule and batches."""
-        lower = self.bissl_arguments(folder, seed)
+        settings = {**self._lower_settings(folder, seed, steps), **arm.overrides}
+        return self._build(PretextTrainingArguments, f"arm {arm.name}", settings, folder, seed, max_steps=steps)
+
+    def joint_arguments(self, folder: str, seed: int, arm: Arm, steps: int) -> JointTrainingArguments:
+        """Returns the arguments of joint training: likewise, with the labelled batches of BiSSL's upper level."""
+        batch = self.bissl_arguments(folder, seed).per_device_train_batch_size
         settings = {
+            **self._lower_settings(folder, seed, steps),
+            "per_device_labelled_batch_size": batch,
+            **arm.overrides,
+        }
+        return self._build(JointTrainingArguments, f"arm {arm.name}", settings, folder, seed, max_steps=steps)
+
+    def _lower_settings(self, folder: str, seed: int, steps: int) -> dict[str, Any]:
+        lower = self.bissl_arguments(folder, seed)
+        return {
             "optim": lower.lower_optim,
             "optim_args": ",".join(f"{name}={value}" for name, value in lower.lower_optimizer_options.items()) or None,
             "learning_rate": lower.lower_learning_rate,
@@ -233,9 +260,7 @@ class Plan:
             "warmup_steps": round(lower.get_lower_warmup_steps() / self.matched_steps * steps),
             "per_device_train_batch_size": lower.per_device_lower_batch_size,
             "max_grad_norm": lower.lower_max_grad_norm,
-            **arm.overrides,
         }
-        return self._build(PretextTrainingArguments, f"arm {arm.name}", settings, folder, seed, max_steps=steps)
 
     def finetune_arguments(self, folder: str, seed: int) -> FineTuningArguments:
         """Returns the arguments of fine-tuning, the same for all arms."""
@@ -261,7 +286,7 @@ class Plan:
 
     def run_settings(self, arm: Arm, dataset: str, train_examples: int, seed: int) -> dict[str, Any]:
         """Returns what the result of an arm on a set depends on."""
-        names = ("search_trials", "search_learning_rate", "search_weight_decay")
+        names = ("validation_examples", "search_trials", "search_learning_rate", "search_weight_decay")
         return {
             **self.arm_settings(arm, seed),
             "dataset": dataset,
@@ -275,7 +300,7 @@ class Plan:
     ) -> ArgumentsType:
         known = {known.name for known in fields(kind) if known.init}
         for name in settings:
-            if name in _SET_BY_STUDY:
+            if name in _SET_BY_STUDY or (name == "max_steps" and kind is not FineTuningArguments):
                 raise ValueError(f"{origin} sets {name}, which the study sets by itself; leave it out.")
             if name not in known:
                 raise ValueError(f"{origin} sets {name!r}, which {kind.__name__} does not have.")

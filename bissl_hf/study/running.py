@@ -14,16 +14,16 @@ from ..cli.finetuning import FineTuning
 from ..cli.images import LabelledImages, build_train_transform, build_view_transform
 from ..cli.models import StartArguments, classifier_builder, new_classifier
 from ..cli.parts import Part
-from ..data.augment import EvalTransform, image_processor
-from ..evaluation.metrics import SINGLE_LABEL
+from ..data.augment import image_processor
 from ..models.modeling_bissl import BiSSLModel
 from ..models.modeling_simclr import SimCLRForPreTraining
+from ..models.saving import save_model
 from ..trainer.bissl_trainer import BiSSLTrainer
 from ..trainer.checkpoints import find_last_checkpoint
-from ..trainer.keyed_trainer import KeyedTrainer
-from ..trainer.knn_check import KnnCheck
+from ..trainer.joint_trainer import JointTrainer
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
+from .alignment import measure_alignment
 from .images import StudyImages
 from .plan import Arm, Plan
 
@@ -69,13 +69,12 @@ class Study:
         for dataset in self.plan.study.datasets:
             images = self.images.take(dataset, min(self.plan.study.train_examples), seed=0)
             for arm in self.plan.study.compared:
-                if arm.kind == "bissl":
-                    trainer = self._bissl_trainer(self.folder, arm, 0, images, self._pretext_model(0))
-                    trainer.create_optimizer()
+                trainer = self._arm_trainer(self.folder, arm, 0, self._pretext_model(0), images)
+                trainer.create_optimizer()
+                if isinstance(trainer, BiSSLTrainer):
                     trainer.try_losses(rows=4)
                 else:
-                    args = self.plan.continue_arguments(str(self.folder), 0, arm, self.plan.matched_steps)
-                    self._pretrainer(self._pretext_model(0), args).create_optimizer()
+                    trainer.try_loss(rows=4)
 
     def run(self) -> list[dict[str, Any]]:
         """Runs the parts that are not finished.
@@ -164,55 +163,49 @@ class Study:
     def _pretrain(self, seed: int) -> None:
         part = self._common_part(seed)
         args = self.plan.pretrain_arguments(str(part.folder), seed)
-        self._train_pretext(part, self._pretext_model(seed), args)
+        trainer = self._pretrainer(self._pretext_model(seed), args)
+        _train(trainer, part)
 
-    def _continue_shared(self, arm: Arm, seed: int) -> None:
-        self._continue(self._shared_part(arm, seed), arm, seed, self.plan.matched_steps)
+    # From the common pretext steps to the backbone of an arm
 
-    def _continue(self, part: Part, arm: Arm, seed: int, steps: int) -> None:
-        args = self.plan.continue_arguments(str(part.folder), seed, arm, steps)
-        self._train_pretext(part, self._common_model(seed), args)
-
-    def _train_pretext(self, part: Part, model: SimCLRForPreTraining, args: PretextTrainingArguments) -> None:
-        trainer = self._pretrainer(model, args)
-        _train(trainer, part, args.max_steps, lambda: trainer.write_model(part.folder / "model"))
-
-    def _fitting_steps(self, seconds: float, seed: int) -> int:
-        """How many further pretext steps fit into a time, by what an image took in the common steps."""
-        common = _result_of(self._common_part(seed))
-        batch = self.plan.bissl_arguments("unused", seed).per_device_lower_batch_size
-        common_batch = self.plan.pretrain_arguments("unused", seed).per_device_train_batch_size
-        return max(1, int(seconds / (common["seconds"] / common["steps"] * batch / common_batch)))
-
-    # BiSSL
-
-    def _bissl_trainer(
-        self, folder: Path, arm: Arm, seed: int, images: LabelledImages, lower: SimCLRForPreTraining
-    ) -> BiSSLTrainer:
+    def _arm_trainer(
+        self,
+        folder: Path,
+        arm: Arm,
+        seed: int,
+        lower: SimCLRForPreTraining,
+        images: LabelledImages | None = None,
+        steps: int | None = None,
+    ) -> BiSSLTrainer | JointTrainer | PretextTrainer:
+        plan, steps = self.plan, steps or self.plan.matched_steps
+        if images is None or arm.kind == "conventional":
+            return self._pretrainer(lower, plan.continue_arguments(str(folder), seed, arm, steps))
         set_seed(seed)
         upper = new_classifier(lower.config.backbone_config, images.class_names, problem_type=images.problem_type)
-        return BiSSLTrainer(
-            BiSSLModel.from_models(lower, upper),
-            self.plan.bissl_arguments(str(folder), seed, arm),
-            train_dataset=images.train,
-            lower_dataset=self.images.pretext,
-            train_transform=self.crops,
-            eval_transform=EvalTransform(self.image_size),
-            lower_transform=self.views,
-            processing_class=image_processor(self.image_size),
-        )
+        model = BiSSLModel.from_models(lower, upper)
+        data: dict[str, Any] = {
+            "train_dataset": images.train,
+            "lower_dataset": self.images.pretext,
+            "train_transform": self.crops,
+            "lower_transform": self.views,
+            "processing_class": image_processor(self.image_size),
+        }
+        if arm.kind == "bissl":
+            return BiSSLTrainer(model, plan.bissl_arguments(str(folder), seed, arm), **data)
+        return JointTrainer(model, plan.joint_arguments(str(folder), seed, arm, steps), **data)
 
-    def _align(self, part: Part, arm: Arm, seed: int, images: LabelledImages) -> None:
-        trainer = self._bissl_trainer(part.folder, arm, seed, images, self._common_model(seed))
-        steps = trainer.args.num_alternations * trainer.args.lower_steps
+    def _continue_shared(self, arm: Arm, seed: int) -> None:
+        part = self._shared_part(arm, seed)
+        _train(self._arm_trainer(part.folder, arm, seed, self._common_model(seed)), part)
 
-        def save() -> None:
-            batches = list(trainer.recalibration_batches()) or None
-            trainer.model.export(
-                part.folder / "model", processing_class=trainer.processing_class, recalibrate_on=batches
-            )
-
-        _train(trainer, part, steps, save)
+    def _fitting_steps(self, clock: Mapping[str, Any], seed: int) -> int:
+        """How many further pretext steps fit into the time of an arm, by what an image took in the common steps. On a
+        CPU both are CPU time, which other work on the machine does not lengthen."""
+        common = _result_of(self._common_part(seed))
+        name = "processor_seconds" if self.plan.study.use_cpu else "seconds"
+        batch = self.plan.bissl_arguments("unused", seed).per_device_lower_batch_size
+        common_batch = self.plan.pretrain_arguments("unused", seed).per_device_train_batch_size
+        return max(1, int(clock[name] / (common[name] / common["steps"] * batch / common_batch)))
 
     # One arm on one set
 
@@ -222,11 +215,12 @@ class Study:
             return self._shared_part(arm, seed)
         folder = self._run_part(arm, dataset, examples, seed).folder / "backbone"
         part = Part(folder, self.plan.arm_settings(arm, seed), writes=self.writes)
-        if part.result is None and arm.kind == "bissl":
-            self._align(part, arm, seed, images)
-        elif part.result is None:
-            clock = _result_of(self._run_part(self.plan.clock_arm, dataset, examples, seed))
-            self._continue(part, arm, seed, self._fitting_steps(clock["backbone_seconds"], seed))
+        if part.result is None:
+            steps = None
+            if arm.match == "wall_clock":
+                clock = self._backbone(self.plan.clock_arm, dataset, examples, seed, images)
+                steps = self._fitting_steps(_result_of(clock), seed)
+            _train(self._arm_trainer(part.folder, arm, seed, self._common_model(seed), images, steps), part)
         return part
 
     def _run(self, arm: Arm, dataset: str, examples: int, seed: int) -> None:
@@ -242,12 +236,17 @@ class Study:
             image_size=self.image_size,
             settings=self.plan.run_settings(arm, dataset, examples, seed),
         )
-        knn = self._knn_accuracy(tuning, part.folder)
+        # Beside the same batch norm for all arms, as fine-tuning has it by itself, what each arm's training has left.
+        without = {"bn_recalibration_images": 0, "output_dir": str(part.folder)}
+        features = measure_alignment(tuning, output_dir=str(part.folder))
+        features_without = measure_alignment(tuning, **without)
         study, chosen = self.plan.study, {}
         if study.search_trials:
             chosen = tuning.search(part.folder / "search", study.space, num_trials=study.search_trials).best
         run = tuning.train(part.folder / "finetuning", **chosen)
         test = tuning.test(part.folder / "finetuning")
+        tuning.train(part.folder / "finetuning-own-statistics", **chosen, bn_recalibration_images=0)
+        test_without = tuning.test(part.folder / "finetuning-own-statistics")
         learned = _result_of(backbone)
         part.finish(
             {
@@ -255,34 +254,41 @@ class Study:
                 "score": test[f"test_{tuning.metric}"],
                 **test,
                 f"eval_{tuning.metric}": run[f"eval_{tuning.metric}"],
-                "knn_accuracy": knn,
+                "score_own_statistics": test_without[f"test_{tuning.metric}"],
+                "features": features,
+                "features_own_statistics": features_without,
                 "learning_rate": chosen.get("learning_rate", tuning.args.learning_rate),
                 "weight_decay": chosen.get("weight_decay", tuning.args.weight_decay),
                 "pretext_steps": study.pretrain_steps + learned["steps"],
                 "backbone_seconds": learned["seconds"],
+                "backbone_processor_seconds": learned["processor_seconds"],
+                **{name: learned[name] for name in ("pull", "solver_residual") if name in learned},
                 "finetuning_seconds": run["train_seconds"],
             }
         )
         PartialState().wait_for_everyone()
 
-    def _knn_accuracy(self, tuning: FineTuning, folder: Path) -> float | None:
-        """How the backbone classifies the validation split by nearest labelled images before it is fine-tuned, under
-        fine-tuning's batch norm; `None` where an image may have several classes."""
-        if tuning.images.problem_type != SINGLE_LABEL:
-            return None
-        trainer = tuning.build_trainer(output_dir=str(folder))
-        trainer.start_batch_norm()
-        images, transform = tuning.images, EvalTransform(self.image_size)
-        return KnnCheck(trainer, images.train, images.validation, eval_transform=transform).measure()
 
-
-def _train(trainer: KeyedTrainer, part: Part, steps: int, save: Callable[[], None]) -> None:
-    """Trains from the newest checkpoint in the folder of a part, and finishes the part."""
+def _train(trainer: BiSSLTrainer | JointTrainer | PretextTrainer, part: Part) -> None:
+    """Trains from the newest checkpoint in the folder of a part, and finishes the part: the model with its batch-norm
+    statistics as training has left them, and what it took."""
     checkpoint, _ = find_last_checkpoint(part.folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
-        save()
-    part.finish({"steps": steps, "seconds": trainer.training_seconds})
+        model = trainer.model
+        native = model.aligned_model() if isinstance(model, BiSSLModel) else model
+        save_model(native.eval(), part.folder / "model", trainer.processing_class)
+    result: dict[str, Any] = {
+        "steps": trainer.args.max_steps,
+        "seconds": trainer.training_seconds,
+        "processor_seconds": trainer.processor_seconds,
+    }
+    if isinstance(trainer, BiSSLTrainer):
+        residuals = [row["solver/residual"] for row in trainer.state.log_history if "solver/residual" in row]
+        result["steps"] = trainer.args.num_alternations * trainer.args.lower_steps
+        result["pull"] = float(trainer.pull.total)
+        result["solver_residual"] = sum(residuals) / len(residuals) if residuals else None
+    part.finish(result)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -58,36 +58,53 @@ def compare(runs: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, 
     """Summarises the runs of a study.
 
     Args:
-        runs (`Sequence[Mapping]`): with `dataset`, `train_examples`, `arm`, `seed`, `score` and `knn_accuracy`.
+        runs (`Sequence[Mapping]`): with `dataset`, `train_examples`, `arm`, `seed`, `metric` and the measures of a
+            run: all other numbers, also those in mappings, whose names then are `outer/inner`.
         baseline (`str`): name of the arm with which the others are compared.
 
     Returns:
-        `list[dict]`: one per set, number of labels and arm, in the order of `runs`: `score` and `knn_accuracy` (mean,
-            deviation, values; the latter `None` where it was not measured), and for all but the baseline
-            `comparison`, see [`paired_difference`], with `holm_p_value`, corrected for all comparisons here.
+        `list[dict]`: one per set, number of labels and arm, in the order of `runs`, with `dataset`, `train_examples`,
+            `arm`, `metric`, `seeds` and `measures`: for each measure that all its runs have mean, deviation, values,
+            and `comparison` with the baseline (see [`paired_difference`], and `holm_p_value`, corrected for all
+            comparisons of this measure); `None` where there is none.
     """
     groups: dict[tuple[str, int, str], dict[int, Mapping[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["dataset"], run["train_examples"], run["arm"]), {})[run["seed"]] = run
-    rows: list[dict[str, Any]] = []
-    for (dataset, examples, arm), found in groups.items():
-        scores = [found[seed]["score"] for seed in sorted(found)]
-        knn = [found[seed]["knn_accuracy"] for seed in sorted(found)]
-        row = {
+    rows = [
+        {
             "dataset": dataset,
             "train_examples": examples,
             "arm": arm,
             "metric": next(iter(found.values()))["metric"],
             "seeds": sorted(found),
-            "score": summarise(scores),
-            "knn_accuracy": None if None in knn else summarise(knn),
-            "comparison": None,
+            "measures": _measures([found[seed] for seed in sorted(found)]),
         }
-        if arm != baseline:
-            others = groups[dataset, examples, baseline]
-            row["comparison"] = paired_difference(scores, [others[seed]["score"] for seed in sorted(found)])
-        rows.append(row)
-    compared = [row["comparison"] for row in rows if row["comparison"] is not None]
-    for comparison, p_value in zip(compared, holm([row["p_value"] for row in compared]), strict=True):
-        comparison["holm_p_value"] = p_value
+        for (dataset, examples, arm), found in groups.items()
+    ]
+    baselines = {(row["dataset"], row["train_examples"]): row for row in rows if row["arm"] == baseline}
+    comparisons: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        for name, measure in row["measures"].items():
+            other = baselines[row["dataset"], row["train_examples"]]["measures"].get(name)
+            measure["comparison"] = None
+            if row["arm"] != baseline and other is not None:
+                measure["comparison"] = paired_difference(measure["values"], other["values"])
+                comparisons.setdefault(name, []).append(measure["comparison"])
+    for compared in comparisons.values():
+        for comparison, p_value in zip(compared, holm([found["p_value"] for found in compared]), strict=True):
+            comparison["holm_p_value"] = p_value
     return rows
+
+
+def _measures(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    flat = [_flatten(run) for run in runs]
+    names = [name for name in flat[0] if all(isinstance(run.get(name), int | float) for run in flat)]
+    return {name: summarise([run[name] for run in flat]) for name in names if name not in ("train_examples", "seed")}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

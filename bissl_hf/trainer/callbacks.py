@@ -1,7 +1,7 @@
 """Callbacks that only observe."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import ProgressCallback, TrainerCallback
 
@@ -42,21 +42,36 @@ class ShortProgressCallback(ProgressCallback):
             self.training_bar.write(f"epoch {logs.get('epoch', 0):.4g}/{state.num_train_epochs}  {figures}")
 
 
+class Seconds(NamedTuple):
+    """Seconds on the wall, and of CPU time of this process."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        return cls(time.perf_counter(), time.process_time())
+
+
 class TrainingClock(TrainerCallback):
-    """Counts the seconds of training. A run that is resumed sets `seconds` to what lies behind it."""
+    """Counts the seconds of training: those on the wall, and the CPU time of this process. A run that is resumed sets
+    `seconds` to what lies behind it."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._since: float | None = None
+        self.seconds = Seconds(0.0, 0.0)
+        self._since: Seconds | None = None
 
-    def read(self) -> float:
+    def read(self) -> Seconds:
         """Returns the seconds so far."""
-        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+        if self._since is None:
+            return self.seconds
+        now = Seconds.now()
+        return Seconds(*(s + n - b for s, n, b in zip(self.seconds, now, self._since, strict=True)))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self.seconds = 0.0
-        self._since = time.perf_counter()
+            self.seconds = Seconds(0.0, 0.0)
+        self._since = Seconds.now()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds, self._since = self.read(), None

@@ -42,7 +42,7 @@ class FineTuneTrainer(SingleLevelTrainer):
             args=args,
             task="downstream",
             stream=Stream.UPPER,
-            batch_size=labelled_batch_size(args, len(train_dataset)),
+            batch_size=labelled_batch_size(args.per_device_train_batch_size, args.world_size, len(train_dataset)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **trainer_kwargs,
@@ -67,8 +67,10 @@ class FineTuneTrainer(SingleLevelTrainer):
             return super().evaluation_loop(*args, **kwargs)
 
     def start_batch_norm(self) -> None:
-        """Estimates batch-norm statistics on training examples, so that no statistics of another stage are left."""
-        recalibrate_batch_norm(self.model, self.calibration_batches(self.args.bn_recalibration_images))
+        """Estimates batch-norm statistics on training examples, so that no statistics of another stage are left;
+        not where `bn_recalibration_images` is 0."""
+        if self.args.bn_recalibration_images:
+            recalibrate_batch_norm(self.model, self.calibration_batches(self.args.bn_recalibration_images))
 
 
 class _StartBatchNorm(TrainerCallback):

@@ -34,7 +34,7 @@ from ..data.alternation import (
 from ..distributed import average_flat, copy_from_first, world_size
 from .batches import batch_rows, split_rows
 from .best_checkpoint import BestCheckpoint, check_best_checkpoint
-from .callbacks import ShortProgressCallback, TrainingClock
+from .callbacks import Seconds, ShortProgressCallback, TrainingClock
 from .checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
 from .data_parallel import check_whole_model, pad_rows, reduce_gradients_of, rows_of_its_own
 from .hub import HubTrainer
@@ -296,14 +296,14 @@ class KeyedTrainer(HubTrainer):
         return {
             "metrics": self.metrics_buffer.state_dict(),
             "settings": self.resume_settings(),
-            "seconds": self.training_seconds,
+            "seconds": self._clock.read(),
             "best_checkpoint": Path(best).name if (best := self.state.best_model_checkpoint) else None,
         }
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Takes over what `run_state` returned."""
         self.metrics_buffer.load_state_dict(state["metrics"])
-        self._clock.seconds = state["seconds"]
+        self._clock.seconds = Seconds(*state["seconds"])
 
     def run_tensors(self) -> dict[str, Tensor]:
         """Returns what a resume needs as tensors, the same on each process. Subclasses may have some."""
@@ -315,7 +315,12 @@ class KeyedTrainer(HubTrainer):
     @property
     def training_seconds(self) -> float:
         """Seconds that training has taken so far, those before a resume included."""
-        return self._clock.read()
+        return self._clock.read().wall
+
+    @property
+    def processor_seconds(self) -> float:
+        """Likewise, seconds of CPU time of this process, which other work on the machine does not lengthen."""
+        return self._clock.read().processor
 
     def resume_settings(self) -> dict[str, Any]:
         """Returns the settings that a resumed run must share: those that decide which examples a step reads, and the

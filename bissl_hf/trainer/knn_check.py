@@ -54,15 +54,28 @@ class KnnCheck(TrainerCallback):
 
     def measure(self) -> float:
         """Returns the accuracy of the weighted vote of the nearest neighbours, between 0 and 1."""
-        features, labels = zip(*(self._features(dataset) for dataset in (self.reference, self.held_out)), strict=True)
+        transform = self.eval_transform
+        splits = [labelled_features(self.trainer, dataset, transform) for dataset in (self.reference, self.held_out)]
+        features, labels = zip(*splits, strict=True)
         return knn_accuracy(features[0], labels[0], features[1], labels[1], neighbors=self.neighbors)
 
-    def _features(self, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-        return extract_features(self.trainer.model, self._batches(dataset))
 
-    def _batches(self, dataset: Any) -> Iterator[dict[str, Any]]:
-        size = self.trainer.args.per_device_eval_batch_size
-        key = StepKey(self.trainer.args.key_seed, int(Stream.EVALUATION), 0, 0, 0)
+def labelled_features(
+    trainer: KeyedTrainer, dataset: Any, eval_transform: Transform | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the features of the backbone that a trainer trains, shape `(rows, width)`, and the labels.
+
+    Args:
+        trainer ([`KeyedTrainer`])
+        dataset: labelled, map-style data set.
+        eval_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the device.
+    """
+
+    def batches() -> Iterator[dict[str, Any]]:
+        size = trainer.args.per_device_eval_batch_size
+        key = StepKey(trainer.args.key_seed, int(Stream.EVALUATION), 0, 0, 0)
         for start in range(0, len(dataset), size):
             rows = read_rows(dataset, range(start, min(start + size, len(dataset))))
-            yield self.trainer.move_and_transform(default_data_collator(rows), key, self.eval_transform)
+            yield trainer.move_and_transform(default_data_collator(rows), key, eval_transform)
+
+    return extract_features(trainer.model, batches())

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data.alternation import Collator, KeyedSource, Stream
-from .training_args import BiSSLTrainingArguments, KeyedTrainingArguments
+from .training_args import BiSSLTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +41,7 @@ def level_sources(
                 "batch that is not larger."
             )
     labelled = len(train_dataset)
-    upper_batch = labelled_batch_size(args, labelled)
+    upper_batch = labelled_batch_size(args.per_device_train_batch_size, world, labelled)
     labelled_source = partial(KeyedSource, train_dataset, upper_batch, collator, world_size=world)
     lower_source = partial(KeyedSource, lower_dataset, collator=lower_collator, world_size=world)
     return {
@@ -52,25 +52,25 @@ def level_sources(
     }
 
 
-def labelled_batch_size(args: KeyedTrainingArguments, num_examples: int) -> int:
+def labelled_batch_size(per_device: int, world: int, num_examples: int) -> int:
     """Returns the batch of all processes for labelled data; one larger than the data is cut to them, with a warning.
 
     Args:
-        args ([`KeyedTrainingArguments`])
+        per_device (`int`): rows per process and step.
+        world (`int`): number of processes.
         num_examples (`int`): size of the data set.
 
     Raises:
         `ValueError`: if there is not even one example per process.
     """
-    world = args.world_size
     if num_examples < world:
         raise ValueError(f"train_dataset has {num_examples} examples for {world} processes; each needs at least one.")
-    batch = args.per_device_train_batch_size * world
+    batch = per_device * world
     if batch <= num_examples:
         return batch
     cut = num_examples // world * world
     logger.warning(
-        f"The upper batch of {batch} (per_device_train_batch_size x processes) is larger than the {num_examples} "
+        f"The labelled batch of {batch} ({per_device} on each of {world} processes) is larger than the {num_examples} "
         f"labelled examples; it is cut to {cut}."
     )
     return cut

@@ -145,6 +145,20 @@ class PretextTrainingArguments(KeyedTrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Bound on the gradient norm; 0 for none."})
 
 
+@dataclass
+class JointTrainingArguments(PretextTrainingArguments):
+    """Arguments of joint training: those of pre-training, and what the labelled examples add."""
+
+    downstream_weight: float = field(default=1.0, metadata={"help": "Weight of the downstream loss."})
+    per_device_labelled_batch_size: int = field(
+        default=256, metadata={"help": "Labelled images per device and step, beside the pairs of views."}
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least(self, downstream_weight=0, per_device_labelled_batch_size=1)
+        super().__post_init__()
+
+
 ArgumentsType = TypeVar("ArgumentsType", bound=KeyedTrainingArguments)
 
 
@@ -173,7 +187,8 @@ class FineTuningArguments(KeyedTrainingArguments):
     learning rate and the weight decay; the defaults lie in the middle of its ranges.
 
     Batch-norm statistics get the same treatment whatever the model starts from: they are estimated on training images
-    before the first step, and what they are in the end depends on the fine-tuning alone.
+    before the first step, and what they are in the end depends on the fine-tuning alone; unless
+    `bn_recalibration_images` is 0.
     """
 
     learning_rate: float = field(default=0.01, metadata={"help": "Learning rate; 1e-4 to 1 is the range to search."})
@@ -191,14 +206,18 @@ class FineTuningArguments(KeyedTrainingArguments):
         },
     )
     bn_recalibration_images: int = field(
-        default=1024, metadata={"help": "Training images for batch-norm statistics estimated anew."}
+        default=1024,
+        metadata={
+            "help": "Training images for batch-norm statistics estimated anew; 0 to start with those that the model "
+            "comes with."
+        },
     )
 
     def __post_init__(self) -> None:
         if self.batch_norm not in BATCH_NORM_TREATMENTS:
             allowed = ", ".join(BATCH_NORM_TREATMENTS)
             raise ValueError(f"batch_norm is {self.batch_norm!r}; it must be one of {allowed}.")
-        check_at_least(self, bn_recalibration_images=1)
+        check_at_least(self, bn_recalibration_images=int(self.batch_norm == "recalibrated"))
         super().__post_init__()
 
 

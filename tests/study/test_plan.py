@@ -28,7 +28,7 @@ def plan(**changes) -> Plan:
         ({"search_learning_rate": [1.0, 0.1]}, "The range of learning_rate is"),
         ({"arms": [BISSL]}, "arms are ours, and none is of the kind conventional"),
         ({"arms": [CONVENTIONAL, {**BISSL, "name": "plain"}]}, "Several arms are named 'plain'"),
-        ({"arms": [{**CONVENTIONAL, "kind": "joint"}]}, "The kind of the arm plain is 'joint'; it must be one of"),
+        ({"arms": [{**CONVENTIONAL, "kind": "both"}]}, "The kind of the arm plain is 'both'; it must be one of"),
         ({"arms": [{**CONVENTIONAL, "match": "epochs"}]}, "The match of the arm plain is 'epochs'"),
         ({"arms": [{**CONVENTIONAL, "match": "wall_clock"}]}, "is for a conventional arm beside a BiSSL arm"),
         ({"arms": [{**CONVENTIONAL, "solver": "cg"}]}, "An arm has the unknown field 'solver'; it may have name"),

@@ -15,7 +15,7 @@ from bissl_hf.trainer.keyed_trainer import KeyedTrainer
 
 from ..recipes import runs as tiny
 
-TIMES = ("backbone_seconds", "finetuning_seconds")
+TIMES = ("backbone_seconds", "backbone_processor_seconds", "finetuning_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +84,17 @@ def test_every_arm_has_a_result_for_every_seed(finished: tuple[Path, list[dict[s
     for run in found:
         assert run["score"] == run["test_accuracy"]
         assert 0 <= run["score"] <= 1
-        assert 0 <= run["knn_accuracy"] <= 1
+        assert 0 <= run["score_own_statistics"] <= 1
+        for name in ("features", "features_own_statistics"):
+            assert 0 <= run[name]["probe"] <= 1
+            assert run[name]["scatter_ratio"] > 0
         assert run["pretext_steps"] == 3 + 2
         assert run["backbone_seconds"] > 0
     assert found[0]["learning_rate"] == found[2]["learning_rate"], "the same seed tries the same pairs"
     assert found[0]["test_loss"] != found[2]["test_loss"]
+    assert found[0]["features"] != found[0]["features_own_statistics"], "the batch norm makes a difference"
+    assert found[2]["pull"] > 0
+    assert "pull" not in found[0]
 
 
 def test_finished_parts_are_never_run_again(
@@ -141,9 +147,9 @@ def test_wall_clock_gives_the_steps_that_fit(images: Path, finished: tuple[Path,
     file = output / "parts" / "pretrain-seed0" / "result.json"
     kept = file.read_text()
     try:
-        file.write_text(json.dumps({"steps": 3, "seconds": 2.0}))
-        assert study._fitting_steps(5.0, 0) == 7
-        assert study._fitting_steps(0.1, 0) == 1
+        file.write_text(json.dumps({"steps": 3, "seconds": 9.0, "processor_seconds": 2.0}))
+        assert study._fitting_steps({"processor_seconds": 5.0, "seconds": 1.0}, 0) == 7
+        assert study._fitting_steps({"processor_seconds": 0.1, "seconds": 1.0}, 0) == 1
     finally:
         file.write_text(kept)
 
@@ -174,7 +180,7 @@ def test_the_report_shows_the_comparison(
     output, _ = finished
     runs = [
         {"dataset": "d", "train_examples": 12, "arm": arm, "seed": seed, "metric": "accuracy", "score": score,
-         "knn_accuracy": 0.5}
+         "features": {"knn": 0.5}}
         for arm, scores in (("plain", (0.5, 0.6, 0.7)), ("ours", (0.51, 0.62, 0.73)))
         for seed, score in enumerate(scores)
     ]  # fmt: skip

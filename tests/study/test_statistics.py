@@ -57,16 +57,21 @@ def test_arms_are_compared_seed_by_seed_whatever_their_order():
     scores = {"a": {0: 0.5, 1: 0.6, 2: 0.9}, "b": {2: 0.95, 0: 0.6, 1: 0.61}}
     runs = [
         {"dataset": name, "train_examples": 10, "arm": arm, "seed": seed, "score": value, "metric": "accuracy",
-         "knn_accuracy": None if name == "y" else value}
+         "features": {"knn": None if name == "y" else value}, "pull": None if arm == "a" else 2.0}
         for name in ("x", "y") for arm, values in scores.items() for seed, value in values.items()
     ]  # fmt: skip
     rows = compare(runs, "a")
     assert [(row["dataset"], row["arm"]) for row in rows] == [("x", "a"), ("x", "b"), ("y", "a"), ("y", "b")]
-    assert rows[0]["comparison"] is None
-    assert rows[1]["score"]["values"] == [0.6, 0.61, 0.95]
-    assert rows[1]["knn_accuracy"]["mean"] == pytest.approx(0.72)
-    assert rows[3]["knn_accuracy"] is None
+    assert rows[0]["measures"]["score"]["comparison"] is None
+    assert rows[1]["measures"]["score"]["values"] == [0.6, 0.61, 0.95]
+    assert rows[1]["measures"]["features/knn"]["mean"] == pytest.approx(0.72)
+    assert rows[1]["measures"]["pull"]["comparison"] is None, "the baseline has none"
+    assert "features/knn" not in rows[3]["measures"]
+    assert rows[1]["measures"]["features/knn"]["comparison"]["holm_p_value"] == pytest.approx(
+        rows[1]["measures"]["score"]["comparison"]["p_value"]
+    ), "the only comparison of this measure"
     expected = stats.ttest_rel([0.6, 0.61, 0.95], [0.5, 0.6, 0.9]).pvalue
     for row in (rows[1], rows[3]):
-        assert row["comparison"]["p_value"] == pytest.approx(expected)
-        assert row["comparison"]["holm_p_value"] == pytest.approx(min(1.0, 2 * expected))
+        comparison = row["measures"]["score"]["comparison"]
+        assert comparison["p_value"] == pytest.approx(expected)
+        assert comparison["holm_p_value"] == pytest.approx(min(1.0, 2 * expected))

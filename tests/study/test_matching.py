@@ -26,6 +26,7 @@ ARMS = [
     {"name": "plain", "kind": "conventional"},
     {"name": "ours", "kind": "bissl"},
     {"name": "clock", "kind": "conventional", "match": "wall_clock"},
+    {"name": "both", "kind": "joint"},
 ]
 
 
@@ -70,7 +71,9 @@ def test_the_third_arm_takes_the_steps_that_fit_into_the_seconds_of_bissl(
     assert taken[f"pretrain-seed{seed}"] == COMMON_STEPS
     by_arm = {run["arm"]: run for run in runs if run["seed"] == seed}
     assert by_arm["clock"]["pretext_steps"] == COMMON_STEPS + clock["steps"]
-    assert by_arm["plain"]["pretext_steps"] == by_arm["ours"]["pretext_steps"] == COMMON_STEPS + 3
+    for arm in ("plain", "ours", "both"):
+        assert by_arm[arm]["pretext_steps"] == COMMON_STEPS + 3
+    assert [steps for name, steps in taken.items() if name.endswith(f"both-seed{seed}/backbone")] == [3]
     assert by_arm["ours"]["backbone_seconds"] == ours["seconds"]
 
 
@@ -82,9 +85,10 @@ def test_the_report_says_what_each_arm_is_matched_to(
     shown = write_report(results, tmp_path)
     sentences = {
         "plain": f"{COMMON_STEPS} common pretext steps, then 3 more, as many as BiSSL takes",
+        "both": f"{COMMON_STEPS} common pretext steps, then 3 steps on both losses at once, as many as BiSSL's lower",
         "clock": f"{COMMON_STEPS} common pretext steps, then as many more as fit into the CPU seconds that ours took",
     }
     for arm, sentence in sentences.items():
-        assert f"{arm}: {sentence}." in shown
-        assert f"{arm}: {sentence}." in (tmp_path / "table.md").read_text()
+        assert f"{arm}: {sentence}" in shown
+        assert f"{arm}: {sentence}" in (tmp_path / "table.md").read_text()
     assert results["baseline"] == "plain"

@@ -6,6 +6,7 @@ import pytest
 
 from bissl_hf.cli.images import ViewArguments
 from bissl_hf.study.plan import Plan, StudyArguments
+from bissl_hf.trainer.training_args import JointTrainingArguments
 
 CONVENTIONAL = {"name": "plain", "kind": "conventional"}
 BISSL = {"name": "ours", "kind": "bissl"}
@@ -25,6 +26,7 @@ def plan(**changes) -> Plan:
         ({"datasets": ["digits", "digits"]}, "datasets is .* it must name at least one, each once"),
         ({"train_examples": []}, "train_examples is .* it must name at least one, each once"),
         ({"train_examples": [1]}, "train_examples is .* each must be at least 2"),
+        ({"validation_examples": 1}, "validation_examples is 1; it must be at least 2"),
         ({"search_learning_rate": [1.0, 0.1]}, "The range of learning_rate is"),
         ({"arms": [BISSL]}, "arms are ours, and none is of the kind conventional"),
         ({"arms": [CONVENTIONAL, {**BISSL, "name": "plain"}]}, "Several arms are named 'plain'"),
@@ -64,6 +66,29 @@ def test_the_conventional_arm_takes_the_lower_steps_of_bissl():
     assert args.per_device_train_batch_size == 32
     assert args.optimizer_options == {"momentum": 0.8}
     assert made.continue_arguments("unused", 4, made.baseline, 60).warmup_steps == 12, "in proportion"
+
+
+def test_joint_training_takes_the_lower_steps_and_the_labelled_batches_of_bissl():
+    joint = {"name": "both", "kind": "joint", "overrides": {"downstream_weight": 0.5}}
+    made = plan(
+        bissl={"num_alternations": 6, "lower_steps": 5, "lower_learning_rate": 0.7, "per_device_train_batch_size": 9},
+        arms=[CONVENTIONAL, BISSL, joint],
+    )
+    args = made.arm_arguments("unused", 4, made.study.compared[2], made.matched_steps)
+    assert isinstance(args, JointTrainingArguments)
+    assert (args.max_steps, args.learning_rate, args.downstream_weight) == (30, 0.7, 0.5)
+    assert args.per_device_labelled_batch_size == 9
+
+
+@pytest.mark.parametrize(("overrides", "warned"), [({"lower_steps": 3}, True), ({"solver": "identity"}, False)])
+def test_an_arm_that_is_not_matched_is_told(overrides, warned, caplog):
+    with caplog.at_level("WARNING", "bissl_hf.study.plan"):
+        plan(
+            bissl={"num_alternations": 6, "lower_steps": 5},
+            arms=[CONVENTIONAL, BISSL, {"name": "other", "kind": "bissl", "overrides": overrides}],
+        )
+    message = "The arm other takes 18 lower steps, and arms matched by steps get 30 pretext steps"
+    assert (message in caplog.text) == warned
 
 
 def test_arms_are_read_from_mappings_and_from_json():

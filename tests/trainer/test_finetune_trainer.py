@@ -78,6 +78,14 @@ def test_the_first_statistics_are_those_of_training_images(tmp_path):
         assert torch.allclose(found.running_var, layer.running_var)
 
 
+def test_without_images_for_them_the_first_statistics_are_the_models_own(tmp_path):
+    trainer = make_trainer(tmp_path, bn_recalibration_images=0)
+    before = [layer.running_mean.clone() for layer in batch_norm_modules(trainer.model)]
+    trainer.start_batch_norm()
+    after = [layer.running_mean for layer in batch_norm_modules(trainer.model)]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
 def test_recalibrated_statistics_are_those_of_a_copy(tmp_path):
     """They are what evaluation sees; the live ones go on as they would have."""
     plain, copied = (

@@ -190,7 +190,11 @@ def test_bf16_is_allowed_on_a_cpu():
     ("overrides", "message"),
     [
         ({"batch_norm": "frozen"}, "batch_norm is 'frozen'; it must be one of running, recalibrated"),
-        ({"bn_recalibration_images": 0}, "bn_recalibration_images is 0; it must be a finite number of at least 1"),
+        (
+            {"bn_recalibration_images": 0, "batch_norm": "recalibrated"},
+            "bn_recalibration_images is 0; it must be a finite number of at least 1",
+        ),
+        ({"bn_recalibration_images": -1}, "bn_recalibration_images is -1; it must be a finite number of at least 0"),
         ({"learning_rate": -0.1}, r"learning_rate is -0.1; it must be a finite number of at least 0"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),

@@ -13,7 +13,7 @@ SHOWN = {"score": "fine-tuned", "features/probe": "linear probe", "features/knn"
 
 def sensitivity_panels(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     """Returns a panel for each setting of BiSSL whose value several arms differ in: the differences to the baseline
-    over its values; and for the weight of the proximal term also over the pull that was measured.
+    over its values, with their range over seeds; and for the weight of the proximal term also over the pull that was measured.
 
     An arm belongs to the first setting among its overrides. The first BiSSL arm, if it has none, belongs to all.
 
@@ -54,13 +54,14 @@ def _base_value(settings: Mapping[str, Any], name: str) -> Any:
 
 def _series(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[float, float, float]]]]:
     return [
-        (label, [points(row["measures"][name]["comparison"]) for row in rows])
+        (label, [points(row["measures"][name]["comparison"], "range") for row in rows])
         for name, label in SHOWN.items()
         if all(name in row["measures"] for row in rows)
     ]
 
 
-def points(comparison: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Returns a difference and the bounds of its interval in percentage points; NaN where there are none."""
-    low, high = comparison["interval"] or (float("nan"), float("nan"))
+def points(comparison: Mapping[str, Any], bounds: str = "interval") -> tuple[float, float, float]:
+    """Returns a difference and its `"interval"`, or its `"range"` over seeds, in percentage points; NaN where there is
+    none."""
+    low, high = comparison[bounds] or (float("nan"), float("nan"))
     return 100 * comparison["difference"], 100 * low, 100 * high

@@ -19,7 +19,7 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dic
         values, baseline (`Sequence[float]`): of the same seeds, in the same order.
 
     Returns:
-        `dict`: `difference`, `interval` (two bounds) and `p_value`. The last two are `None` where they are undefined:
+        `dict`: `difference`, `range` (smallest and largest), `interval` (two bounds) and `p_value`. The last two are `None` where they are undefined:
             with fewer than two seeds, or differences that are all the same.
 
     Raises:
@@ -30,7 +30,12 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dic
             f"{len(values)} values are compared with {len(baseline)} of the baseline; both need the same seeds."
         )
     differences = np.subtract(values, baseline)
-    found: dict[str, Any] = {"difference": float(differences.mean()), "interval": None, "p_value": None}
+    found: dict[str, Any] = {
+        "difference": float(differences.mean()),
+        "range": [float(differences.min()), float(differences.max())],
+        "interval": None,
+        "p_value": None,
+    }
     # Rounding leaves differences that should be equal some 1e-16 apart.
     if len(values) > 1 and np.ptp(differences) > 1e-12 * max(1.0, np.abs(differences).max()):
         test = stats.ttest_rel(values, baseline)

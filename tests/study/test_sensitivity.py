@@ -48,6 +48,7 @@ def test_each_setting_has_a_panel_with_its_values_in_order(rows):
     assert groups == ["0.01", "0.1", "1"]
     assert list(series) == ["fine-tuned", "linear probe"]
     assert [point[0] for point in series["fine-tuned"]] == pytest.approx([1.5, 10.5, 5.5])
+    assert series["fine-tuned"][0] == pytest.approx((1.5, 1.0, 2.0)), "the range over seeds"
     assert [point[0] for point in series["linear probe"]] == pytest.approx([0.5, 5.0, 2.5])
     assert panels[PULL][0] == ["0.2", "2", "20"]
     assert panels["solver_tolerance"][0] == ["0", "0.5"], "the default of the trainer stands for the base"

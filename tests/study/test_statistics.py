@@ -14,6 +14,7 @@ def test_a_paired_difference_worked_by_hand():
     function of t is 1/2 + t / (2 sqrt(2 + t^2)); its 97.5 % point is 4.3027."""
     found = paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
     assert found["difference"] == pytest.approx(2.0)
+    assert found["range"] == [1.0, 3.0]
     t = 2 * math.sqrt(3)
     assert found["p_value"] == pytest.approx(1 - t / math.sqrt(2 + t**2), rel=1e-12)
     assert found["interval"] == pytest.approx([2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)], rel=1e-6)

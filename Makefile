@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all test-gpu test-oldest check format clean
+.PHONY: help env demo study test test-all test-gpu test-oldest check format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -24,6 +24,10 @@ env: $(VENV)/.installed ## Create the environment in .venv
 demo: env ## Run BiSSL on the embedded digits (3 to 9 minutes on 2 cores)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/bissl.py \
 		--config recipes/configs/digits.yaml --output_dir $(DEMO_OUTPUT) --resume_from_checkpoint true $(ARGS)
+
+study: env ## Make the tables and figures of docs/results.md from the raw results beside it
+	for name in fashion sensitivity; do \
+		$(BIN)/python recipes/study.py --report_only true --output_dir docs/results/$$name || exit 1; done
 
 test: env ## Run the tests (no network, no GPU)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

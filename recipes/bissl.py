@@ -290,6 +290,7 @@ def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -
     print("    from transformers import AutoModelForImageClassification, pipeline")
     print(f'    model = AutoModelForImageClassification.from_pretrained("{output}")')
     print(f'    classify = pipeline("image-classification", model="{output}")\n')
+    print("How BiSSL compares with its rivals, measured over seeds: docs/results.md.")
 
 
 def build_run(

@@ -13,9 +13,11 @@ SHOWN = {"score": "fine-tuned", "features/probe": "linear probe", "features/knn"
 
 def sensitivity_panels(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     """Returns a panel for each setting of BiSSL whose value several arms differ in: the differences to the baseline
-    over its values, with their range over seeds; and for the weight of the proximal term also over the pull that was measured.
+    over its values, with their range over seeds; for the weight of the proximal term also over the pull that was
+    measured.
 
-    An arm belongs to the first setting among its overrides. The first BiSSL arm, if it has none, belongs to all.
+    Arms that override the same settings belong together, in the panels of those in which they differ. The first BiSSL
+    arm without overrides belongs to all.
 
     Args:
         settings (`Mapping`): of results.json.
@@ -23,23 +25,30 @@ def sensitivity_panels(settings: Mapping[str, Any], rows: Sequence[Mapping[str, 
     """
     arms = {arm["name"]: arm["overrides"] for arm in settings["arms"] if arm["kind"] == "bissl"}
     by_arm = {row["arm"]: row for row in rows if row["arm"] in arms}
-    base = next((name for name in by_arm if not arms[name]), None)
-    varied: dict[str, dict[float, Mapping[str, Any]]] = {}
-    for name, row in by_arm.items():
-        setting, value = next(iter(arms[name].items()), (None, None))
-        if setting is not None and isinstance(value, int | float):
-            varied.setdefault(setting, {})[value] = row
+    base = next((row for name, row in by_arm.items() if not arms[name]), None)
+    families: dict[tuple[str, ...], list[str]] = {}
+    for name in by_arm:
+        families.setdefault(tuple(sorted(arms[name])), []).append(name)
     panels: list[Panel] = []
-    for setting, found in varied.items():
-        value = _base_value(settings, setting)
-        if base is not None and isinstance(value, int | float):
-            found.setdefault(value, by_arm[base])
-        ordered = dict(sorted(found.items()))
-        if len(ordered) > 1:
-            panels.append((setting, [f"{value:g}" for value in ordered], _series(list(ordered.values()))))
-            if setting == "proximal_weight":
-                pulls = [f"{row['measures']['pull']['mean']:.2g}" for row in ordered.values()]
-                panels.append((PULL, pulls, _series(list(ordered.values()))))
+    for overridden, family in families.items():
+        for setting in overridden:
+            found = {arms[name][setting]: by_arm[name] for name in family}
+            if len(overridden) > 1 and len(found) == 1:
+                continue
+            if base is not None:
+                found.setdefault(_base_value(settings, setting), base)
+            panels += _panels(setting, found)
+    return panels
+
+
+def _panels(setting: str, found: Mapping[Any, Mapping[str, Any]]) -> list[Panel]:
+    """The panel of a setting, if its values are numbers."""
+    if len(found) < 2 or not all(isinstance(value, int | float) for value in found):
+        return []
+    rows = [found[value] for value in sorted(found)]
+    panels: list[Panel] = [(setting, [f"{value:g}" for value in sorted(found)], _series(rows))]
+    if setting == "proximal_weight":
+        panels.append((PULL, [f"{row['measures']['pull']['mean']:.2g}" for row in rows], _series(rows)))
     return panels
 
 

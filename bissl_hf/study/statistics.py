@@ -19,8 +19,8 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dic
         values, baseline (`Sequence[float]`): of the same seeds, in the same order.
 
     Returns:
-        `dict`: `difference`, `range` (smallest and largest), `interval` (two bounds) and `p_value`. The last two are `None` where they are undefined:
-            with fewer than two seeds, or differences that are all the same.
+        `dict`: `difference`, `range` (smallest and largest), `interval` (two bounds) and `p_value`. The last two are
+            `None` where they are undefined: with fewer than two seeds, or differences that are all the same.
 
     Raises:
         `ValueError`: if the two are empty or not of one length.

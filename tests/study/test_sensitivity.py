@@ -19,12 +19,22 @@ SETTINGS: dict[str, Any] = {
         arm("ours"),
         arm("weak", proximal_weight=0.01),
         arm("strong", proximal_weight=1.0),
-        arm("rough", solver_tolerance=0.5, solver_max_iterations=20),
+        arm("rough", solver_max_iterations=20, solver_tolerance=0.5),
+        arm("fine", solver_max_iterations=20, solver_tolerance=0.1),
         arm("small", curvature_batch_size=8),
         arm("none", solver="identity"),
     ],
 }
-SCORES = {"plain": 0.5, "ours": 0.6, "weak": 0.51, "strong": 0.55, "rough": 0.58, "small": 0.57, "none": 0.59}
+SCORES = {
+    "plain": 0.5,
+    "ours": 0.6,
+    "weak": 0.51,
+    "strong": 0.55,
+    "rough": 0.58,
+    "fine": 0.59,
+    "small": 0.57,
+    "none": 0.59,
+}
 PULLS = {"ours": 2.0, "weak": 0.2, "strong": 20.0}
 
 
@@ -51,7 +61,7 @@ def test_each_setting_has_a_panel_with_its_values_in_order(rows):
     assert series["fine-tuned"][0] == pytest.approx((1.5, 1.0, 2.0)), "the range over seeds"
     assert [point[0] for point in series["linear probe"]] == pytest.approx([0.5, 5.0, 2.5])
     assert panels[PULL][0] == ["0.2", "2", "20"]
-    assert panels["solver_tolerance"][0] == ["0", "0.5"], "the default of the trainer stands for the base"
+    assert panels["solver_tolerance"][0] == ["0", "0.1", "0.5"], "the default of the trainer stands for the base"
     assert panels["curvature_batch_size"][0] == ["8", "64"], "by default that of the lower batch"
 
 

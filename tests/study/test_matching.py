@@ -10,6 +10,7 @@ import pytest
 
 from bissl_hf.study.report import build_results, write_report
 from bissl_hf.study.running import Study
+from bissl_hf.trainer.joint_trainer import JointTrainer
 from bissl_hf.trainer.single_level_trainer import SingleLevelTrainer
 
 from ..recipes import runs as tiny
@@ -36,16 +37,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Study, 
     root = tmp_path_factory.mktemp("matching")
     images = tiny.write_splits(root / "images")
     taken: Counter[str] = Counter()
-    step = SingleLevelTrainer.training_step
 
-    def counted(trainer: SingleLevelTrainer, *args: Any, **kwargs: Any) -> Any:
-        taken[str(trainer.args.output_dir).split("/parts/")[1]] += 1
-        return step(trainer, *args, **kwargs)
+    def counting(kind: type[SingleLevelTrainer]) -> Any:
+        step = kind.training_step
+
+        def counted(trainer: SingleLevelTrainer, *args: Any, **kwargs: Any) -> Any:
+            taken[str(trainer.args.output_dir).split("/parts/")[1]] += 1
+            return step(trainer, *args, **kwargs)
+
+        return counted
 
     changes = {"pretrain": PRETRAIN, "pretrain_steps": COMMON_STEPS, "bissl": BISSL, "arms": ARMS, "search_trials": 0}
     study = study_of(images, root / "out", seeds=2, **changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SingleLevelTrainer, "training_step", counted)
+        for kind in (SingleLevelTrainer, JointTrainer):
+            patch.setattr(kind, "training_step", counting(kind))
         yield study, study.run(), taken
 
 

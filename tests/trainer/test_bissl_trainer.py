@@ -444,7 +444,7 @@ def test_the_estimate_of_the_pull_changes_nothing(tmp_path):
 def test_an_upper_batch_above_the_labelled_set_is_cut_with_one_warning(tmp_path, caplog):
     trainer = make_trainer(tmp_path, train_rows=4, per_device_train_batch_size=256)
     trainer.train()
-    (message,) = messages(caplog, "upper batch")
+    (message,) = messages(caplog, "labelled batch")
     assert "The labelled batch of 256" in message
     assert "larger than the 4 labelled examples; it is cut to 4." in message
     assert trainer.state.global_step == 10

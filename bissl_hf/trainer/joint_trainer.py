@@ -11,7 +11,7 @@ from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.modeling_bissl import BiSSLModel
 from .keyed_trainer import Transform
-from .level_data import labelled_batch_size
+from .level_data import labelled_batch_size, pretext_batch_size
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import JointTrainingArguments
 
@@ -52,18 +52,12 @@ class JointTrainer(SingleLevelTrainer):
     ) -> None:
         for parameter in model.upper_shared_parameters():
             parameter.requires_grad_(False)
-        batch = args.per_device_train_batch_size * args.world_size
-        if len(lower_dataset) < batch:
-            raise ValueError(
-                f"per_device_train_batch_size makes a batch of {batch}, and lower_dataset has {len(lower_dataset)} "
-                "examples; choose a batch that is not larger."
-            )
         super().__init__(
             model=model,
             args=args,
             task="pretext",
             stream=Stream.LOWER,
-            batch_size=batch,
+            batch_size=pretext_batch_size(args, lower_dataset, field="lower_dataset"),
             train_dataset=lower_dataset,
             train_transform=lower_transform,
             **trainer_kwargs,

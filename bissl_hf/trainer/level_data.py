@@ -6,7 +6,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data.alternation import Collator, KeyedSource, Stream
-from .training_args import BiSSLTrainingArguments
+from .training_args import BiSSLTrainingArguments, KeyedTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +50,26 @@ def level_sources(
         Stream.UPPER: labelled_source(steps_per_alternation=args.upper_steps),
         Stream.HEAD_WARMUP: labelled_source(steps_per_alternation=labelled // upper_batch),
     }
+
+
+def pretext_batch_size(args: KeyedTrainingArguments, dataset: Any, *, field: str) -> int:
+    """Returns the batch of all processes for pretext data.
+
+    Args:
+        args ([`KeyedTrainingArguments`])
+        dataset: map-style data set, or `None`.
+        field (`str`): the argument that names it, for messages.
+
+    Raises:
+        `ValueError`: if the data set is missing or smaller than a batch.
+    """
+    batch = args.per_device_train_batch_size * args.world_size
+    if dataset is None or len(dataset) < batch:
+        raise ValueError(
+            f"per_device_train_batch_size makes a batch of {batch}, and {field} has "
+            f"{0 if dataset is None else len(dataset)} examples; choose a batch that is not larger."
+        )
+    return batch
 
 
 def labelled_batch_size(per_device: int, world: int, num_examples: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..data.alternation import Stream
+from .level_data import pretext_batch_size
 from .model_card.text import Description, describe_pretext
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import PretextTrainingArguments
@@ -31,18 +32,12 @@ class PretextTrainer(SingleLevelTrainer):
     def __init__(
         self, model: PreTrainedModel, args: PretextTrainingArguments, *, train_dataset: Any, **trainer_kwargs: Any
     ) -> None:
-        batch = args.per_device_train_batch_size * args.world_size
-        if train_dataset is None or len(train_dataset) < batch:
-            raise ValueError(
-                f"per_device_train_batch_size makes a batch of {batch}, and train_dataset has "
-                f"{0 if train_dataset is None else len(train_dataset)} examples; choose a batch that is not larger."
-            )
         super().__init__(
             model=model,
             args=args,
             task="pretext",
             stream=Stream.LOWER,
-            batch_size=batch,
+            batch_size=pretext_batch_size(args, train_dataset, field="train_dataset"),
             train_dataset=train_dataset,
             **trainer_kwargs,
         )

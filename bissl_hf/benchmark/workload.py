@@ -66,7 +66,7 @@ class Workload:
 # The paper's sizes (section 4) on a GPU; on a CPU what fits the time, with the paper's proportions of both batches.
 # So few pairs after so few steps have a curvature of hundreds or thousands: the paper's damping leaves it indefinite.
 WORKLOADS = {
-    "quick": Workload("quick", 32, 8, 4, lower_steps=2, upper_steps=3, pretrain_steps=40, width=32, damping=2e4),
+    "quick": Workload("quick", 32, 12, 6, lower_steps=2, upper_steps=3, pretrain_steps=40, width=32, damping=2e4),
     "cpu": Workload("cpu", 32, 16, 8, lower_steps=5, upper_steps=8, pretrain_steps=100, damping=1000.0),
     "gpu": Workload(
         "gpu",

@@ -60,7 +60,7 @@ class LevelLosses(LevelEvaluation):
                 f"lower_gradient_cache needs a lower model with `loss_from_embeddings`, which {lower.__name__} does "
                 "not have. Leave lower_gradient_cache out: each part of a lower batch then has a loss of its own."
             )
-        if type(self).compute_lower_loss is not LevelLosses.compute_lower_loss:
+        if not self._takes_loss_of_model():
             raise ValueError(
                 "lower_gradient_cache takes the loss from the lower model's `loss_from_embeddings` and would pass "
                 f"over the compute_lower_loss of {type(self).__name__}. Put the loss into the model, or leave "
@@ -69,8 +69,11 @@ class LevelLosses(LevelEvaluation):
 
     def knows_loss_of_embeddings(self) -> bool:
         """Whether the lower loss can be taken from embeddings of parts of a batch."""
-        hook = getattr(self.compute_lower_loss, "__func__", None)
-        return hasattr(self.model.lower, "loss_from_embeddings") and hook is LevelLosses.compute_lower_loss
+        return hasattr(self.model.lower, "loss_from_embeddings") and self._takes_loss_of_model()
+
+    def _takes_loss_of_model(self) -> bool:
+        """Whether nobody has put another lower loss in the place of the model's, in a subclass or on this trainer."""
+        return getattr(self.compute_lower_loss, "__func__", None) is LevelLosses.compute_lower_loss
 
     def lower_loss_terms(self, model: LossModel, inputs: dict[str, Any], key: StepKey) -> list[Callable[[], Tensor]]:
         """Returns a term for each part of a lower batch, to be called in their order in the random state of `key`. The

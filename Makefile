@@ -26,8 +26,8 @@ demo: env ## Run BiSSL on the embedded digits (3 to 9 minutes on 2 cores)
 		--config recipes/configs/digits.yaml --output_dir $(DEMO_OUTPUT) --resume_from_checkpoint true $(ARGS)
 
 study: env ## Make the tables and figures of docs/results.md from the raw results beside it
-	for name in fashion sensitivity; do \
-		$(BIN)/python recipes/study.py --report_only true --output_dir docs/results/$$name || exit 1; done
+	for folder in docs/results/*/; do \
+		$(BIN)/python recipes/study.py --report_only true --output_dir $$folder || exit 1; done
 
 test: env ## Run the tests (no network, no GPU)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -39,7 +39,8 @@ class Arm:
         kind (`str`): `"bissl"`; `"conventional"`, which goes on with the pretext task alone; or `"joint"`, which
             goes on with the sum of both losses ([`JointTrainer`]).
         match (`str`, *optional*, defaults to `"steps"`): of a conventional arm: as many pretext steps as BiSSL takes
-            (`"steps"`), or as many as fit into the seconds that the first BiSSL arm took (`"wall_clock"`).
+            (`"steps"`), or as many as fit into the seconds that the first BiSSL arm took (`"wall_clock"`), at the pace
+            of the first arm matched by steps.
         overrides (`Mapping`, *optional*): fields of [`BiSSLTrainingArguments`], [`PretextTrainingArguments`] or
             [`JointTrainingArguments`], by kind, that differ from the study's.
 
@@ -63,6 +64,11 @@ class Arm:
                 )
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"overrides of the arm {self.name} is {self.overrides!r}; it must hold fields.")
+
+    @property
+    def is_step_matched(self) -> bool:
+        """Whether it goes on with the pretext task alone, for as many steps as BiSSL takes."""
+        return self.kind == "conventional" and self.match == "steps"
 
     @classmethod
     def read(cls, source: Any) -> "Arm":
@@ -154,16 +160,16 @@ def _check_arms(arms: Sequence[Arm]) -> None:
     names = [arm.name for arm in arms]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Several arms are named {repeated[0]!r}; each needs a name of its own.")
-    if not any(arm.kind == "conventional" for arm in arms):
-        raise ValueError(
-            f"arms are {', '.join(names)}, and none is of the kind conventional, with which the others are compared; "
-            "add one."
-        )
     for arm in arms:
         if arm.match == "wall_clock" and (arm.kind != "conventional" or all(a.kind != "bissl" for a in arms)):
             raise ValueError(
                 f"The match of the arm {arm.name} is 'wall_clock', which is for a conventional arm beside a BiSSL arm."
             )
+    if not any(arm.is_step_matched for arm in arms):
+        raise ValueError(
+            f"arms are {', '.join(names)}, and none is of the kind conventional and matched by steps, with which the "
+            "others are compared; add one."
+        )
 
 
 @dataclass
@@ -200,8 +206,8 @@ class Plan:
 
     @property
     def baseline(self) -> Arm:
-        """The arm with which the others are compared: the first conventional one."""
-        return next(arm for arm in self.study.compared if arm.kind == "conventional")
+        """The arm with which the others are compared: the first conventional one that is matched by steps."""
+        return next(arm for arm in self.study.compared if arm.is_step_matched)
 
     @property
     def clock_arm(self) -> Arm:
@@ -294,7 +300,7 @@ class Plan:
         settings = {**self.common_settings(seed), **asdict(arm), "overrides": _decisive(arm.overrides)}
         settings["bissl"] = _decisive(self.study.bissl)
         if arm.match == "wall_clock":
-            settings["clock"] = asdict(self.clock_arm)
+            settings["clock"], settings["pace"] = asdict(self.clock_arm), asdict(self.baseline)
         return settings
 
     def run_settings(self, arm: Arm, dataset: str, train_examples: int, seed: int) -> dict[str, Any]:

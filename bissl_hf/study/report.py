@@ -61,7 +61,7 @@ def write_report(results: Mapping[str, Any], output: Path) -> str:
         `str`: the table and what it rests on, as they are shown to users.
     """
     rows = compare(results["runs"], results["baseline"])
-    scores, features = [_score_cells(row) for row in rows], [_feature_cells(row) for row in rows]
+    scores, features = [_score_cells(row) for row in rows], _without_empty([_feature_cells(row) for row in rows])
     seeds = len(rows[0]["seeds"])
     score_notes = [
         f"Mean and sample deviation over {seeds} seed{'s' if seeds > 1 else ''} on the test split after fine-tuning, "
@@ -75,8 +75,9 @@ def write_report(results: Mapping[str, Any], output: Path) -> str:
         "The backbone before fine-tuning, on the test split: 20 nearest neighbours and linear probe among the "
         "labelled images, variance between over variance within classes. Own BN: with the batch-norm statistics as "
         "each arm's training has left them, for the score at the start of fine-tuning.",
-        "Pull: of the upper level on the lower one over the whole run. Residual: of the linear solves. Steps: on the "
-        "pretext task, the common ones included.",
+        "Pull: of the upper level on the lower one over the whole run. Of the linear solves: residual; cosine of the "
+        "solution and the right-hand side, at 1 the identity would do; products. Steps: on the pretext task, the "
+        "common ones included.",
     ]
     write_json(output / RESULTS_NAME, results)
     parts = (("Scores", scores, score_notes), ("Features", features, feature_notes))
@@ -111,10 +112,18 @@ def _feature_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "score, own BN": ("score_own_statistics", _percent),
         "pull": ("pull", _number),
         "residual": ("solver_residual", _number),
+        "cosine": ("solver_cosine", _number),
+        "products": ("solver_products", _number),
         "steps": ("pretext_steps", lambda summary: f"{summary['mean']:.0f}"),
     }
     shown = {title: show(measures[name]) if name in measures else "-" for title, (name, show) in columns.items()}
     return {**_place(row), **shown}
+
+
+def _without_empty(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Leaves out the columns in which no row has anything."""
+    empty = {title for title in rows[0] if all(row[title] == "-" for row in rows)}
+    return [{title: cell for title, cell in row.items() if title not in empty} for row in rows]
 
 
 def _place(row: Mapping[str, Any]) -> dict[str, str]:

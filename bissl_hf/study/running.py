@@ -27,6 +27,13 @@ from .alignment import measure_alignment
 from .images import StudyImages
 from .plan import Arm, Plan
 
+# Means over a run of BiSSL, and under which names its trainer logs them
+_OF_SOLVES = {
+    "solver_residual": "solver/residual",
+    "solver_cosine": "solver/cosine",
+    "solver_products": "solver/iterations",
+}
+
 
 @dataclass(frozen=True)
 class StudyPart:
@@ -113,7 +120,7 @@ class Study:
             part = self._common_part(seed)
             yield StudyPart(f"pre-training, seed {seed}", part, partial(self._pretrain, seed))
             for arm in arms:
-                if self._is_shared(arm):
+                if arm.is_step_matched:
                     title = f"{arm.name}, further pre-training, seed {seed}"
                     yield StudyPart(title, self._shared_part(arm, seed), partial(self._continue_shared, arm, seed))
             for dataset in study.datasets:
@@ -123,15 +130,11 @@ class Study:
                         part = self._run_part(arm, dataset, examples, seed)
                         yield StudyPart(title, part, partial(self._run, arm, dataset, examples, seed))
 
-    @staticmethod
-    def _is_shared(arm: Arm) -> bool:
-        """Whether the backbone of an arm is the same for all downstream sets."""
-        return arm.kind == "conventional" and arm.match == "steps"
-
     def _common_part(self, seed: int) -> Part:
         return self._part(f"pretrain-seed{seed}", self.plan.common_settings(seed))
 
     def _shared_part(self, arm: Arm, seed: int) -> Part:
+        """The backbone of an arm that is matched by steps, the same for all downstream sets."""
         return self._part(f"{arm.name}-seed{seed}", self.plan.arm_settings(arm, seed))
 
     def _run_part(self, arm: Arm, dataset: str, examples: int, seed: int) -> Part:
@@ -198,20 +201,22 @@ class Study:
         part = self._shared_part(arm, seed)
         _train(self._arm_trainer(part.folder, arm, seed, self._common_model(seed)), part)
 
-    def _fitting_steps(self, clock: Mapping[str, Any], seed: int) -> int:
-        """How many further pretext steps fit into the time of an arm, by what an image took in the common steps. On a
-        CPU both are CPU time, which other work on the machine does not lengthen."""
-        common = _result_of(self._common_part(seed))
+    def _fitting_steps(self, arm: Arm, clock: Mapping[str, Any], seed: int) -> int:
+        """How many further pretext steps of an arm fit into the time of another, by what an image took in the arm with
+        which all are compared. On a CPU both are CPU time, which other work on the machine does not lengthen."""
+        paced = _result_of(self._shared_part(self.plan.baseline, seed))
         name = "processor_seconds" if self.plan.study.use_cpu else "seconds"
-        batch = self.plan.bissl_arguments("unused", seed).per_device_lower_batch_size
-        common_batch = self.plan.pretrain_arguments("unused", seed).per_device_train_batch_size
-        return max(1, int(clock[name] / (common[name] / common["steps"] * batch / common_batch)))
+        batch, paced_batch = (
+            self.plan.continue_arguments("unused", seed, other, 1).per_device_train_batch_size
+            for other in (arm, self.plan.baseline)
+        )
+        return max(1, int(clock[name] / (paced[name] / paced["steps"] * batch / paced_batch)))
 
     # One arm on one set
 
     def _backbone(self, arm: Arm, dataset: str, examples: int, seed: int, images: LabelledImages) -> Part:
         """The finished part that holds the backbone of a run."""
-        if self._is_shared(arm):
+        if arm.is_step_matched:
             return self._shared_part(arm, seed)
         folder = self._run_part(arm, dataset, examples, seed).folder / "backbone"
         part = Part(folder, self.plan.arm_settings(arm, seed), writes=self.writes)
@@ -219,7 +224,7 @@ class Study:
             steps = None
             if arm.match == "wall_clock":
                 clock = self._backbone(self.plan.clock_arm, dataset, examples, seed, images)
-                steps = self._fitting_steps(_result_of(clock), seed)
+                steps = self._fitting_steps(arm, _result_of(clock), seed)
             _train(self._arm_trainer(part.folder, arm, seed, self._common_model(seed), images, steps), part)
         return part
 
@@ -262,7 +267,7 @@ class Study:
                 "pretext_steps": study.pretrain_steps + learned["steps"],
                 "backbone_seconds": learned["seconds"],
                 "backbone_processor_seconds": learned["processor_seconds"],
-                **{name: learned[name] for name in ("pull", "solver_residual") if name in learned},
+                **{name: learned[name] for name in ("pull", *_OF_SOLVES) if name in learned},
                 "finetuning_seconds": run["train_seconds"],
             }
         )
@@ -284,10 +289,11 @@ def _train(trainer: BiSSLTrainer | JointTrainer | PretextTrainer, part: Part) ->
         "processor_seconds": trainer.processor_seconds,
     }
     if isinstance(trainer, BiSSLTrainer):
-        residuals = [row["solver/residual"] for row in trainer.state.log_history if "solver/residual" in row]
         result["steps"] = trainer.args.num_alternations * trainer.args.lower_steps
         result["pull"] = float(trainer.pull.total)
-        result["solver_residual"] = sum(residuals) / len(residuals) if residuals else None
+        for name, logged in _OF_SOLVES.items():
+            values = [row[logged] for row in trainer.state.log_history if logged in row]
+            result[name] = sum(values) / len(values) if values else None
     part.finish(result)
     trainer.accelerator.wait_for_everyone()
 

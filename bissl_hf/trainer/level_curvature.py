@@ -197,6 +197,7 @@ class LevelCurvature(LevelLosses):
         if self.args.solver != "identity":
             self.metrics_buffer.add("solver/iterations", info.iterations_tensor)
             self.metrics_buffer.add("solver/residual", info.residual_tensor)
+            self.metrics_buffer.add("solver/cosine", cosine(solution, rhs))
             for position, status in enumerate(SolveStatus):
                 if status in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.NON_FINITE):
                     self.metrics_buffer.add(f"solver/{status}", info.status_tensor == position)

@@ -64,12 +64,11 @@ def read(study: Study, name: str) -> dict[str, Any]:
 def test_the_third_arm_takes_the_steps_that_fit_into_the_seconds_of_bissl(
     finished: tuple[Study, list[dict[str, Any]], Counter[str]], seed: int
 ) -> None:
-    """An image costs what it did in the common steps of the same seed; the arm's batches hold twice as many."""
+    """A step costs what it did in the arm matched by steps, with the same batch and the same seed."""
     study, runs, taken = finished
-    common = read(study, f"pretrain-seed{seed}")
+    paced = read(study, f"plain-seed{seed}")
     ours, clock = (read(study, f"*/{arm}-seed{seed}/backbone") for arm in ("ours", "clock"))
-    seconds_of_image = common["processor_seconds"] / (COMMON_STEPS * COMMON_BATCH)
-    fitting = ours["processor_seconds"] / (seconds_of_image * LOWER_BATCH)
+    fitting = ours["processor_seconds"] / (paced["processor_seconds"] / paced["steps"])
     assert fitting > 2, "a bound of one step would be met in any case"
     assert clock["steps"] <= fitting < clock["steps"] + 1
     (folder,) = [name for name in taken if name.endswith(f"clock-seed{seed}/backbone")]

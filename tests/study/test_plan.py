@@ -29,6 +29,7 @@ def plan(**changes) -> Plan:
         ({"validation_examples": 1}, "validation_examples is 1; it must be at least 2"),
         ({"search_learning_rate": [1.0, 0.1]}, "The range of learning_rate is"),
         ({"arms": [BISSL]}, "arms are ours, and none is of the kind conventional"),
+        ({"arms": [BISSL, {**CONVENTIONAL, "match": "wall_clock"}]}, "arms are ours, plain, and none .* by steps"),
         ({"arms": [CONVENTIONAL, {**BISSL, "name": "plain"}]}, "Several arms are named 'plain'"),
         ({"arms": [{**CONVENTIONAL, "kind": "both"}]}, "The kind of the arm plain is 'both'; it must be one of"),
         ({"arms": [{**CONVENTIONAL, "match": "epochs"}]}, "The match of the arm plain is 'epochs'"),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 
 
-@pytest.mark.parametrize("name", ["fashion", "sensitivity"])
+@pytest.mark.parametrize("name", sorted(folder.name for folder in RESULTS.iterdir()))
 def test_the_tables_follow_from_the_raw_results(name: str, tmp_path: Path) -> None:
     shutil.copy(RESULTS / name / "results.json", tmp_path)
     study.main(["--report_only", "true", "--output_dir", str(tmp_path)])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bissl_hf.cli.images import ViewArguments
-from bissl_hf.study.plan import Plan, StudyArguments
+from bissl_hf.study.plan import Arm, Plan, StudyArguments
 from bissl_hf.study.report import build_results, write_report
 from bissl_hf.study.running import Study
 from bissl_hf.trainer.keyed_trainer import KeyedTrainer
@@ -94,7 +94,9 @@ def test_every_arm_has_a_result_for_every_seed(finished: tuple[Path, list[dict[s
     assert found[0]["test_loss"] != found[2]["test_loss"]
     assert found[0]["features"] != found[0]["features_own_statistics"], "the batch norm makes a difference"
     assert found[2]["pull"] > 0
-    assert "pull" not in found[0]
+    assert 0 < found[2]["solver_cosine"] < 1
+    assert found[2]["solver_products"] > 0
+    assert not {"pull", "solver_cosine", "solver_products"} & set(found[0])
 
 
 def test_finished_parts_are_never_run_again(
@@ -141,15 +143,18 @@ def test_an_interrupted_study_goes_on_to_the_same_numbers(
 
 
 def test_wall_clock_gives_the_steps_that_fit(images: Path, finished: tuple[Path, list[dict[str, Any]]]) -> None:
-    """At 2 seconds per 3 steps of the same batch, 5 seconds are worth 7 whole steps."""
+    """At 2 seconds per 3 steps, 5 seconds are worth 7 whole steps of the same batch, and 3 of one twice as large."""
     output, _ = finished
     study = study_of(images, output)
-    file = output / "parts" / "pretrain-seed0" / "result.json"
+    batch = study.plan.continue_arguments("unused", 0, study.plan.baseline, 1).per_device_train_batch_size
+    twice = Arm("twice", "conventional", "wall_clock", {"per_device_train_batch_size": 2 * batch})
+    file = output / "parts" / "plain-seed0" / "result.json"
     kept = file.read_text()
     try:
         file.write_text(json.dumps({"steps": 3, "seconds": 9.0, "processor_seconds": 2.0}))
-        assert study._fitting_steps({"processor_seconds": 5.0, "seconds": 1.0}, 0) == 7
-        assert study._fitting_steps({"processor_seconds": 0.1, "seconds": 1.0}, 0) == 1
+        assert study._fitting_steps(study.plan.baseline, {"processor_seconds": 5.0, "seconds": 1.0}, 0) == 7
+        assert study._fitting_steps(twice, {"processor_seconds": 5.0, "seconds": 1.0}, 0) == 3
+        assert study._fitting_steps(study.plan.baseline, {"processor_seconds": 0.1, "seconds": 1.0}, 0) == 1
     finally:
         file.write_text(kept)
 
@@ -170,8 +175,9 @@ def test_numbers_of_labels_that_a_set_lacks_are_refused(images: Path, tmp_path: 
 
 
 def test_a_result_that_another_part_needs_must_be_there(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="pretrain-seed0 is not finished, and another part needs its result"):
-        study_of(images, tmp_path)._fitting_steps(1.0, 0)
+    study = study_of(images, tmp_path)
+    with pytest.raises(RuntimeError, match="plain-seed0 is not finished, and another part needs its result"):
+        study._fitting_steps(study.plan.baseline, {}, 0)
 
 
 def test_the_report_shows_the_comparison(

@@ -77,7 +77,7 @@ def conjugate_gradient(
     zero) curvature, or a number that is not finite.
 
     Args:
-        matvec (`Callable`): gives `A v` for a vector `v` of the structure of `rhs`.
+        matvec (`Callable`): gives `A v` for a vector `v` of the structure of `rhs`, which is written over after it.
         rhs (`Sequence[torch.Tensor]`): right-hand side.
         max_iterations (`int`): largest number of iterations, each of which takes one product.
         tolerance (`float`, *optional*, defaults to 0.0): stop once `||rhs - A x|| <= tolerance * ||rhs||`, with the
@@ -154,23 +154,24 @@ def _iterate(
     may_stop_early = tolerance > 0 or rhs[0].device.type == "cpu"
 
     scale = largest_entry(rhs)
-    solution = tuple(torch.zeros_like(tensor) for tensor in rhs)
-    residual = direction = tuple(tensor / scale for tensor in rhs)
+    # The vectors of the recursion are written in place: memory, not arithmetic, is what they take.
+    solution = [torch.zeros_like(tensor) for tensor in rhs]
+    residual = [tensor / scale for tensor in rhs]
     start = squares = products(residual, residual)
     status = torch.where(torch.isfinite(squares).all(), ITERATION_LIMIT, NON_FINITE)
     status = torch.where((squares == 0).all(), CONVERGED, status)
     iterations = torch.zeros_like(status)
+    direction = [torch.where(status == ITERATION_LIMIT, tensor, 0.0) for tensor in residual]
 
     for _ in range(max_iterations):
         if may_stop_early and int(status) != ITERATION_LIMIT:
             break
-        image = matvec(direction)
+        image = matvec(tuple(direction))
         check_same_structure(image, rhs, names=("the product", "rhs"))
         curvature = products(direction, image)
         # A block whose residual is zero is solved: its step is 0, not 0 / 0.
         step = torch.where(squares == 0, 0.0, squares / curvature)
-        # After a stop nothing reads the residual and the direction any more, so only the solution is guarded.
-        residual = tuple(r - a * q for r, a, q in zip(residual, step, image, strict=True))
+        torch._foreach_addcmul_(residual, list(image), list(-step))
         new_squares = products(residual, residual)
         # Subnormal squares count as zero: the next curvature could vanish before them and look like a breakdown.
         new_squares = torch.where(new_squares < torch.finfo(new_squares.dtype).tiny, 0.0, new_squares)
@@ -182,20 +183,23 @@ def _iterate(
         running = status == ITERATION_LIMIT
         status = torch.where(running, found, status)
         accepted = status == ITERATION_LIMIT
+        if not may_stop_early:
+            # After a stop the loop goes on without effect: direction and step are zero from here.
+            for tensor in residual:
+                tensor.masked_fill_(~accepted, 0.0)
 
-        solution = tuple(
-            torch.where(accepted, x + a * p, x) for x, a, p in zip(solution, step, direction, strict=True)
-        )
-        ratio = torch.where(squares == 0, 0.0, new_squares / squares)
-        direction = tuple(r + b * p for r, b, p in zip(residual, ratio, direction, strict=True))
+        torch._foreach_addcmul_(solution, direction, list(torch.where(accepted, step, 0.0)))
+        ratio = torch.where(accepted & (squares > 0), new_squares / squares, 0.0)
+        torch._foreach_mul_(direction, list(ratio))
+        torch._foreach_add_(direction, residual)
         squares = torch.where(accepted, new_squares, squares)
         iterations = iterations + accepted
         done = accepted & (squares.sum() == 0 if tolerance == 0 else relative_residual(squares) <= tolerance)
         status = torch.where(done, CONVERGED, status)
 
-    solution = tuple(scale * tensor for tensor in solution)
+    torch._foreach_mul_(solution, scale)
     residual_size = torch.where(start.sum() == 0, 0.0, relative_residual(squares))
-    return solution, SolveInfo(iterations, residual_size, status)
+    return tuple(solution), SolveInfo(iterations, residual_size, status)
 
 
 def largest_entry(vector: Vector) -> Tensor:

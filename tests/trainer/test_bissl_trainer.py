@@ -218,7 +218,8 @@ def test_upper_adaptation_moves_theta_d_at_the_start_of_every_so_many_alternatio
 
 FIGURES = {
     "lower/loss", "lower/proximal", "upper/loss", "upper/direct_loss", "lower/gradient_norm", "upper/gradient_norm",
-    "solver/iterations", "solver/residual", "levels/pull", "levels/distance", "levels/moved", "alignment/cosine",
+    "solver/iterations", "solver/residual", "solver/cosine", "levels/pull", "levels/distance", "levels/moved",
+    "alignment/cosine",
     "lower/learning_rate", "upper/learning_rate", "samples_per_second", "loss", "learning_rate", "epoch",
 }  # fmt: skip
 
@@ -273,6 +274,7 @@ def expected_figures(steps, alternation, settings) -> dict[str, float]:
         curved = flatten(torch.autograd.grad(gradient, theta_p, solution, retain_graph=True))
         product = flatten(solution) + curved / (settings["proximal_weight"] + settings["damping"])
         note("solver/residual", (rhs - product).norm() / rhs.norm())
+        note("solver/cosine", flatten(solution) @ rhs / flat_norm(solution) / rhs.norm())
     return {name: mean(values) for name, values in found.items()}
 
 

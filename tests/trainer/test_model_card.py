@@ -117,6 +117,8 @@ def test_solver_statistics_are_those_of_the_logs(trainer):
     row = next(row for title, row in table.items() if title.startswith("Relative residual"))
     assert row["Mean"] == f"{np.mean(residuals):.4g}"
     assert (row["First log"], row["Last log"]) == (f"{residuals[0]:.4g}", f"{residuals[1]:.4g}")
+    cosines = next(row for title, row in table.items() if title.startswith("Cosine of solution"))
+    assert cosines["Last log"] == f"{logs[-1]['solver/cosine']:.4g}"
     shares = next(row for title, row in table.items() if "negative curvature" in title)
     assert shares["Last log"] == f"{logs[-1]['solver/negative_curvature']:.4g}"
     assert f"summed over the run, is {logs[-1]['levels/pull']:.3g}" in " ".join(card_of(trainer).text.split())

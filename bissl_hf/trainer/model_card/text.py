@@ -259,6 +259,7 @@ def _level_statistics(trainer: "BiSSLTrainer") -> str:
     shown = {
         "solver/iterations": "Iterations per solve",
         "solver/residual": "Relative residual",
+        "solver/cosine": "Cosine of solution and right-hand side (at 1 the identity would do)",
         "solver/negative_curvature": "Share stopped by negative curvature",
         "solver/non_finite": "Share stopped by numbers that are not finite",
         "alignment/cosine": "Cosine of pretext and downstream gradient",

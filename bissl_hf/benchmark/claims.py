@@ -54,6 +54,7 @@ class Measured:
         products (`list[int]`): of each solve of the bare loop, where as many are asked for as the baseline takes.
         recycled_products (`list[int]`), residuals (`list[float]`), statuses (`list[SolveStatus]`): of each solve that
             recycles.
+        damping (`float`): of those solves.
     """
 
     parts: list[Part]
@@ -64,6 +65,7 @@ class Measured:
     recycled_products: list[int]
     residuals: list[float]
     statuses: list[SolveStatus]
+    damping: float
 
     def seconds(self, part: str) -> float:
         """Median seconds of a part."""
@@ -102,6 +104,7 @@ def make_claims(measured: Measured, device: torch.device, *, products: int, uppe
         Claim("median residual of its solves", residual, at_most=0.01),
         Claim("share of its solves that met negative curvature", broken_down / len(measured.statuses), at_most=0),
         Claim("mean products of its solves", sum(measured.recycled_products) / len(measured.recycled_products)),
+        Claim("damping of its solves", measured.damping),
     ]
     if on_gpu:
         speed = measured.seconds(UNIT) / measured.seconds("lower step")

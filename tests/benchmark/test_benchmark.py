@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 
+from bissl_hf.benchmark import run
 from bissl_hf.benchmark.claims import Claim, Measured, make_claims
 from bissl_hf.benchmark.comparison import SynchronisationWatch
 from bissl_hf.benchmark.loops import BareLoop, Baseline
 from bissl_hf.benchmark.parts import UNIT, Part
 from bissl_hf.benchmark.pillow_views import PillowViews
 from bissl_hf.benchmark.report import format_report
-from bissl_hf.benchmark.run import run_benchmark
+from bissl_hf.benchmark.run import raise_damping, run_benchmark
 from bissl_hf.benchmark.workload import WORKLOADS, benchmark_images, build_model, build_trainer
 from bissl_hf.data.alternation import Stream
 from bissl_hf.linear_solve import SolveStatus
@@ -31,7 +32,7 @@ TINY = WORKLOADS["quick"].changed(
 def report():
     said = []
     found = run_benchmark(TINY, CPU, say=said.append)
-    assert len(said) == 4
+    assert len(said) == 5
     return json.loads(json.dumps(found))
 
 
@@ -167,6 +168,7 @@ def measured(residuals=(8e-3, 9e-3), statuses=(SolveStatus.CONVERGED,) * 2) -> M
         "recycled_products": [6, 2],
         "residuals": list(residuals),
         "statuses": list(statuses),
+        "damping": 10.0,
     }
     return Measured(parts, times, synchronisations={"lower": 0, "upper": 1}, **values)
 
@@ -191,6 +193,24 @@ def test_solves_that_do_not_reach_the_tolerance_are_no_gain():
     assert (why.value, why.holds) == (0.5, False)
     (held,) = [claim for claim in make_claims(measured(), CPU, products=5, upper_steps=8) if claim.name == why.name]
     assert (held.value, held.holds) == (0, True)
+
+
+def test_the_damping_is_raised_until_no_system_is_indefinite(monkeypatch):
+    """A loss with curvature -101 in some directions: of 10, 31.6, 100 and 316 the last is the first above it."""
+    model = build_model(TINY)
+    trainer = build_trainer(TINY, model, CPU)
+    loop = BareLoop(trainer, model, run._recycling(trainer.args, TINY))
+    first = loop.theta_p[0]
+
+    def curvature(batch):
+        return lambda vector: tuple(-101.0 * v if v.shape == first.shape else 0.0 * v for v in vector)
+
+    monkeypatch.setattr(loop, "curvature", curvature)
+    raise_damping(loop)
+    assert loop.args.damping == pytest.approx(10 * 10**1.5)
+    assert trainer.args.damping != loop.args.damping
+    assert loop.solves == []
+    assert loop.alternations == 0
 
 
 def test_a_short_phase_is_not_held_to_the_aim_of_a_whole_one():

@@ -74,14 +74,14 @@ class Directions:
             return torch.zeros_like(rhs), rhs
         vectors, images, inverse_curvatures = self._stored()
         coefficients = inverse_curvatures * (vectors @ rhs)
-        return vectors.T @ coefficients, rhs - images.T @ coefficients
+        return vectors.T @ coefficients, torch.addmv(rhs, images.T, coefficients, alpha=-1)
 
     def conjugate(self, vector: Tensor) -> Tensor:
         """Returns a flat vector without its part that is not conjugate to the directions."""
         if self._rows is None:
             return vector
         vectors, images, inverse_curvatures = self._stored()
-        return vector - vectors.T @ (inverse_curvatures * (images @ vector))
+        return torch.addmv(vector, vectors.T, inverse_curvatures * (images @ vector), alpha=-1)
 
     def append(self, vector: Tensor, image: Tensor, inverse_curvature: Tensor) -> None:
         """Adds a flat direction with its image; one with an inverse curvature of 0 has no effect."""
@@ -179,7 +179,7 @@ def recycled_conjugate_gradient(
         curvature = direction @ image
         step = (direction @ residual) / curvature
         # Nothing reads the residual after a breakdown, so it may take in what is not sound.
-        residual = residual - step * image
+        residual = torch.addcmul(residual, image, step, value=-1)
         new_size = residual.norm()
 
         found = torch.where(new_size <= tolerance * start, CONVERGED, ITERATION_LIMIT)
@@ -193,7 +193,7 @@ def recycled_conjugate_gradient(
         accepted = running & ~exhausted & ((found == ITERATION_LIMIT) | (found == CONVERGED))
 
         direction, image = torch.where(accepted, direction, 0.0), torch.where(accepted, image, 0.0)
-        solution = solution + torch.where(accepted, step, 0.0) * direction
+        solution = torch.addcmul(solution, direction, torch.where(accepted, step, 0.0))
         directions.append(direction, image, torch.where(accepted, 1.0 / curvature, 0.0))
         size = torch.where(accepted, new_size, size)
         iterations = iterations + accepted

@@ -26,13 +26,17 @@ class BenchmarkArguments:
     """What to measure, and where to write it."""
 
     output: str = field(metadata={"help": "JSON file for all figures."})
-    quick: bool = field(default=False, metadata={"help": "Small sizes: within 3 minutes on 2 idle cores."})
+    quick: bool = field(
+        default=False, metadata={"help": "Small sizes: within 3 minutes on 2 idle cores. Ignored with --growth."}
+    )
     growth: bool = field(
         default=False,
         metadata={"help": "Measure how alternations grow with batch, image, width and data set instead."},
     )
     use_cpu: bool = field(default=False, metadata={"help": "Measure the CPU although there is a GPU."})
-    repeats: int | None = field(default=None, metadata={"help": "Rounds that medians are taken of."})
+    repeats: int | None = field(
+        default=None, metadata={"help": "Rounds that medians are taken of. Ignored with --growth."}
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

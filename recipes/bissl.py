@@ -66,10 +66,14 @@ class LowerDataArguments:
 
     lower_dataset: str | None = field(
         default=None,
-        metadata={"help": "Unlabelled images, likewise; else the `unlabeled` split or training images of --dataset."},
+        metadata={
+            "help": "Unlabelled images: a known name, a folder (also without folders of classes), a Parquet file or a "
+            "Hub id; else the `unlabeled` split or training images of --dataset."
+        },
     )
     drop_test_duplicates: bool = field(
-        default=False, metadata={"help": "Leave out unlabelled images that are test images, pixel by pixel."}
+        default=False,
+        metadata={"help": "Leave out unlabelled images that are test images of --dataset, pixel by pixel."},
     )
 
 
@@ -79,7 +83,7 @@ class ModelArguments(PretextModelArguments):
 
     upper_model: str | None = field(default=None, metadata={"help": "Image classifier whose head is kept."})
     pretrain_steps: int | None = field(
-        default=None, metadata={"help": "SimCLR steps before BiSSL; 1000 if not given, 0 with --lower_model."}
+        default=None, metadata={"help": "SimCLR steps before BiSSL; if not given 1000, or 0 with --lower_model."}
     )
     pretrain_batch_size: int | None = field(
         default=None, metadata={"help": "Batch per device in pre-training; per_device_lower_batch_size if not given."}

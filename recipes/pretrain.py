@@ -53,7 +53,7 @@ class PretextDataArguments(DataArguments):
         default=None,
         metadata={
             "help": "Labelled images for a running check of the features: training images find the classes of "
-            "validation images as their nearest neighbours. No check if not given."
+            "validation images as their nearest neighbours. Columns as in --dataset. No check if not given."
         },
     )
     knn_every: int = field(default=10, metadata={"help": "Epochs between two checks."})

@@ -26,8 +26,12 @@ class DataArguments:
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of --dataset on the Hub; else that of the known name."}
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; found by itself if usual."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels; found by itself if usual."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of images in --dataset; found by itself if usual."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of labels in --dataset; found by itself if usual."}
+    )
     train_examples: int | None = field(
         default=None,
         metadata={"help": "Labelled training images to use, in the same mix of classes; all if not given."},

@@ -161,7 +161,7 @@ def _iterate(
     status = torch.where(torch.isfinite(squares).all(), ITERATION_LIMIT, NON_FINITE)
     status = torch.where((squares == 0).all(), CONVERGED, status)
     iterations = torch.zeros_like(status)
-    direction = [torch.where(status == ITERATION_LIMIT, tensor, 0.0) for tensor in residual]
+    direction = [tensor.masked_fill(status != ITERATION_LIMIT, 0.0) for tensor in residual]
 
     for _ in range(max_iterations):
         if may_stop_early and int(status) != ITERATION_LIMIT:

@@ -192,7 +192,11 @@ def recycled_conjugate_gradient(
         status = torch.where(running, found, status)
         accepted = running & ~exhausted & ((found == ITERATION_LIMIT) | (found == CONVERGED))
 
-        direction, image = torch.where(accepted, direction, 0.0), torch.where(accepted, image, 0.0)
+        if not may_stop_early:
+            # After a stop the loop goes on without effect.
+            direction, image = direction.masked_fill(~accepted, 0.0), image.masked_fill(~accepted, 0.0)
+        elif not accepted:
+            break
         solution = torch.addcmul(solution, direction, torch.where(accepted, step, 0.0))
         directions.append(direction, image, torch.where(accepted, 1.0 / curvature, 0.0))
         size = torch.where(accepted, new_size, size)

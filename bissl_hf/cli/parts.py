@@ -13,45 +13,80 @@ SETTINGS_NAME = "settings.json"
 RESULT_NAME = "result.json"
 
 
+def read_mapping(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a JSON file that holds a mapping.
+
+    Raises:
+        `ValueError`: if it holds something else; with what to do.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is empty or damaged. Put a whole copy in its place, or move it away.")
+    return content
+
+
 class Part:
     """A part of a run.
 
     Args:
-        folder (`str` or `os.PathLike`): its folder, created if need be.
+        folder (`str` or `os.PathLike`): its folder.
         settings (`Mapping`): everything that its result depends on.
         writes (`bool`, *optional*, defaults to `True`): whether this process writes the files; one of them must.
+        begins (`bool`, *optional*, defaults to `True`): whether to [`begin`] at once; else the folder is only looked
+            at.
 
     Raises:
-        `ValueError`: if the folder holds a part that was begun with other settings.
+        `ValueError`: if the folder holds what a part with other settings has left, or its files are damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], *, writes: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        *,
+        writes: bool = True,
+        begins: bool = True,
+    ) -> None:
         self.folder = Path(folder)
+        self.settings = json.loads(json.dumps(settings, default=str))
         self.writes = writes
-        now = json.loads(json.dumps(settings, default=str))
+        self._check_settings()
+        if begins:
+            self.begin()
+
+    def _check_settings(self) -> None:
         file = self.folder / SETTINGS_NAME
-        if file.is_file():
-            then = json.loads(file.read_text())
-            names = sorted({*then, *now})
-            changed = [
-                f"{name} was {then.get(name)} and is {now.get(name)}"
-                for name in names
-                if then.get(name) != now.get(name)
-            ]
-            if changed:
-                raise ValueError(
-                    f"{self.folder} was begun with other settings: {'; '.join(changed)}. Go on with the settings of "
-                    "then, or choose another output_dir."
-                )
-        elif writes:
+        then, now = read_mapping(file) if file.is_file() else self.settings, self.settings
+        changed = [
+            f"{name} was {then.get(name)} and is {now.get(name)}"
+            for name in sorted({*then, *now})
+            if then.get(name) != now.get(name)
+        ]
+        if changed and self._left():
+            raise ValueError(
+                f"{self.folder} was begun with other settings: {'; '.join(changed)}. Go on with the settings of "
+                "then, or choose another output_dir."
+            )
+
+    def _left(self) -> bool:
+        """Whether there is anything that other settings would spoil."""
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        return any(path.name not in (SETTINGS_NAME, f".{SETTINGS_NAME}.tmp") for path in files)
+
+    def begin(self) -> None:
+        """Creates the folder and keeps the settings, with which alone the part can go on once it has left anything."""
+        if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, now)
+            write_json(self.folder / SETTINGS_NAME, self.settings)
 
     @property
     def result(self) -> dict[str, Any] | None:
         """The result of the finished part; `None` if it is not finished."""
         file = self.folder / RESULT_NAME
-        return json.loads(file.read_text()) if file.is_file() else None
+        return read_mapping(file) if file.is_file() else None
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Keeps the result, and lets the checkpoints go, which nothing needs any more.

@@ -13,7 +13,7 @@ from transformers import set_seed
 from ..cli.finetuning import FineTuning
 from ..cli.images import LabelledImages, build_train_transform, build_view_transform
 from ..cli.models import StartArguments, classifier_builder, new_classifier
-from ..cli.parts import Part
+from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Part, read_mapping
 from ..data.augment import image_processor
 from ..models.modeling_bissl import BiSSLModel
 from ..models.modeling_simclr import SimCLRForPreTraining
@@ -57,7 +57,8 @@ class Study:
         plan ([`Plan`])
 
     Raises:
-        `ValueError`: for data that are missing or do not fit, or a folder that was begun with other settings.
+        `ValueError`: for data that are missing or do not fit, a part that was begun with other settings, or damaged
+            files.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -67,8 +68,11 @@ class Study:
         self.writes = plan.finetune_arguments("unused", 0).process_index == 0
         self.views = build_view_transform(self.image_size, plan.views)
         self.crops = build_train_transform(self.image_size, plan.views)
-        self.images = StudyImages(plan.study)
         self.parts = list(self._list_parts())
+        for file in sorted(self.folder.rglob("*.json")):
+            if file.name in (RESULT_NAME, SETTINGS_NAME):
+                read_mapping(file)
+        self.images = StudyImages(plan.study)
 
     def try_out(self) -> None:
         """Builds what training will build, so that settings which do not fit come to light before it."""
@@ -95,6 +99,8 @@ class Study:
                 self._say(f"{place} is finished")
                 continue
             self._say(place)
+            part.part.begin()
+            PartialState().wait_for_everyone()
             part.run()
         study = self.plan.study
         return [
@@ -143,7 +149,7 @@ class Study:
         return self._part(f"{set_name}-{examples}/{arm.name}-seed{seed}", settings)
 
     def _part(self, name: str, settings: Mapping[str, Any]) -> Part:
-        return Part(self.folder / name, settings, writes=self.writes)
+        return Part(self.folder / name, settings, writes=self.writes, begins=False)
 
     # Pretext training
 

@@ -17,15 +17,43 @@ def test_a_finished_part_is_found_again(tmp_path):
     assert sorted(path.name for path in part.folder.iterdir()) == ["result.json", "settings.json"]
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_other_settings_are_refused(tmp_path, finished):
-    part = Part(tmp_path, SETTINGS)
-    if finished:
-        part.finish({})
+@pytest.mark.parametrize("left", ["result.json", "checkpoint-3/weights", "backbone/search.db"])
+def test_other_settings_are_refused_once_there_is_something_to_lose(tmp_path, left):
+    Part(tmp_path, SETTINGS)
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text("{}")
     with pytest.raises(
         ValueError, match=r"was begun with other settings: extra was None and is 1; rate was 0.1 and is"
     ):
         Part(tmp_path, {**SETTINGS, "rate": 0.2, "extra": 1})
+
+
+def test_settings_can_be_corrected_while_there_is_nothing_to_lose(tmp_path):
+    Part(tmp_path, SETTINGS)
+    Part(tmp_path / "backbone", SETTINGS)
+    corrected = {**SETTINGS, "rate": 0.2}
+    Part(tmp_path, corrected).finish({})
+    Part(tmp_path, corrected)
+    with pytest.raises(ValueError, match=r"begun with other settings: rate was 0.2 and is 0.1"):
+        Part(tmp_path, SETTINGS)
+
+
+def test_looking_leaves_nothing_behind(tmp_path):
+    part = Part(tmp_path / "part", SETTINGS, begins=False)
+    assert part.result is None
+    assert list(tmp_path.iterdir()) == []
+    part.begin()
+    assert [path.name for path in part.folder.iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1', "[]"])
+@pytest.mark.parametrize("name", ["settings.json", "result.json"])
+def test_damaged_files_are_named(tmp_path, name, content):
+    Part(tmp_path, SETTINGS).finish({})
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path / name} is empty or damaged. Put a whole copy"):
+        Part(tmp_path, SETTINGS).result  # noqa: B018
+    assert (tmp_path / name).read_text() == content
 
 
 def test_only_one_process_writes(tmp_path):

@@ -169,6 +169,26 @@ def test_other_settings_are_refused_before_anything_runs(
         study_of(images, output, pretrain_steps=4)
 
 
+def test_settings_can_be_corrected_before_a_part_begins(images: Path, tmp_path: Path) -> None:
+    study = study_of(images, tmp_path, finetune={"learning_rate": 9.0})
+    study.parts[0].part.begin()
+    study_of(images, tmp_path, finetune={"learning_rate": 0.1})
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == [
+        "parts/pretrain-seed0/settings.json"
+    ]
+
+
+@pytest.mark.parametrize("name", ["plain-seed0/result.json", "ours-seed1/backbone/settings.json"])
+def test_damaged_files_are_named_before_anything_runs(
+    images: Path, finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "out")
+    file = next(path for path in (tmp_path / "out").rglob("*.json") if str(path).endswith(name))
+    file.write_text("")
+    with pytest.raises(ValueError, match=f"{name} is empty or damaged"):
+        study_of(images, tmp_path / "out")
+
+
 def test_numbers_of_labels_that_a_set_lacks_are_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train_examples is 99 on .*: 99 training examples are asked for"):
         study_of(images, tmp_path, train_examples=[99])

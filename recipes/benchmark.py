@@ -45,6 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
     workload = WORKLOADS["quick" if chosen.quick else "gpu" if device.type == "cuda" else "cpu"]
     output = Path(chosen.output)
     with refusing_bad_input():
+        if output.exists():
+            raise ValueError(f"output {output} exists already; choose another file.")
+        if chosen.growth and (chosen.quick or chosen.repeats is not None):
+            raise ValueError("growth is a measurement of its own; leave quick and repeats out.")
         if chosen.repeats is not None:
             if chosen.repeats < 1:
                 raise ValueError(f"repeats is {chosen.repeats}; it must be at least 1.")

@@ -200,6 +200,7 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
             seed=args.seed,
             data_seed=args.data_seed,
             bf16=args.bf16,
+            fp16=args.fp16,
             use_cpu=args.use_cpu,
             disable_tqdm=args.disable_tqdm,
             dataloader_num_workers=args.dataloader_num_workers,
@@ -218,7 +219,8 @@ def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
     trainer.level_schedules()
     trainer.create_optimizer()
     trainer.get_train_dataloader()
-    pretrainer.create_optimizer()
+    if pretrainer.args.max_steps > 0:
+        pretrainer.try_loss(rows=4)
 
 
 def evaluate_on_test(trainer: BiSSLTrainer, test: DecodedImages, prefix: str) -> dict[str, Any]:
@@ -347,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
             print_plan(trainer, pretrainer, images)
         return
     with refusing_bad_input():
-        checkpoint = open_run(args)
+        checkpoint = open_run(args, leaves=("checkpoint-*", PRETRAINING_NAME))
         images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
         trainer.resume_files = (BEFORE_NAME, f"{PRETRAINING_NAME}/{FINISHED_NAME}")

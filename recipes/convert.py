@@ -8,6 +8,7 @@ A `.pth` file with a backbone and a projection head becomes a SimCLR checkpoint,
 What was written is read back, and each tensor looked for in it.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,12 @@ def write_checkpoint(options: ConversionArguments, card: CardArguments, reposito
     weights = read_weights(Path(options.input), options.key)
     model = build_model(weights, head_prefix=options.head_prefix, temperature=options.temperature)
     save_model(model, target)
-    written = timm_weights_of(read_checkpoint("output", options.output))
-    check_same(with_plain_names(weights, options.head_prefix), written, target)
+    try:
+        written = timm_weights_of(read_checkpoint("output", options.output))
+        check_same(with_plain_names(weights, options.head_prefix), written, target)
+    except ValueError:
+        shutil.rmtree(target)  # which was not there before
+        raise
     facts = ModelFacts(license=card.license)
     write_model_card(build_converted_card(model, facts, folder=target, repository=repository), target)
     return model

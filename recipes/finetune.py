@@ -180,12 +180,11 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
         check_run(args)
-        open_run(args)  # what it goes on from are the finished parts in there
+        open_run(args, leaves=("seed-*", "search"))  # what it goes on from are the finished parts in there
         if repetition.search_trials:
             check_backend(repetition.search_backend, field="search_backend")
         tuning = build_finetuning(data, crops, start, args)
         trainer = tuning.build_trainer(push_to_hub=args.push_to_hub)
-        trainer.create_optimizer()
         trainer.try_loss(rows=4)
         trainer.facts = recipe_facts(
             card,

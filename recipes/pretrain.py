@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
-        checkpoint = open_run(args)
+        checkpoint = open_run(args, leaves=("checkpoint-*",))
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)
         trainer.facts = recipe_facts(
@@ -186,7 +186,6 @@ def main(arguments: list[str] | None = None) -> None:
             add_knn_check(trainer, knn_images, data)
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
-        trainer.create_optimizer()
         trainer.try_loss(rows=4)
 
     if checkpoint and (Path(args.output_dir) / RESULTS_NAME).is_file() and trainer.is_world_process_zero():

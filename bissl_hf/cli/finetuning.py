@@ -22,7 +22,7 @@ from .parts import Part
 _DECISIVE = (
     *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
-    *("per_device_train_batch_size", "batch_norm", "bn_recalibration_images", "seed", "data_seed", "bf16"),
+    *("per_device_train_batch_size", "batch_norm", "bn_recalibration_images", "seed", "data_seed", "bf16", "fp16"),
 )
 
 

@@ -93,7 +93,7 @@ def load_classifier(
         problem_type (`str`, *optional*): whether an image has one class or may have several; decides the loss.
 
     Raises:
-        `ValueError`: if it tells another number of classes apart.
+        `ValueError`: if it tells other classes apart, or the same in another order.
     """
     with loading(field, source):
         model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False)
@@ -102,6 +102,14 @@ def load_classifier(
             f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "
             f"{len(class_names)}; leave {field} out for a new head."
         )
+    names = [model.config.id2label[number] for number in range(len(class_names))]
+    if sorted(names) == sorted(class_names) and names != list(class_names):
+        raise ValueError(
+            f"{field} {source} has the classes of the data set in another order ({', '.join(names[:4])}, ... instead "
+            f"of {', '.join(class_names[:4])}, ...), which its head cannot follow; leave {field} out for a new head."
+        )
+    model.config.id2label = dict(enumerate(class_names))
+    model.config.label2id = {name: number for number, name in enumerate(class_names)}
     model.config.problem_type = problem_type
     return model
 

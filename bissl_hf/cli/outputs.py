@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.state import PartialState
 from transformers import TrainingArguments
+from transformers.utils import CONFIG_NAME
 
 from ..trainer.checkpoints import find_defect, find_last_checkpoint, list_checkpoints
 from ..trainer.hub_folder import fetch_last_checkpoint
@@ -17,7 +18,12 @@ RESULTS_NAME = "all_results.json"
 
 
 def open_output_dir(
-    output_dir: str, resume: str | bool | None, *, repo_id: str | None = None, revision: str | None = None
+    output_dir: str,
+    resume: str | bool | None,
+    *,
+    leaves: Sequence[str] = (),
+    repo_id: str | None = None,
+    revision: str | None = None,
 ) -> Path | None:
     """Checks that a run may use its folder, and finds the checkpoint to go on from.
 
@@ -25,6 +31,8 @@ def open_output_dir(
         output_dir (`str`): created if need be.
         resume (`str` or `bool`, *optional*): a checkpoint; true for the newest whole one; or `hub` for that of the
             repository where the folder has none.
+        leaves (`Sequence[str]`, *optional*): patterns of what an unfinished run leaves in its folder. A model that
+            lies there without any of them comes from something else, and would be written over.
         repo_id (`str`, *optional*): repository of the run, by the name of the folder if not given.
         revision (`str`, *optional*): its branch.
 
@@ -32,8 +40,8 @@ def open_output_dir(
         `Path | None`: the checkpoint.
 
     Raises:
-        `ValueError`: if the folder holds a run and `resume` is not given, or the checkpoint is missing or
-            not whole.
+        `ValueError`: if the folder holds a run and `resume` is not given, or one of another kind, or the checkpoint is
+            missing or not whole.
         `OSError`: if the folder cannot be written to.
     """
     folder = Path(output_dir)
@@ -55,6 +63,11 @@ def open_output_dir(
                 "another."
             )
         return None
+    if leaves and (folder / CONFIG_NAME).is_file() and not any(any(folder.glob(pattern)) for pattern in leaves):
+        raise ValueError(
+            f"output_dir {folder} holds a model and nothing that this recipe could go on with ({', '.join(leaves)}); "
+            "choose another."
+        )
     if wants not in (True, "true", RESUME_FROM_HUB):
         return _named_checkpoint(Path(str(resume)), folder)
     checkpoint, passed_over = find_last_checkpoint(folder)
@@ -84,19 +97,25 @@ def _named_checkpoint(named: Path, folder: Path) -> Path:
     return named
 
 
-def open_run(args: TrainingArguments) -> Path | None:
+def open_run(args: TrainingArguments, *, leaves: Sequence[str]) -> Path | None:
     """Opens the output folder of a run (see [`open_output_dir`]), on the first process of a machine before the others:
     they find what it has fetched, and none writes there before all have looked."""
     with args.main_process_first(desc="looking for a checkpoint"):
         checkpoint = open_output_dir(
-            str(args.output_dir), args.resume_from_checkpoint, repo_id=args.hub_model_id, revision=args.hub_revision
+            str(args.output_dir),
+            args.resume_from_checkpoint,
+            leaves=leaves,
+            repo_id=args.hub_model_id,
+            revision=args.hub_revision,
         )
     PartialState().wait_for_everyone()
     return checkpoint
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lays rows out as a table of text, one column per key."""
+    """Lays rows out as a table of text, one column per key; no text for no rows."""
+    if not rows:
+        return ""
     columns = list(rows[0])
     cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]

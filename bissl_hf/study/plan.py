@@ -279,6 +279,8 @@ class Plan:
             "warmup_steps": round(lower.get_lower_warmup_steps() / self.matched_steps * steps),
             "per_device_train_batch_size": lower.per_device_lower_batch_size,
             "max_grad_norm": lower.lower_max_grad_norm,
+            "bf16": lower.bf16,
+            "fp16": lower.fp16,
         }
 
     def finetune_arguments(self, folder: str, seed: int) -> FineTuningArguments:

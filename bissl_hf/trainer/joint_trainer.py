@@ -108,7 +108,8 @@ class JointTrainer(SingleLevelTrainer):
         return []
 
     def try_loss(self, rows: int) -> None:
-        """Computes the loss on the first rows, without side effects."""
+        """Computes both losses on the first rows, see [`SingleLevelTrainer.try_loss`]."""
+        self.try_settings()
         key = StepKey(self.args.key_seed, int(self.stream), 0, 0, self.args.process_index)
         inputs = self.source.collator(read_rows(self.train_dataset, range(min(rows, len(self.train_dataset)))))
         self.model.eval()

@@ -17,7 +17,7 @@ from .optimizer import clip_factor, has_step_length, step_length
 logger = logging.get_logger(__name__)
 
 WEAK_PULL = 0.5
-GOOD_PULL = 2.0
+GOOD_PULL = 3.0
 
 
 class Pull:

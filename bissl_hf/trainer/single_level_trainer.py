@@ -1,5 +1,6 @@
 """What the stages before and after BiSSL share: one model, one data set, one optimizer."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from ..models.batch_norm import running_statistics
 from ..models.saving import save_model
 from .keyed_trainer import KeyedTrainer, Transform
 from .optimizer import build_optimizer
-from .schedule import level_schedule
+from .schedule import Schedule, level_schedule
 from .training_args import KeyedTrainingArguments
 
 
@@ -81,17 +82,25 @@ class SingleLevelTrainer(KeyedTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Returns the schedule, whose warm-up starts with the first step."""
         if self.lr_scheduler is None:
-            schedule = level_schedule(
-                self.args.lr_scheduler_type,
-                num_steps=num_training_steps,
-                learning_rate=self.args.learning_rate,
-                warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                options=self.args.lr_scheduler_kwargs,
-                field="lr_scheduler_type",
-            )
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), schedule)
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), self._schedule(num_training_steps))
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _schedule(self, steps: int) -> Schedule:
+        return level_schedule(
+            self.args.lr_scheduler_type,
+            num_steps=steps,
+            learning_rate=self.args.learning_rate,
+            warmup_steps=self.args.get_warmup_steps(steps),
+            options=self.args.lr_scheduler_kwargs,
+            field="lr_scheduler_type",
+        )
+
+    def try_settings(self) -> None:
+        """Builds the optimizer and the schedule of the whole run."""
+        self.create_optimizer()
+        epochs = math.ceil(self.args.num_train_epochs * self.source.steps_per_alternation)
+        self._schedule(self.args.max_steps if self.args.max_steps > 0 else epochs)
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what the stream of batches reads."""
@@ -122,8 +131,9 @@ class SingleLevelTrainer(KeyedTrainer):
         return loss
 
     def try_loss(self, rows: int) -> None:
-        """Computes the loss on the first rows, without side effects, so that data and a model that do not fit come to
-        light before training."""
+        """Computes the loss on the first rows, and builds the optimizer and the schedule of the whole run, so that
+        what does not fit comes to light before training. Model and random state stay as they are."""
+        self.try_settings()
         key = StepKey(self.args.key_seed, int(self.stream), 0, 0, 0)
         inputs = self.source.collator(read_rows(self.train_dataset, range(min(rows, len(self.train_dataset)))))
         self.model.eval()

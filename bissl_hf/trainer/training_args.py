@@ -22,7 +22,7 @@ CURVATURE_MODES = ("auto", *FIXED_CURVATURE_MODES)
 _AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
-    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers", "num_train_epochs"), 0),
 }
 _BISSL_AT_LEAST = {
     **dict.fromkeys(("num_alternations", "lower_steps", "upper_steps", "solver_max_iterations"), 1),
@@ -71,7 +71,8 @@ class KeyedTrainingArguments(TrainingArguments):
 
     They differ from `transformers.TrainingArguments` in this: `optim` takes `"lars"` and any optimizer of
     `torch.optim` by name; weight decay applies to all parameters; `optim_args` reaches every optimizer; momentum is
-    0.9 where `optim_args` does not say otherwise; a loss that is not finite is shown instead of hidden.
+    0.9 where `optim_args` does not say otherwise; a loss that is not finite is shown instead of hidden; an evaluation
+    takes batches of 128.
     """
 
     optim: str = field(default="sgd", metadata={"help": "Optimizer: lars or one of torch.optim by name."})
@@ -81,6 +82,10 @@ class KeyedTrainingArguments(TrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+    per_device_eval_batch_size: int = field(
+        default=128,
+        metadata={"help": "Images per device in an evaluation, and where batch-norm statistics are estimated."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave losses that are not finite out of logs."}
     )
@@ -112,7 +117,8 @@ class KeyedTrainingArguments(TrainingArguments):
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; it must be 1. To save memory set "
-                "lower_micro_batch_size and upper_micro_batch_size, which split a batch inside its step."
+                "a smaller batch, or for BiSSL lower_micro_batch_size and upper_micro_batch_size, which split a batch "
+                "inside its step."
             )
         for name in (
             "auto_find_batch_size",
@@ -120,9 +126,15 @@ class KeyedTrainingArguments(TrainingArguments):
             "label_smoothing_factor",
             "gradient_checkpointing",
             "activation_checkpointing",
+            "save_only_model",  # a resume needs the rest
+            "dataloader_drop_last",  # evaluations would leave rows out
+            "prediction_loss_only",
+            "label_names",
         ):
             if getattr(self, name, None):
                 raise ValueError(f"{name} is not supported: leave it out.")
+        if not self.eval_do_concat_batches:
+            raise ValueError("eval_do_concat_batches is False, which is not supported: leave it out.")
 
     @property
     def key_seed(self) -> int:

@@ -71,6 +71,20 @@ def test_the_recipe_writes_json(report, tmp_path, monkeypatch, capsys):
     assert "figures.json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "figures.json exists already"), (["--growth", "--quick"], "growth is a measurement of its own")],
+)
+def test_what_the_recipe_refuses(arguments, message, tmp_path, capsys):
+    output = tmp_path / ("new.json" if arguments else "figures.json")
+    (tmp_path / "figures.json").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main([*arguments, "--use_cpu", "--output", str(output)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "figures.json").read_text() == "mine"
+
+
 def test_no_rounds_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["--repeats", "0", "--output", str(tmp_path / "figures.json")])

@@ -73,6 +73,17 @@ def test_a_classifier_must_tell_as_many_classes_apart(classifier: Path) -> None:
         load_classifier(str(classifier), ["a", "b"], field="upper_model")
 
 
+def test_a_kept_head_follows_the_names_of_the_data(classifier: Path, tmp_path: Path) -> None:
+    """Same names in another order are refused; a head with other names is taken, and gets those of the data."""
+    model = load_classifier(str(classifier), ["cat", "dog", "emu"], field="model")
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "emu"}
+    assert model.config.label2id == {"cat": 0, "dog": 1, "emu": 2}
+    model.save_pretrained(tmp_path)
+    assert load_classifier(str(tmp_path), ["cat", "dog", "emu"], field="model").config.id2label[2] == "emu"
+    with pytest.raises(ValueError, match=r"in another order \(cat, dog, emu, ... instead of emu, cat, dog, ...\)"):
+        load_classifier(str(tmp_path), ["emu", "cat", "dog"], field="model")
+
+
 def test_the_kind_of_task_decides_the_loss(classifier: Path) -> None:
     kind = "multi_label_classification"
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

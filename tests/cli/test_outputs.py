@@ -116,11 +116,26 @@ def test_a_checkpoint_of_another_folder_is_refused(tmp_path):
         outputs.open_output_dir(str(tmp_path / "here"), str(checkpoint))
 
 
+def test_a_model_from_elsewhere_is_not_written_over(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"holds a model and nothing that this recipe could go on with \(seed-\*, sea"
+    ):
+        outputs.open_output_dir(str(tmp_path), "true", leaves=("seed-*", "search"))
+    assert outputs.open_output_dir(str(tmp_path), "true") is None, "whoever names nothing is not asked"
+    (tmp_path / "seed-3").mkdir()
+    assert outputs.open_output_dir(str(tmp_path), "true", leaves=("seed-*", "search")) is None
+
+
+def test_a_table_without_rows_is_no_text():
+    assert outputs.format_table([]) == ""
+
+
 def open_in_process(environment: dict[str, str], folder: str) -> None:
     os.environ |= environment
     args = TrainingArguments(output_dir=folder, resume_from_checkpoint="hub", hub_model_id="user/run", use_cpu=True)
     assert args.world_size == 2
-    assert outputs.open_run(args) == Path(folder) / "checkpoint-7"
+    assert outputs.open_run(args, leaves=("checkpoint-*",)) == Path(folder) / "checkpoint-7"
     total = torch.tensor(1.0 + dist.get_rank())
     dist.all_reduce(total)  # the processes are in step
     assert total == 3

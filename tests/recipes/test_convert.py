@@ -130,6 +130,7 @@ def test_numbers_that_a_checkpoint_does_not_hold_are_found(tmp_path: Path, capsy
         "error: .*, given as torch.float64, is not the same in .*wide. Checkpoints hold float32: give weights that"
     )
     assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "wide").exists(), "what was refused does not look finished"
 
 
 def test_the_card_says_what_is_known(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_a_head_is_kept_if_asked_for(images: Path, models: Path, tmp_path: Path)
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"optim": "sgdd"}, "optim is 'sgdd'"),
         ({"optim_args": "momentun=0.9"}, "SGD .* does not take momentun"),
+        ({"warmup_steps": 1000}, "The warm-up for lr_scheduler_type has 1000 steps; it must fit into"),
         ({"model_init": "zeros"}, "model_init is 'zeros'; it must be pretrained or random"),
         ({"keep_head": True}, "is a 'simclr' model, which is no image classifier; leave keep_head out"),
         ({"keep_head": True, "model_init": "random"}, "keep_head is true; it needs a model with pretrained weights"),

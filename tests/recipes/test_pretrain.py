@@ -126,6 +126,11 @@ def test_it_starts_from_the_backbone_it_is_given(images: Path, backbone: Path, t
         ({"license": "mine"}, "license is 'mine'"),
         ({"crop_scale": [0.5]}, "crop_scale is .* two numbers"),
         ({"optim": "lbfgs"}, "optim is 'lbfgs'"),
+        (
+            {"max_steps": 2, "warmup_steps": 50},
+            "The warm-up for lr_scheduler_type has 50 steps; it must fit into the 2",
+        ),
+        ({"num_train_epochs": float("nan")}, "num_train_epochs is nan; it must be a finite number"),
         ({"learning_rat": 1}, "Unknown argument --learning_rat; did you mean learning_rate"),
         ({"lower_model": "no/such/folder"}, "lower_model is 'no/such/folder'; there is no such folder. It must"),
     ],

@@ -54,9 +54,10 @@ def test_what_is_refused(changes, message):
 
 def test_the_conventional_arm_takes_the_lower_steps_of_bissl():
     made = plan(
+        use_cpu=True,
         bissl={
             "num_alternations": 6, "lower_steps": 5, "lower_learning_rate": 0.7, "lower_momentum": 0.8,
-            "lower_warmup_steps": 0.2, "per_device_lower_batch_size": 32, "lower_max_grad_norm": 3.0,
+            "lower_warmup_steps": 0.2, "per_device_lower_batch_size": 32, "lower_max_grad_norm": 3.0, "bf16": True,
         },
         arms=[{**CONVENTIONAL, "overrides": {"weight_decay": 0.25}}, BISSL],
     )  # fmt: skip
@@ -66,6 +67,7 @@ def test_the_conventional_arm_takes_the_lower_steps_of_bissl():
     assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (0.7, 0.25, 3.0)
     assert args.per_device_train_batch_size == 32
     assert args.optimizer_options == {"momentum": 0.8}
+    assert (args.bf16, args.fp16) == (True, False)
     assert made.continue_arguments("unused", 4, made.baseline, 60).warmup_steps == 12, "in proportion"
 
 

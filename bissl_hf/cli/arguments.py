@@ -4,7 +4,8 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from argparse import Action
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 EXIT_BAD_INPUT = 2
+_BOOL = "tag:yaml.org,2002:bool"
 
 
 def refuse(message: str) -> NoReturn:
@@ -55,9 +57,10 @@ def parse_arguments(
     usage = "accelerate launch %(prog)s [--config FILE.yaml] [--field value ...]"
     parser = _Parser(dataclass_types, description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these arguments; the command line wins.")
-    known = sorted({action.dest for action in parser._actions} - {"help", "config"})
+    fields = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    known = sorted(fields)
     config, rest = _take_config(arguments)
-    from_file = _arguments_of_yaml(config, known) if config is not None else []
+    from_file = _arguments_of_yaml(config, fields) if config is not None else []
     with refusing_bad_input():
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
             [*from_file, *rest], return_remaining_strings=True, look_for_args_file=False
@@ -69,35 +72,62 @@ def parse_arguments(
 
 def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """Splits `--config FILE` off."""
-    config, rest, remaining = None, [], iter(arguments)
+    configs: list[str] = []
+    rest, remaining = [], iter(arguments)
     for argument in remaining:
         if argument == "--config":
             config = next(remaining, None)
             if config is None:
                 refuse("--config needs a YAML file.")
+            configs.append(config)
         elif argument.startswith("--config="):
-            config = argument.removeprefix("--config=")
+            configs.append(argument.removeprefix("--config="))
         else:
             rest.append(argument)
-    return config, rest
+    if len(configs) > 1:
+        refuse(f"--config names {' and '.join(configs)}; give one file, and what differs on the command line.")
+    return next(iter(configs), None), rest
 
 
-def _arguments_of_yaml(path: str, known: Sequence[str]) -> list[str]:
+class _Loader(yaml.SafeLoader):
+    """Leaves no, off, yes and on as they are (a field of true or false takes them too), and refuses a field that
+    stands in a mapping twice, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the field {repeated[0]!r} stands there {names.count(repeated[0])} times", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL or first in "tTfF"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _arguments_of_yaml(path: str, fields: Mapping[str, Action]) -> list[str]:
     """Returns the content of a YAML file as arguments of a command line."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), _Loader)
     except OSError as error:
         refuse(f"The configuration {path} cannot be read: {error.strerror or error}.")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         refuse(f"The configuration {path} is not valid YAML: {error}")
+    if content is None:
+        refuse(f"The configuration {path} is empty; it must hold `field: value` lines.")
     if not isinstance(content, dict):
         refuse(f"The configuration {path} must hold `field: value` lines; it holds {type(content).__name__}.")
     arguments: list[str] = []
     for name, value in content.items():
-        if name not in known:
-            refuse(f"Unknown field {name!r} in {path}{_close_matches(str(name), known)}")
+        if name not in fields:
+            refuse(f"Unknown field {name!r} in {path}{_close_matches(str(name), fields)}")
         if value is None:
             continue
+        if isinstance(value, list) and fields[name].nargs not in ("+", "*"):
+            refuse(f"{name} in {path} is the list {value}; it must be a single value.")
         if isinstance(value, list):
             arguments += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
         elif isinstance(value, dict):

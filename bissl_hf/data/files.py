@@ -4,6 +4,7 @@ Each function returns the splits under the source's own names.
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,11 +135,18 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
-def _image_files(root: Path) -> Iterator[Path]:
-    yield from sorted(
-        path
-        for path in root.iterdir()
-        if path.is_file() and path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-    for folder in _folders(root):
-        yield from _image_files(folder)
+def _image_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yields the images in a folder and in those inside it; links to folders `above` are not followed."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith("."):
+            if not path.exists():
+                raise ValueError(
+                    f"The image {str(path)!r} is a link to {os.readlink(path)!r}, which is not there: restore that "
+                    "file, or remove the link."
+                )
+            if path.is_file():
+                yield path
+    above = (*above, folder.resolve(), *folder.resolve().parents)
+    for inner in _folders(folder):
+        if inner.resolve() not in above:
+            yield from _image_files(inner, above)

@@ -6,6 +6,7 @@ a list of them where an image may have several classes.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -105,6 +106,16 @@ def find_label_column(name: str, splits: dict[str, Dataset], given: str | None) 
     if column is not None:
         _require_column(name, labelled, column, "label_column")
     return column if labelled else None
+
+
+def tells_classes(split: Dataset, label_column: str) -> bool:
+    """Whether the column holds labels by which images can be told apart: numbers from 0 or text, none missing, at
+    least two classes, and one of them with two images."""
+    labels = list(_labels(split.select_columns([label_column])[:][label_column]))
+    if not all(isinstance(label, str) or (isinstance(label, int) and label >= 0) for label in labels):
+        return False
+    counts = Counter(labels)
+    return len(counts) > 1 and max(counts.values()) > 1
 
 
 def _require_column(name: str, splits: dict[str, Dataset], column: str, argument: str) -> None:
@@ -220,8 +231,15 @@ def _class_names(
     if kind == "strings":
         return sorted({label for label in _labels(values["train"]) if label is not None})
     if kind == "integers":
-        labels = (label for split in values.values() for label in _labels(split) if label is not None)
-        return [str(number) for number in range(int(max(labels, default=-1)) + 1)]
+        found = {int(label) for split in values.values() for label in _labels(split) if label is not None}
+        numbers = range(max(found, default=-1) + 1)
+        if missing := set(numbers) - found:
+            raise ValueError(
+                f"The labels in the column {label_column!r} of {name!r} reach {len(numbers) - 1}, and none is "
+                f"{min(missing)}; whole numbers must be 0, 1, 2, ... without gaps. Number the classes anew, or name "
+                "them: labels as text, or a column of the feature ClassLabel."
+            )
+        return [str(number) for number in numbers]
     raise ValueError(
         f"The column {label_column!r} of {name!r} is {kind}; labels must be class labels, integers or strings, or "
         "lists of them: choose another column with `label_column`."

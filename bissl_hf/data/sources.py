@@ -12,7 +12,14 @@ from datasets import Dataset, DatasetDict
 from .catalogue import CATALOGUE
 from .files import load_digits, load_mnist_5000, read_path
 from .hub import check_classes, load_entry, load_repository
-from .schema import canonical_splits, encode_labels, find_image_column, find_label_column, select_columns
+from .schema import (
+    canonical_splits,
+    encode_labels,
+    find_image_column,
+    find_label_column,
+    select_columns,
+    tells_classes,
+)
 from .subsets import carve_split
 
 logger = logging.getLogger(__name__)
@@ -58,7 +65,8 @@ def load_image_dataset(
             `mnist_5000` do not depend on it.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         require_labels (`bool`, *optional*, defaults to `True`): whether a source without labels is an error.
-            Otherwise its images are returned as the only split, `unlabeled`.
+            Otherwise its images (of several splits those of `unlabeled`, else of `train`) are returned as the only
+            split, `unlabeled`; also where labels are missing or below 0, or make a single class or a class per image.
         **load_kwargs: passed to [`datasets.load_dataset`] for a data set on the Hub.
 
     Returns:
@@ -90,6 +98,10 @@ def load_image_dataset(
     splits = canonical_splits(name, _load_source(name, revision, load_kwargs))
     image_column = find_image_column(name, splits, image_column)
     found_label_column = find_label_column(name, splits, label_column)
+    train = splits.get("train")
+    if not require_labels and train is not None and found_label_column is not None:
+        # Otherwise the images of what are no classes would go into a test split.
+        found_label_column = found_label_column if tells_classes(train, found_label_column) else None
     if found_label_column is None:
         if require_labels:
             columns = next(iter(splits.values())).column_names

@@ -72,7 +72,7 @@ def take_examples(split: Dataset, count: int, *, seed: int) -> Dataset:
     classes, sizes = np.unique(strata, return_counts=True)
     if not len(classes) <= count <= len(split):
         raise ValueError(
-            f"{count} training examples are asked for; there must be between {len(classes)}, one per class, and "
+            f"{count} labelled examples are asked for; there must be between {len(classes)}, one per class, and "
             f"{len(split)}, all that there are."
         )
     generator = np.random.default_rng(seed)

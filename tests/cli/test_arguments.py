@@ -89,6 +89,10 @@ def test_arguments_of_the_process_by_default(monkeypatch: pytest.MonkeyPatch) ->
         ("name: a b = c", "name", "a b = c"),
         ("name: '--steps'", "name", "--steps"),
         ("name: 007", "name", "7"),
+        ("name: no", "name", "no"),
+        ("name: Off", "name", "Off"),
+        ("use_cpu: Yes", "use_cpu", True),
+        ("options: {save: no, push: false}", "options", '{"save": "no", "push": false}'),
         ("name: grüße", "name", "grüße"),
         ("options: {min_lr_rate: 0.01}", "options", '{"min_lr_rate": 0.01}'),
     ],
@@ -127,6 +131,10 @@ def test_help_names_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
         (["stray"], "Unknown argument stray; see --help for those that exist."),
         (["--seed", "-1"], "seed is -1; it must be at least 0."),
         (["--config"], "--config needs a YAML file."),
+        (
+            ["--config", "a.yaml", "--config=b.yaml"],
+            "--config names a.yaml and b.yaml; give one file, and what differs on the command line.",
+        ),
     ],
 )
 def test_refuses_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +155,15 @@ def test_refuses_a_value_of_the_wrong_type(capsys: pytest.CaptureFixture[str]) -
         ("help: true", "Unknown field 'help' in {path}; see --help for those that exist."),
         ("config: other.yaml", "Unknown field 'config' in {path}; see --help for those that exist."),
         ("- steps", "The configuration {path} must hold `field: value` lines; it holds list."),
-        ("", "The configuration {path} must hold `field: value` lines; it holds NoneType."),
+        ("", "The configuration {path} is empty; it must hold `field: value` lines."),
+        ("# steps: 3", "The configuration {path} is empty; it must hold `field: value` lines."),
+        (
+            "steps: 3\nrate: 1\nsteps: 4",
+            "The configuration {path} is not valid YAML: the field 'steps' stands there",
+        ),
+        ("options: {a: 1, a: 2}", "The configuration {path} is not valid YAML: the field 'a' stands there 2 times"),
+        ("steps: [3, 4]", "steps in {path} is the list [3, 4]; it must be a single value."),
+        ("options: [3]", "options in {path} is the list [3]; it must be a single value."),
         ("steps: 3\nsteps: [", "The configuration {path} is not valid YAML: "),
     ],
 )

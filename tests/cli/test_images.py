@@ -103,7 +103,7 @@ def test_some_training_images_are_chosen_and_all_of_them_stay_for_the_pretext_ta
     assert len(decode_unlabelled(some, 8)) == len(whole["train"])
     for name in ("validation", "test"):
         assert some[name]["label"][:] == whole[name]["label"][:]
-    with pytest.raises(ValueError, match="9 training examples are asked for; there must be between 10, one per class"):
+    with pytest.raises(ValueError, match="9 labelled examples are asked for; there must be between 10, one per class"):
         load_labelled(DataArguments(train_examples=9), seed=0)
 
 

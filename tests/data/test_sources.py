@@ -347,6 +347,55 @@ class TestHub:
             load_image_dataset("user/name")
 
 
+class TestLinks:
+    def test_links_to_folders_above_are_not_followed(self, tmp_path):
+        write_folder(tmp_path, {"data/a": 10, "data/b": 10, "store/c": 10})
+        (tmp_path / "data" / "a" / "up").symlink_to("..")
+        (tmp_path / "data" / "b" / "further").symlink_to("../..")
+        (tmp_path / "data" / "c").symlink_to("../store/c")
+        (tmp_path / "store" / "c" / "again").symlink_to(tmp_path / "store" / "c")
+        loaded = load_image_dataset(tmp_path / "data")
+        assert sum(map(len, loaded.values())) == 30
+        assert loaded["train"].features["label"].names == ["a", "b", "c"]
+
+    def test_a_link_to_nothing_is_named(self, tmp_path):
+        write_folder(tmp_path, {"a": 3, "b": 3})
+        (tmp_path / "b" / "lost.png").symlink_to("gone.png")
+        with pytest.raises(ValueError, match=r"b/lost.png' is a link to 'gone.png', which is not there"):
+            load_image_dataset(tmp_path)
+
+
+class TestNoClasses:
+    """Images without usable labels, where none are needed."""
+
+    @pytest.mark.parametrize("labels", [[-1] * 12, [None] * 12, [0] * 11 + [None], [3] * 12, list(range(12))])
+    def test_labels_that_tell_no_classes_are_ignored(self, hub, labels):
+        hub(train=make_split(labels, Value("int64")))
+        loaded = load_image_dataset("user/name", require_labels=False)
+        assert {split: len(dataset) for split, dataset in loaded.items()} == {"unlabeled": 12}
+        assert loaded["unlabeled"].column_names == ["image"]
+
+    @pytest.mark.parametrize("counts", [{"photos": 20}, {str(number): 1 for number in range(20)}], ids=["one", "each"])
+    def test_all_images_of_folders_that_are_no_classes_are_taken(self, tmp_path, counts):
+        write_folder(tmp_path, counts)
+        assert len(load_image_dataset(tmp_path, require_labels=False)["unlabeled"]) == 20
+
+    def test_classes_keep_their_test_images_apart(self, tmp_path):
+        """Otherwise the pretext task would see the images on which the same folder is tested later."""
+        write_folder(tmp_path, {"a": 10, "b": 10})
+        loaded = load_image_dataset(tmp_path, require_labels=False)
+        assert {split: len(dataset) for split, dataset in loaded.items()} == {"train": 16, "validation": 2, "test": 2}
+
+
+def test_whole_numbers_with_gaps_are_refused(hub):
+    hub(train=make_split([0, 30000] * 10, Value("int64")))
+    with pytest.raises(ValueError, match=r"'label' of 'user/name' reach 30000, and none is 1; .* feature ClassLabel"):
+        load_image_dataset("user/name")
+    names = ClassLabel(names=["a", "b", "c"])
+    hub(train=make_split([0, 2] * 10, names))
+    assert load_image_dataset("user/name")["train"].features["label"] == names
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
 def test_validation_fraction_out_of_range(fraction):
     with pytest.raises(ValueError, match=r"`validation_fraction` is .*above 0 and below 1"):

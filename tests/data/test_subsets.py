@@ -65,7 +65,7 @@ class TestTakeExamples:
 
     @pytest.mark.parametrize("count", [2, 201])
     def test_count_must_leave_one_of_each_class_and_be_there(self, count):
-        with pytest.raises(ValueError, match=f"{count} training examples .* between 3, one per class, and 200"):
+        with pytest.raises(ValueError, match=f"{count} labelled examples .* between 3, one per class, and 200"):
             take_examples(split_of(self.LABELS), count, seed=0)
 
 

@@ -190,7 +190,7 @@ def test_damaged_files_are_named_before_anything_runs(
 
 
 def test_numbers_of_labels_that_a_set_lacks_are_refused(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train_examples is 99 on .*: 99 training examples are asked for"):
+    with pytest.raises(ValueError, match=r"train_examples is 99 on .*: 99 labelled examples are asked for"):
         study_of(images, tmp_path, train_examples=[99])
 
 

@@ -229,7 +229,8 @@ def tell_pull(trainer: BiSSLTrainer) -> None:
     pull = trainer.estimate_pull()
     if trainer.is_world_process_zero() and not math.isnan(pull):
         print(
-            f"Estimated pull of the upper level on the lower one: {pull:.2g} over the run; 3 to 10 did well in docs/results.md."
+            f"Estimated pull of the upper level on the lower one: {pull:.2g} over the run; 3 to 10 did well in "
+            "docs/results.md."
         )
 
 

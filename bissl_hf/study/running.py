@@ -7,14 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.state import PartialState
-from transformers import set_seed
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from ..cli.finetuning import FineTuning
 from ..cli.images import LabelledImages, build_train_transform, build_view_transform
 from ..cli.models import StartArguments, classifier_builder, new_classifier
 from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Part, read_mapping
 from ..data.augment import image_processor
+from ..evaluation.metrics import SINGLE_LABEL, classification_metrics
 from ..models.modeling_bissl import BiSSLModel
 from ..models.modeling_simclr import SimCLRForPreTraining
 from ..models.saving import save_model
@@ -25,7 +27,7 @@ from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .alignment import measure_alignment
 from .images import StudyImages
-from .plan import Arm, Plan
+from .plan import COMMON_NAME, Arm, Plan, folder_name, naming
 
 # Means over a run of BiSSL, and under which names its trainer logs them
 _OF_SOLVES = {
@@ -76,16 +78,33 @@ class Study:
 
     def try_out(self) -> None:
         """Builds what training will build, so that settings which do not fit come to light before it."""
-        self._pretrainer(self._pretext_model(0), self.plan.pretrain_arguments(str(self.folder), 0)).try_loss(rows=4)
+        with naming("pretrain"):
+            trainer = self._pretrainer(self._pretext_model(0), self.plan.pretrain_arguments(str(self.folder), 0))
+            trainer.try_loss(rows=4)
         for dataset in self.plan.study.datasets:
             images = self.images.take(dataset, min(self.plan.study.train_examples), seed=0)
             for arm in self.plan.study.compared:
-                trainer = self._arm_trainer(self.folder, arm, 0, self._pretext_model(0), images)
-                trainer.create_optimizer()
-                if isinstance(trainer, BiSSLTrainer):
-                    trainer.try_losses(rows=4)
-                else:
-                    trainer.try_loss(rows=4)
+                with naming(f"arm {arm.name}"):
+                    self._try_arm(self._arm_trainer(self.folder, arm, 0, self._pretext_model(0), images))
+            with naming("finetune"):
+                self._try_finetuning(images)
+
+    def _try_arm(self, trainer: BiSSLTrainer | JointTrainer | PretextTrainer) -> None:
+        if isinstance(trainer, BiSSLTrainer):
+            trainer.create_optimizer()
+            trainer.level_schedules()
+            trainer.try_losses(rows=4)
+        else:
+            trainer.try_loss(rows=4)
+
+    def _try_finetuning(self, images: LabelledImages) -> None:
+        config = self.plan.pretext_config().backbone_config
+        build = partial(new_classifier, config, images.class_names, problem_type=images.problem_type)
+        trainer = self._tuning(self.folder, 0, images, build, {}).build_trainer()
+        trainer.try_loss(rows=4)
+        best = trainer.args.metric_for_best_model
+        if best is not None and best.removeprefix("eval_") not in (names := metric_names(images)):
+            raise ValueError(f"metric_for_best_model is {best!r}; it must be one of {', '.join(names)}.")
 
     def run(self) -> list[dict[str, Any]]:
         """Runs the parts that are not finished.
@@ -137,16 +156,15 @@ class Study:
                         yield StudyPart(title, part, partial(self._run, arm, dataset, examples, seed))
 
     def _common_part(self, seed: int) -> Part:
-        return self._part(f"pretrain-seed{seed}", self.plan.common_settings(seed))
+        return self._part(f"{COMMON_NAME}-seed{seed}", self.plan.common_settings(seed))
 
     def _shared_part(self, arm: Arm, seed: int) -> Part:
         """The backbone of an arm that is matched by steps, the same for all downstream sets."""
         return self._part(f"{arm.name}-seed{seed}", self.plan.arm_settings(arm, seed))
 
     def _run_part(self, arm: Arm, dataset: str, examples: int, seed: int) -> Part:
-        set_name = dataset.strip("/.").replace("/", "--")
         settings = self.plan.run_settings(arm, dataset, examples, seed)
-        return self._part(f"{set_name}-{examples}/{arm.name}-seed{seed}", settings)
+        return self._part(f"{folder_name(dataset)}-{examples}/{arm.name}-seed{seed}", settings)
 
     def _part(self, name: str, settings: Mapping[str, Any]) -> Part:
         return Part(self.folder / name, settings, writes=self.writes, begins=False)
@@ -234,19 +252,31 @@ class Study:
             _train(self._arm_trainer(part.folder, arm, seed, self._common_model(seed), images, steps), part)
         return part
 
+    def _tuning(
+        self,
+        folder: Path,
+        seed: int,
+        images: LabelledImages,
+        build_model: Callable[[], PreTrainedModel],
+        settings: Mapping[str, Any],
+    ) -> FineTuning:
+        return FineTuning(
+            args=self.plan.finetune_arguments(str(folder), seed),
+            images=images,
+            build_model=build_model,
+            train_transform=self.crops,
+            image_size=self.image_size,
+            settings=settings,
+        )
+
     def _run(self, arm: Arm, dataset: str, examples: int, seed: int) -> None:
         part = self._run_part(arm, dataset, examples, seed)
         images = self.images.take(dataset, examples, seed=seed)
         backbone = self._backbone(arm, dataset, examples, seed, images)
         start = StartArguments(model=str(backbone.folder / "model"))
-        tuning = FineTuning(
-            args=self.plan.finetune_arguments(str(part.folder), seed),
-            images=images,
-            build_model=classifier_builder(start, images.class_names, problem_type=images.problem_type),
-            train_transform=self.crops,
-            image_size=self.image_size,
-            settings=self.plan.run_settings(arm, dataset, examples, seed),
-        )
+        build = classifier_builder(start, images.class_names, problem_type=images.problem_type)
+        settings = self.plan.run_settings(arm, dataset, examples, seed)
+        tuning = self._tuning(part.folder, seed, images, build, settings)
         # Beside the same batch norm for all arms, as fine-tuning has it by itself, what each arm's training has left.
         without = {"bn_recalibration_images": 0, "output_dir": str(part.folder)}
         features = measure_alignment(tuning, output_dir=str(part.folder))
@@ -280,6 +310,14 @@ class Study:
         PartialState().wait_for_everyone()
 
 
+def metric_names(images: LabelledImages) -> list[str]:
+    """Returns the names of what an evaluation on these images measures."""
+    classes = len(images.class_names)
+    labels = np.arange(classes) if images.problem_type == SINGLE_LABEL else np.eye(classes)
+    metrics = classification_metrics(images.problem_type, num_labels=classes)
+    return ["loss", *metrics(EvalPrediction(np.eye(classes), labels))]
+
+
 def _train(trainer: BiSSLTrainer | JointTrainer | PretextTrainer, part: Part) -> None:
     """Trains from the newest checkpoint in the folder of a part, and finishes the part: the model with its batch-norm
     statistics as training has left them, and what it took."""
@@ -297,8 +335,9 @@ def _train(trainer: BiSSLTrainer | JointTrainer | PretextTrainer, part: Part) ->
     if isinstance(trainer, BiSSLTrainer):
         result["steps"] = trainer.args.num_alternations * trainer.args.lower_steps
         result["pull"] = float(trainer.pull.total)
+        rows = [*trainer.state.log_history, trainer.collect_logs()]  # those since the last log too
         for name, logged in _OF_SOLVES.items():
-            values = [row[logged] for row in trainer.state.log_history if logged in row]
+            values = [row[logged] for row in rows if logged in row]
             result[name] = sum(values) / len(values) if values else None
     part.finish(result)
     trainer.accelerator.wait_for_everyone()

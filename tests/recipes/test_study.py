@@ -51,6 +51,35 @@ def test_a_study_through_the_launcher_and_its_report_anew(
     assert "identity" in capsys.readouterr().out
 
 
+RUN = {"dataset": "d", "train_examples": 2, "arm": "a", "seed": 0, "metric": "accuracy", "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "results.json is empty or damaged"),
+        ('{"runs": [', "results.json is empty or damaged"),
+        ("[]", "results.json is empty or damaged"),
+        ("{}", "results.json does not hold the results of a study"),
+        (json.dumps({"runs": [], "baseline": "a"}), "results.json does not hold the results of a study"),
+        (
+            json.dumps({"runs": [RUN], "baseline": "b"}),
+            "does not hold the results of a study with runs of its baseline",
+        ),
+        (json.dumps({"runs": [3], "baseline": "b"}), "results.json does not hold the results of a study"),
+    ],
+    ids=["empty", "cut", "list", "fields", "runs", "baseline", "run"],
+)
+def test_results_that_are_none_are_named(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(content)
+    found = runs.refusal(capsys, study.main, ["--report_only", "true", "--output_dir", str(tmp_path)])
+    assert message in found
+    assert (tmp_path / "results.json").read_text() == content
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -43,7 +43,51 @@ def plan(**changes) -> Plan:
         ({"bissl": {"lambda": 1}}, "bissl sets 'lambda', which BiSSLTrainingArguments does not have"),
         ({"arms": [CONVENTIONAL, {**BISSL, "overrides": {"solver": "lu"}}]}, "solver is 'lu'; it must be one of"),
         ({"finetune": {"seed": 3}}, "finetune sets seed, which the study sets by itself"),
-        ({"pretrain": {"learning_rate": -1.0}}, "learning_rate is -1.0"),
+        ({"pretrain": {"learning_rate": -1.0}}, "pretrain: learning_rate is -1.0"),
+        ({"pretrain": {"num_train_epochs": 5}}, "pretrain sets num_train_epochs, which the study sets by itself"),
+        ({"bissl": {"num_train_epochs": 5}}, "bissl sets num_train_epochs, which the study sets by itself"),
+        (
+            {"finetune": {"weight_decay": 0.1}},
+            "finetune sets weight_decay, which the search chooses; leave it out",
+        ),
+        (
+            {"arms": [{**CONVENTIONAL, "name": "pretrain"}]},
+            "An arm is named 'pretrain', like the folder of the",
+        ),
+        ({"datasets": ["img", "img/"]}, "datasets names 'img' and 'img/', whose parts would share a folder"),
+        ({"bissl": {"lower_step": 1}}, r"bissl sets 'lower_step', which .* does not have; did you mean lower_steps\?"),
+        ({"bissl": {"per_device_lower_batch_size": 1}}, "bissl: per_device_lower_batch_size is 1; SimCLR compares"),
+        ({"bissl": {"curvature_batch_size": 1}}, "bissl: curvature_batch_size is 1; SimCLR compares"),
+        (
+            {"bissl": {"per_device_lower_batch_size": 9, "lower_micro_batch_size": 4}},
+            "bissl: lower_micro_batch_size is 4, which leaves a part of 1 image from per_device_lower_batch_size 9",
+        ),
+        ({"pretrain": {"per_device_train_batch_size": 1}}, "pretrain: per_device_train_batch_size is 1; SimCLR"),
+        (
+            {"arms": [CONVENTIONAL, {**BISSL, "overrides": {"curvature_batch_size": 1}}]},
+            "arm ours: curvature_batch_size is 1; SimCLR compares",
+        ),
+        ({"bissl": {"lower_steps": None}}, "bissl sets lower_steps to None; it must be a whole number"),
+        ({"bissl": {"lower_steps": 2.5}}, "bissl sets lower_steps to 2.5; it must be a whole number"),
+        ({"bissl": {"lower_steps": True}}, "bissl sets lower_steps to True; it must be a whole number"),
+        ({"bissl": {"damping": "much"}}, "bissl sets damping to 'much'; it must be a number"),
+        ({"finetune": {"optim": ["sgd"]}}, r"finetune sets optim to \['sgd'\]; it must be text"),
+        ({"finetune": {"bf16": "false"}}, "finetune sets bf16 to 'false'; it must be true or false"),
+        ({"finetune": {"eval_strategy": False}}, "finetune sets eval_strategy to False; it must be text"),
+        ({"pretrain": {"lr_scheduler_kwargs": 3}}, "must be `field: value` pairs or text or null"),
+        (
+            {"arms": [CONVENTIONAL, {**BISSL, "overrides": {"proximal_weight": [1]}}]},
+            r"arm ours sets proximal_weight to \[1\]; it must be a number",
+        ),
+        (
+            {"backbone": {"model_type": "resnet", "hidden_size": [4]}},
+            r"backbone sets 'hidden_size', which a resnet does not have; did you mean hidden_sizes\?",
+        ),
+        (
+            {"backbone": {"model_type": "resnett"}},
+            r"^model_type of backbone is 'resnett'; .{,99}did you mean resnet",
+        ),
+        ({"backbone": {"depths": [1]}}, "model_type of backbone is 'None'; it must be one of transformers' types"),
     ],
     ids=str,
 )
@@ -105,5 +149,23 @@ def test_arms_are_read_from_mappings_and_from_json():
 def test_settings_on_which_no_result_depends_do_not_tell_parts_apart():
     first, second = plan(), plan(finetune={"save_strategy": "no"}, seeds=9)
     assert first.run_settings(first.baseline, "digits", 10, 0) == second.run_settings(second.baseline, "digits", 10, 0)
-    other = plan(finetune={"learning_rate": 0.5})
+    other = plan(finetune={"max_grad_norm": 0.5})
     assert first.run_settings(first.baseline, "digits", 10, 0) != other.run_settings(other.baseline, "digits", 10, 0)
+
+
+def test_numbers_may_be_text():
+    """YAML reads 1e-3 as text."""
+    numbers = {"proximal_weight": "1e-3", "num_alternations": "8", "lower_steps": 5.0, "lr_scheduler_type": "linear"}
+    made = plan(bissl=numbers, arms=[CONVENTIONAL, {**BISSL, "overrides": {"damping": "1e-2"}}])
+    args = made.bissl_arguments("unused", 0, made.clock_arm)
+    found = [args.proximal_weight, args.num_alternations, args.lower_steps, args.damping]
+    assert found == [0.001, 8, 5, 0.01]
+    assert [type(value) for value in found] == [float, int, int, float]
+    assert made.arm_settings(made.clock_arm, 0)["overrides"] == {"damping": 0.01}, "the same part as with the number"
+
+
+def test_a_search_needs_optuna(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="The backend of search_trials is 'optuna', which is not installed"):
+        plan()
+    plan(search_trials=0, finetune={"learning_rate": 0.5})

@@ -23,8 +23,26 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_splits(tmp_path_factory.mktemp("images"))
 
 
+QUIET = {"disable_tqdm": True, "logging_strategy": "no"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pretrain": {"per_device_train_batch_size": 12, "learning_rate": 0.1, **QUIET},
+    "bissl": {
+        "num_alternations": 2,
+        "lower_steps": 1,
+        "upper_steps": 1,
+        "head_warmup_epochs": 1,
+        "per_device_lower_batch_size": 12,
+        "per_device_train_batch_size": 6,
+        "solver_max_iterations": 2,
+        "damping": 300.0,
+        "proximal_weight": 10.0,
+        **QUIET,
+    },
+    "finetune": {"num_train_epochs": 2, "per_device_train_batch_size": 6, "eval_strategy": "no", **QUIET},
+}
+
+
 def study_of(images: Path, output: Path, **changes: Any) -> Study:
-    quiet = {"disable_tqdm": True, "logging_strategy": "no"}
     settings: dict[str, Any] = {
         "pretext_dataset": str(images),
         "datasets": [str(images)],
@@ -33,19 +51,7 @@ def study_of(images: Path, output: Path, **changes: Any) -> Study:
         "backbone": {"model_type": "resnet", **tiny.resnet_config().to_diff_dict()},
         "projection_dims": [6, 5],
         "pretrain_steps": 3,
-        "pretrain": {"per_device_train_batch_size": 12, "learning_rate": 0.1, **quiet},
-        "bissl": {
-            "num_alternations": 2,
-            "lower_steps": 1,
-            "upper_steps": 1,
-            "head_warmup_epochs": 1,
-            "per_device_lower_batch_size": 12,
-            "per_device_train_batch_size": 6,
-            "solver_max_iterations": 1,
-            "proximal_weight": 10.0,
-            **quiet,
-        },
-        "finetune": {"num_train_epochs": 2, "per_device_train_batch_size": 6, "eval_strategy": "no", **quiet},
+        **SETTINGS,
         "arms": [{"name": "plain", "kind": "conventional"}, {"name": "ours", "kind": "bissl"}],
         "seeds": 2,
         "search_trials": 1,
@@ -170,9 +176,9 @@ def test_other_settings_are_refused_before_anything_runs(
 
 
 def test_settings_can_be_corrected_before_a_part_begins(images: Path, tmp_path: Path) -> None:
-    study = study_of(images, tmp_path, finetune={"learning_rate": 9.0})
+    study = study_of(images, tmp_path, finetune={"max_grad_norm": 9.0})
     study.parts[0].part.begin()
-    study_of(images, tmp_path, finetune={"learning_rate": 0.1})
+    study_of(images, tmp_path, finetune={"max_grad_norm": 0.1})
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == [
         "parts/pretrain-seed0/settings.json"
     ]
@@ -190,8 +196,49 @@ def test_damaged_files_are_named_before_anything_runs(
 
 
 def test_numbers_of_labels_that_a_set_lacks_are_refused(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train_examples is 99 on .*: 99 labelled examples are asked for"):
+    with pytest.raises(ValueError, match=r"^train_examples on .*: 99 labelled examples are asked for"):
         study_of(images, tmp_path, train_examples=[99])
+
+
+def test_too_few_validation_images_are_called_so(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^validation_examples on .*: 2 labelled examples are asked for; .* 3, one"):
+        study_of(images, tmp_path, validation_examples=2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("pretrain", {"warmup_steps": 50}, "pretrain: The warm-up .* 50 steps; it must fit into the 3 steps"),
+        ("pretrain", {"optim_args": "nesterov=True,x=1"}, "pretrain: LARS .* does not take nesterov, x"),
+        ("bissl", {"lower_optim_args": "x=1"}, "arm plain: LARS .* does not take x"),
+        ("bissl", {"warmup_steps": 50}, "arm ours: The warm-up .* 50 steps; it must fit into the 2 steps"),
+        ("bissl", {"optim_args": "x=1"}, "arm ours: SGD .* does not take x"),
+        ("finetune", {"warmup_steps": 50}, "finetune: The warm-up .* 50 steps; it must fit into the 4 steps"),
+        ("finetune", {"optim_args": "x=1"}, "finetune: SGD .* does not take x"),
+        (
+            "finetune",
+            {"metric_for_best_model": "acuracy"},
+            "finetune: metric_for_best_model is 'acuracy'; it must be one of loss, accuracy, mean_class_accuracy",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_come_to_light_before_training(
+    images: Path, tmp_path: Path, trained: list[str], stage: str, changes: dict[str, Any], message: str
+) -> None:
+    settings = SETTINGS.get(stage, {}) | changes
+    study = study_of(images, tmp_path, **{stage: settings})
+    with pytest.raises(ValueError, match=message):
+        study.try_out()
+    assert trained == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_settings_that_fit_pass(images: Path, tmp_path: Path, trained: list[str]) -> None:
+    finetune = {**SETTINGS["finetune"], "metric_for_best_model": "eval_accuracy"}
+    study_of(images, tmp_path, finetune=finetune).try_out()
+    assert trained == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_result_that_another_part_needs_must_be_there(images: Path, tmp_path: Path) -> None:
@@ -219,3 +266,16 @@ def test_the_report_shows_the_comparison(
         assert "3 common pretext steps, then 2 more, as many as BiSSL takes" in text
     assert json.loads((tmp_path / "results.json").read_text())["runs"] == runs
     assert (tmp_path / "figures" / "study.png").stat().st_size > 5000
+
+
+def test_sets_are_told_apart_in_the_report(
+    images: Path, finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    runs = [
+        {"dataset": name, "train_examples": 12, "arm": arm, "seed": 0, "metric": "accuracy", "score": 0.5}
+        for name in ("x/images", "y/images/", "images", "x/others")
+        for arm in ("plain", "ours")
+    ]
+    write_report(build_results(study_of(images, finished[0]).plan, runs), tmp_path)
+    cells = [line.split(" | ")[0] for line in (tmp_path / "table.md").read_text().splitlines() if "| ours |" in line]
+    assert cells == [*(f"| {name}" for name in ("x/images", "y/images", "images", "others"))] * 2

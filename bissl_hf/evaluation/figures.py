@@ -135,7 +135,7 @@ def plot_similarity(values: np.ndarray, names: Sequence[str], path: str | Path, 
 
 
 def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, unit: str) -> None:
-    """Draws differences with their intervals around a line at 0, up to three panels in a row, with one scale.
+    """Draws differences with their intervals around a line at 0, two or three panels in a row, with one scale.
 
     Args:
         panels (`Sequence[Panel]`): title, names of the groups along the axis, and for each series its name and one
@@ -146,7 +146,7 @@ def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, u
     """
     most = max(len(series) for _, _, series in panels)
     width = max(3.2, max(len(groups) for _, groups, _ in panels) * (0.3 + 0.2 * most))
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = _new_figure(width * columns + 2.0, 3.6 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)

@@ -22,24 +22,55 @@ def test_the_tables_follow_from_the_raw_results(name: str, tmp_path: Path) -> No
     assert {file.name for file in (tmp_path / "figures").iterdir()} == figures
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_the_main_table_holds_the_measured_numbers(page: str) -> None:
-    results = json.loads((RESULTS / "fashion" / "results.json").read_text())
+FASHION = {("fashion-mnist", 100): "100", ("fashion-mnist", 500): "500", ("fashion-mnist", 2000): "2,000"}
+TRANSFER = {
+    ("mnist_5000", 100): "MNIST, 100",
+    ("mnist_5000", 500): "MNIST, 500",
+    ("digits", 100): "digits, 100",
+    ("digits", 500): "digits, 500",
+}
+
+
+@pytest.mark.parametrize(
+    ("page", "study", "labels"),
+    [
+        ("README.md", "fashion", FASHION),
+        ("docs/results.md", "fashion", FASHION),
+        ("docs/results.md", "transfer", TRANSFER),
+    ],
+)
+def test_the_tables_of_pages_hold_the_measured_numbers(
+    page: str, study: str, labels: dict[tuple[str, int], str]
+) -> None:
+    results = json.loads((RESULTS / study / "results.json").read_text())
     rows = {
-        (row["train_examples"], row["arm"]): row["measures"]["score"]
+        (Path(row["dataset"]).name, row["train_examples"], row["arm"]): row["measures"]["score"]
         for row in compare(results["runs"], "conventional")
     }
     text = (ROOT / page).read_text()
-    for labels, label in ((100, "100"), (500, "500"), (2000, "2,000")):
-        comparison = rows[labels, "bissl"]["comparison"]
+    for place, label in labels.items():
+        means = {
+            arm: f"{100 * measure['mean']:.1f}" for (*found, arm), measure in rows.items() if tuple(found) == place
+        }
+        comparison = rows[*place, "bissl"]["comparison"]
         low, high = (100 * bound for bound in comparison["interval"])
-        others = ("joint", "identity", "conventional-longer")
         cells = [
             label,
-            f"{100 * rows[labels, 'conventional']['mean']:.1f}",
-            f"{100 * rows[labels, 'bissl']['mean']:.1f}",
+            means["conventional"],
+            means["bissl"],
             f"{100 * comparison['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
             f"{comparison['holm_p_value']:.2f}",
-            *(f"{100 * rows[labels, arm]['mean']:.1f}" for arm in others),
+            *(means[arm] for arm in ("joint", "identity", "conventional-longer")),
         ]
         assert f"| {' | '.join(cells)} |" in text
+
+
+def test_the_table_on_the_second_order_holds_the_measured_numbers() -> None:
+    results = json.loads((RESULTS / "curvature" / "results.json").read_text())
+    text = (ROOT / "docs" / "results.md").read_text()
+    for row in compare(results["runs"], "conventional"):
+        measures = {name: measure["mean"] for name, measure in row["measures"].items()}
+        shown = [100 * measures[name] for name in ("score", "features/knn", "features/probe")]
+        assert f" | {' | '.join(f'{value:.1f}' for value in shown)} | " in text
+        if "solver_cosine" in measures:
+            assert f" | {measures['solver_cosine']:.2f} | " in text

@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from bissl_hf.cli.images import (
 from bissl_hf.cli.loading import check_sources
 from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
 from bissl_hf.cli.outputs import RESULTS_NAME, format_table, name_metrics, open_run
+from bissl_hf.cli.pairs import check_pairs
+from bissl_hf.cli.parts import SETTINGS_NAME, Part
 from bissl_hf.cli.pretraining import FINISHED_NAME, pretrain
 from bissl_hf.data.alternation import StepKey, Stream
 from bissl_hf.data.augment import EvalTransform, image_processor
@@ -128,25 +130,6 @@ def build_upper(arguments: ModelArguments, lower: SimCLRForPreTraining, images: 
     return new_classifier(lower.config.backbone_config, names, problem_type=problem_type)
 
 
-def check_pairs(args: BiSSLTrainingArguments) -> None:
-    """SimCLR compares images, so no part of a pretext batch may hold a single one."""
-    curvature_batch = (
-        args.curvature_batch_size or args.per_device_lower_batch_size * args.world_size
-    ) // args.world_size
-    part = args.lower_micro_batch_size
-    for name, batch in (
-        ("per_device_lower_batch_size", args.per_device_lower_batch_size),
-        ("curvature_batch_size", curvature_batch),
-    ):
-        if batch < 2:
-            raise ValueError(f"{name} is {batch}; SimCLR compares images, so it must be at least 2.")
-        if part is not None and (part == 1 or batch % part == 1):
-            raise ValueError(
-                f"lower_micro_batch_size is {part}, which leaves a part of 1 image from {name} {batch}; SimCLR "
-                "compares images, so each part needs at least 2."
-            )
-
-
 def build_trainer(
     data: DataArguments, views: ViewArguments, args: BiSSLTrainingArguments, model: BiSSLModel, images: Images
 ) -> BiSSLTrainer:
@@ -211,6 +194,15 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
         train_dataset=trainer.lower_dataset,
         train_transform=trainer.lower_transform,
     )
+
+
+def keep_pretraining_settings(pretrainer: PretextTrainer, models: ModelArguments) -> None:
+    """Keeps what the pre-trained model comes from, and refuses to go on from one that comes from something else."""
+    args = pretrainer.args
+    steps = {"pretrain_steps": args.max_steps, "pretrain_batch_size": args.per_device_train_batch_size}
+    settings = {**asdict(models), **steps, "seed": args.seed}
+    del settings["upper_model"]
+    Part(str(args.output_dir), settings, writes=pretrainer.is_world_process_zero())
 
 
 def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
@@ -363,10 +355,14 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = open_run(args, leaves=("checkpoint-*", PRETRAINING_NAME))
         images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
-        trainer.resume_files = (BEFORE_NAME, f"{PRETRAINING_NAME}/{FINISHED_NAME}")
+        trainer.resume_files = (
+            BEFORE_NAME,
+            *(f"{PRETRAINING_NAME}/{name}" for name in (FINISHED_NAME, SETTINGS_NAME)),
+        )
         trainer.pushes_outputs_later = True
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
+        keep_pretraining_settings(pretrainer, models)
 
     pretrain(pretrainer)
     trainer.model.start_upper_from_lower()

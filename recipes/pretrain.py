@@ -30,6 +30,7 @@ from bissl_hf.cli.images import (
 from bissl_hf.cli.loading import check_sources
 from bissl_hf.cli.models import PretextModelArguments, build_pretext_model
 from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_run
+from bissl_hf.cli.pairs import check_pairs
 from bissl_hf.data.augment import EvalTransform, image_processor
 from bissl_hf.evaluation.figures import plot_curves
 from bissl_hf.trainer.checkpoints import write_json
@@ -96,11 +97,7 @@ def add_knn_check(trainer: PretextTrainer, images: LabelledImages, data: Pretext
 def build_trainer(
     data: PretextDataArguments, views: ViewArguments, models: PretextModelArguments, args: PretextTrainingArguments
 ) -> PretextTrainer:
-    if args.per_device_train_batch_size < 2:
-        raise ValueError(
-            f"per_device_train_batch_size is {args.per_device_train_batch_size}; SimCLR compares images, so it must "
-            "be at least 2."
-        )
+    check_pairs(args)
     if data.train_examples is not None:
         raise ValueError(
             f"train_examples is {data.train_examples}, but pre-training uses no labels and all images; leave it out."

@@ -186,7 +186,7 @@ YAML_FILES = {
     "3: 4": "Unknown field 3 in",
     "- lower_steps": "must hold `field: value` lines; it holds list",
     "lower_steps": "it holds str",
-    "": "it holds NoneType",
+    "": "is empty; it must hold",
     "lower_steps: [": "is not valid YAML",
     "lower_steps: many": "--lower_steps.*: invalid int value: 'many'",
     "lower_steps: [1, 2]": "2",
@@ -467,6 +467,16 @@ def test_going_on_with_a_finished_run_ends_at_once(
     assert again.partition("\n\n")[2] == printed.partition("\n\n")[2].replace(str(output), str(copy))
     assert figures(copy) == figures(output)
     assert weights(copy) == weights(output)
+
+
+def test_going_on_from_another_pretraining_is_refused(
+    finished: tuple[Path, str], images: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished[0], tmp_path / "out")
+    changes = {"head_warmup_epochs": 10, "resume_from_checkpoint": True, "pretrain_learning_rate": 0.3}
+    error = refusal(capsys, settings(images, models, copy, **changes))
+    assert "pretraining was begun with other settings: pretrain_learning_rate was 4.8 and is 0.3" in error
+    assert weights(copy) == weights(finished[0])
 
 
 def figures(output: Path) -> list[Any]:

@@ -10,7 +10,7 @@ and conjugate gradient goes on from it with directions that are made conjugate t
 a direction that was found to be positive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from .linear_solve import (
     largest_entry,
 )
 from .tensors import Vector, check_same_structure
+
+# Directions that are stored together.
+_BLOCK = 8
 
 
 class Directions:
@@ -44,7 +47,8 @@ class Directions:
             raise ValueError(f"max_directions is {max_directions}; it must be at least 1.")
         self.max_directions = max_directions
         self._count = 0
-        self._rows: tuple[Tensor, Tensor, Tensor] | None = None
+        # Blocks of directions, their images and inverse curvatures, so that none is copied when more come.
+        self._blocks: list[tuple[Tensor, Tensor, Tensor]] = []
         self._matrix: tuple[object, float] | None = None
 
     def __len__(self) -> int:
@@ -70,57 +74,51 @@ class Directions:
 
     def guess(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the best solution in the span of the directions, and its residual; all are flat."""
-        if self._rows is None:
-            return torch.zeros_like(rhs), rhs
-        vectors, images, inverse_curvatures = self._stored()
-        coefficients = inverse_curvatures * (vectors @ rhs)
-        return vectors.T @ coefficients, torch.addmv(rhs, images.T, coefficients, alpha=-1)
+        solution, residual = torch.zeros_like(rhs), rhs.clone()
+        for vectors, images, inverse_curvatures in self._stored():
+            coefficients = inverse_curvatures * (vectors @ rhs)
+            solution.addmv_(vectors.T, coefficients)
+            residual.addmv_(images.T, coefficients, alpha=-1)
+        return solution, residual
 
     def conjugate(self, vector: Tensor) -> Tensor:
         """Returns a flat vector without its part that is not conjugate to the directions."""
-        if self._rows is None:
-            return vector
-        vectors, images, inverse_curvatures = self._stored()
-        return torch.addmv(vector, vectors.T, inverse_curvatures * (images @ vector), alpha=-1)
+        conjugate = vector.clone()
+        for vectors, images, inverse_curvatures in self._stored():
+            conjugate.addmv_(vectors.T, inverse_curvatures * (images @ vector), alpha=-1)
+        return conjugate
 
     def append(self, vector: Tensor, image: Tensor, inverse_curvature: Tensor) -> None:
         """Adds a flat direction with its image; one with an inverse curvature of 0 has no effect."""
-        self._make_room(vector)
         index = min(self._count, self.max_directions - 1)
-        for rows, value in zip(self._stored(index + 1), (vector, image, inverse_curvature), strict=True):
-            rows[index] = value
+        block, row = divmod(index, _BLOCK)
+        if block == len(self._blocks):
+            rows = min(_BLOCK, self.max_directions - index)
+            shapes = ((rows, vector.numel()), (rows, vector.numel()), (rows,))
+            self._blocks.append(tuple(vector.new_empty(shape) for shape in shapes))  # type: ignore[arg-type]
+        for stored, value in zip(self._blocks[block], (vector, image, inverse_curvature), strict=True):
+            stored[row] = value
         self._count = index + 1
 
-    def _stored(self, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        if self._rows is None:
-            raise RuntimeError("There are no directions yet.")
-        vectors, images, inverse_curvatures = (rows[: self._count if count is None else count] for rows in self._rows)
-        return vectors, images, inverse_curvatures
-
-    def _make_room(self, like: Tensor) -> None:
-        """Doubles the capacity where it is used up."""
-        capacity = 0 if self._rows is None else len(self._rows[0])
-        if self._count < capacity or capacity == self.max_directions:
-            return
-        grown = min(max(4, 2 * capacity), self.max_directions)
-        rows = like.new_empty(grown, like.numel()), like.new_empty(grown, like.numel()), like.new_empty(grown)
-        if self._rows is not None:
-            for new, old in zip(rows, self._rows, strict=True):
-                new[:capacity] = old
-        self._rows = rows
+    def _stored(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields the rows in use, block by block."""
+        for number, (vectors, images, inverse_curvatures) in enumerate(self._blocks):
+            used = self._count - number * _BLOCK
+            yield vectors[:used], images[:used], inverse_curvatures[:used]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the directions as tensors; empty if there are none."""
-        if self._rows is None:
+        if not self._blocks:
             return {}
-        vectors, images, inverse_curvatures = self._stored()
+        vectors, images, inverse_curvatures = (torch.cat(rows) for rows in zip(*self._stored(), strict=True))
         return {"vectors": vectors, "images": images, "inverse_curvatures": inverse_curvatures}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state_dict` returned; the directions are bound at their next use."""
-        self._rows = (state["vectors"], state["images"], state["inverse_curvatures"]) if state else None
-        self._count = len(state["vectors"]) if state else 0
-        self._matrix = None
+        self._count, self._blocks, self._matrix = 0, [], None
+        if state:
+            for row in zip(state["vectors"], state["images"], state["inverse_curvatures"], strict=True):
+                self.append(*row)
 
 
 def recycled_conjugate_gradient(
@@ -157,7 +155,7 @@ def recycled_conjugate_gradient(
     may_stop_early = tolerance > 0 or rhs[0].device.type == "cpu"
 
     scale = largest_entry(rhs)
-    flat = _flatten(rhs) / scale
+    flat = _flatten(rhs).div_(scale)
     start = flat.norm()
     epsilon = torch.finfo(flat.dtype).eps
     solution, residual = directions.guess(flat)
@@ -172,14 +170,14 @@ def recycled_conjugate_gradient(
         length = direction.norm()
         # Where no more than rounding is left, the residual lies in the span of the directions and is rounding too.
         exhausted = length <= epsilon * size
-        direction = direction / torch.where(exhausted, 1.0, length)
+        direction.div_(torch.where(exhausted, 1.0, length))
         product = matvec(_split(direction, rhs))
         check_same_structure(product, rhs, names=("the product", "rhs"))
         image = _flatten(product)
         curvature = direction @ image
         step = (direction @ residual) / curvature
         # Nothing reads the residual after a breakdown, so it may take in what is not sound.
-        residual = torch.addcmul(residual, image, step, value=-1)
+        residual.addcmul_(image, step, value=-1)
         new_size = residual.norm()
 
         found = torch.where(new_size <= tolerance * start, CONVERGED, ITERATION_LIMIT)
@@ -194,16 +192,17 @@ def recycled_conjugate_gradient(
 
         if not may_stop_early:
             # After a stop the loop goes on without effect.
-            direction, image = direction.masked_fill(~accepted, 0.0), image.masked_fill(~accepted, 0.0)
+            direction.masked_fill_(~accepted, 0.0)
+            image.masked_fill_(~accepted, 0.0)
         elif not accepted:
             break
-        solution = torch.addcmul(solution, direction, torch.where(accepted, step, 0.0))
+        solution.addcmul_(direction, torch.where(accepted, step, 0.0))
         directions.append(direction, image, torch.where(accepted, 1.0 / curvature, 0.0))
         size = torch.where(accepted, new_size, size)
         iterations = iterations + accepted
 
     relative = torch.where(start == 0, 0.0, size / start)
-    solution = torch.where(torch.isfinite(start), scale * solution, 0.0)
+    solution.mul_(scale).masked_fill_(~torch.isfinite(start), 0.0)
     return _split(solution, rhs), SolveInfo(iterations, relative, status)
 
 

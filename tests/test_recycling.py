@@ -94,7 +94,7 @@ def test_a_phase_takes_fewer_products_than_solves_of_their_own():
     assert product.calls < 0.5 * alone.calls
 
 
-@pytest.mark.parametrize("max_directions", [1, 3, 5])
+@pytest.mark.parametrize("max_directions", [1, 3, 5, 11])
 def test_few_places_cost_products_and_no_accuracy(max_directions):
     matrix, directions = random_matrix(), Directions(max_directions=max_directions)
     for rhs in right_hand_sides(3):
@@ -264,11 +264,11 @@ def test_a_solve_without_a_tolerance_does_not_wait_for_the_device():
 def test_directions_that_were_saved_go_on_to_the_last_bit():
     matrix, (first, second, third) = random_matrix(), right_hand_sides(3)
     kept, product = Directions(), Product(matrix)
-    solve(product, first, kept, max_iterations=5)
-    solve(product, second, kept, max_iterations=2)
+    solve(product, first, kept, max_iterations=7)
+    solve(product, second, kept, max_iterations=3)
     restored = Directions()
     restored.load_state_dict({name: tensor.clone() for name, tensor in kept.state_dict().items()})
-    assert len(restored) == len(kept) == 7
+    assert len(restored) == len(kept) == 10, "more than are stored together"
     for directions in (kept, restored):
         directions.solution = flatten(solve(product, third, directions, max_iterations=3)[0])
     assert np.array_equal(kept.solution, restored.solution)

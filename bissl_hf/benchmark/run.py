@@ -85,18 +85,19 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
 
 
 def raise_damping(loop: BareLoop) -> None:
-    """Raises the damping of a loop by half a decade at a time, until no solve of two phases meets negative curvature:
-    a model that is hardly pre-trained, on few pairs, is indefinite at the paper's."""
+    """Raises the damping of a loop by half a decade at a time, until no solve of two phases meets negative curvature,
+    and once more for the phases to come, on other batches: a model that is hardly pre-trained, on few pairs, is
+    indefinite at the paper's."""
     loop.model.train()
-    while True:
+    definite = False
+    while not definite:
         for alternation in range(2):
             loop.alternations = alternation
             loop.upper_phase()
         statuses = {info.status for info in loop.solves}
         loop.solves.clear()
         loop.alternations = 0
-        if SolveStatus.NEGATIVE_CURVATURE not in statuses:
-            return
+        definite = SolveStatus.NEGATIVE_CURVATURE not in statuses
         loop.args.damping *= 10**0.5
 
 

@@ -63,6 +63,7 @@ MUTANTS = {
         ),
         (BiSSLTrainer, "_upper_step", "(*solution,", "(*solution[: len(theta_p)],"),
         (BiSSLTrainer, "_solve", "cosine(curvature.gradient, rhs)", "rhs[0].sum()"),
+        (BiSSLTrainer, "solve", "cosine(solution, rhs)", "rhs[0].sum()"),
     ],
     "proximal term counted in H": [
         (

@@ -142,6 +142,7 @@ def test_settings_that_differ_from_the_defaults_are_all_listed(trainer):
     given = {
         "num_alternations": "2", "lower_steps": "3", "upper_steps": "2", "head_warmup_epochs": "1", "seed": "7",
         "per_device_lower_batch_size": "8", "per_device_train_batch_size": "5", "lower_optim": "sgd",
+        "per_device_eval_batch_size": "4",
         "lower_learning_rate": "0.05", "learning_rate": "0.02", "proximal_weight": "20.0", "damping": "600.0",
         "lower_warmup_steps": "0", "direct_weight": "0.25", "solver_max_iterations": "2",
         "lower_optim_args": "nesterov=True",

@@ -120,7 +120,7 @@ def test_backends_and_counts_are_checked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_trials is 0; it must be at least 1"):
         run(tmp_path, 0)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"search_backend is 'ray', which is not installed: run .*bissl_hf\[search\]"):
+    with pytest.raises(ValueError, match=r"search_backend is 'ray', which is not installed: run .*'.\[search\]'"):
         check_backend("ray", field="search_backend")
 
 

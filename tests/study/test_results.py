@@ -37,6 +37,7 @@ TRANSFER = {
         ("README.md", "fashion", FASHION),
         ("docs/results.md", "fashion", FASHION),
         ("docs/results.md", "transfer", TRANSFER),
+        ("docs/results.md", "transfer_2000", {("mnist_5000", 2000): "MNIST, 2,000"}),
     ],
 )
 def test_the_tables_of_pages_hold_the_measured_numbers(

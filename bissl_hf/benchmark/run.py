@@ -21,6 +21,7 @@ from .workload import Workload, build_model, build_trainer, pretrain
 TOLERANCE = 0.01
 # The bound on products where a solve stops at a tolerance.
 MAX_PRODUCTS = 20
+HALF_A_DECADE = 10**0.5
 
 
 def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[str], Any] = print) -> dict[str, Any]:
@@ -85,20 +86,25 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
 
 
 def raise_damping(loop: BareLoop) -> None:
-    """Raises the damping of a loop by half a decade at a time, until no solve of two phases meets negative curvature,
-    and once more for the phases to come, on other batches: a model that is hardly pre-trained, on few pairs, is
-    indefinite at the paper's."""
+    """Raises the damping of a loop by half a decade at a time while a solve of two phases meets negative curvature:
+    a model that is hardly pre-trained, on few pairs, is indefinite at the paper's. Where it had to, it does so once
+    more for the phases to come, on other batches."""
     loop.model.train()
-    definite = False
-    while not definite:
-        for alternation in range(2):
-            loop.alternations = alternation
-            loop.upper_phase()
-        statuses = {info.status for info in loop.solves}
-        loop.solves.clear()
-        loop.alternations = 0
-        definite = SolveStatus.NEGATIVE_CURVATURE not in statuses
-        loop.args.damping *= 10**0.5
+    start = loop.args.damping
+    while _meets_negative_curvature(loop):
+        loop.args.damping *= HALF_A_DECADE
+    if loop.args.damping > start:
+        loop.args.damping *= HALF_A_DECADE
+
+
+def _meets_negative_curvature(loop: BareLoop) -> bool:
+    for alternation in range(2):
+        loop.alternations = alternation
+        loop.upper_phase()
+    statuses = {info.status for info in loop.solves}
+    loop.solves.clear()
+    loop.alternations = 0
+    return SolveStatus.NEGATIVE_CURVATURE in statuses
 
 
 def _to_channels_last(model: Any) -> None:

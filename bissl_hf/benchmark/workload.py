@@ -39,8 +39,7 @@ class Workload:
         width (`int`): channels of the first layer: 64 is ResNet-18.
         workers (`int`): processes that read images.
         bf16 (`bool`): whether our side computes in bfloat16 and channels-last.
-        damping (`float`): delta of the solves that stop at a tolerance, or the first that is tried for them where it
-            leaves a system indefinite.
+        damping (`float`): delta of the solves that stop at a tolerance, raised where it leaves a system indefinite.
     """
 
     name: str

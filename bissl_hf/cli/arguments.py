@@ -66,7 +66,7 @@ def parse_arguments(
             [*from_file, *rest], return_remaining_strings=True, look_for_args_file=False
         )
     if unknown:
-        refuse(f"Unknown argument {unknown[0]}{_close_matches(unknown[0].lstrip('-').split('=')[0], known)}")
+        refuse(f"Unknown argument {unknown[0]}{close_matches(unknown[0].lstrip('-').split('=')[0], known)}")
     return tuple(parsed)
 
 
@@ -123,7 +123,7 @@ def _arguments_of_yaml(path: str, fields: Mapping[str, Action]) -> list[str]:
     arguments: list[str] = []
     for name, value in content.items():
         if name not in fields:
-            refuse(f"Unknown field {name!r} in {path}{_close_matches(str(name), fields)}")
+            refuse(f"Unknown field {name!r} in {path}{close_matches(str(name), fields)}")
         if value is None:
             continue
         if isinstance(value, list) and fields[name].nargs not in ("+", "*"):
@@ -137,6 +137,7 @@ def _arguments_of_yaml(path: str, fields: Mapping[str, Action]) -> list[str]:
     return arguments
 
 
-def _close_matches(name: str, known: Iterable[str]) -> str:
+def close_matches(name: str, known: Iterable[str], otherwise: str = "; see --help for those that exist.") -> str:
+    """Returns how to end a sentence on an unknown name: with known ones like it, or `otherwise` if there are none."""
     matches = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(matches)}?" if matches else "; see --help for those that exist."
+    return f"; did you mean {' or '.join(matches)}?" if matches else otherwise

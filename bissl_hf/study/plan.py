@@ -1,6 +1,5 @@
 """What a study compares, as its YAML file says it."""
 
-import difflib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from ..cli.arguments import close_matches
 from ..cli.images import ViewArguments
 from ..cli.pairs import check_pairs
 from ..models.configuration_simclr import SimCLRConfig, as_config, resnet18_config
@@ -201,8 +201,7 @@ def _checked_fields(kind: type[KeyedTrainingArguments], origin: str, settings: M
         if name in own:
             raise ValueError(f"{origin} sets {name}, which the study sets by itself; leave it out.")
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "."
+            hint = close_matches(str(name), known, ".")
             raise ValueError(f"{origin} sets {name!r}, which {kind.__name__} does not have{hint}")
     return {name: as_field(kind, name, value, origin=origin) for name, value in settings.items()}
 
@@ -210,14 +209,12 @@ def _checked_fields(kind: type[KeyedTrainingArguments], origin: str, settings: M
 def _backbone_config(settings: Mapping[str, Any]) -> PretrainedConfig:
     kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(kind, list(CONFIG_MAPPING), n=3)
-        hint = f": did you mean {' or '.join(close)}?" if close else ", such as resnet or vit."
+        hint = close_matches(kind, CONFIG_MAPPING, ", such as resnet or vit.")
         raise ValueError(f"model_type of backbone is {kind!r}; it must be one of transformers' types{hint}")
     known = CONFIG_MAPPING[kind]()
     for name in settings:
         if not hasattr(known, name):
-            close = difflib.get_close_matches(name, list(known.to_dict()), n=1)
-            hint = f"; did you mean {close[0]}?" if close else "."
+            hint = close_matches(name, known.to_dict(), ".")
             raise ValueError(f"backbone sets {name!r}, which a {kind} does not have{hint}")
     return as_config(dict(settings))
 

@@ -209,20 +209,21 @@ def test_solves_that_do_not_reach_the_tolerance_are_no_gain():
     assert (held.value, held.holds) == (0, True)
 
 
-def test_the_damping_is_raised_until_no_system_is_indefinite(monkeypatch):
-    """A loss with curvature -101 in some directions: of 10, 31.6, 100 and 316 the last is the first above it, and
-    1000 is taken."""
+@pytest.mark.parametrize(("eigenvalue", "damping"), [(-101.0, 1000), (-9.0, 10)])
+def test_the_damping_is_raised_while_a_system_is_indefinite(monkeypatch, eigenvalue, damping):
+    """A loss with a curvature of -101 in some directions: of 10, 31.6, 100 and 316 the last is the first above it, and
+    1000 is taken; with one of -9 the first is enough and stays."""
     model = build_model(TINY)
     trainer = build_trainer(TINY, model, CPU)
     loop = BareLoop(trainer, model, run._recycling(trainer.args, TINY))
     first = loop.theta_p[0]
 
     def curvature(batch):
-        return lambda vector: tuple(-101.0 * v if v.shape == first.shape else 0.0 * v for v in vector)
+        return lambda vector: tuple(eigenvalue * v if v.shape == first.shape else 0.0 * v for v in vector)
 
     monkeypatch.setattr(loop, "curvature", curvature)
     raise_damping(loop)
-    assert loop.args.damping == pytest.approx(1000)
+    assert loop.args.damping == pytest.approx(damping)
     assert trainer.args.damping != loop.args.damping
     assert loop.solves == []
     assert loop.alternations == 0

@@ -55,7 +55,10 @@ def plan(**changes) -> Plan:
             "An arm is named 'pretrain', like the folder of the",
         ),
         ({"datasets": ["img", "img/"]}, "datasets names 'img' and 'img/', whose parts would share a folder"),
-        ({"bissl": {"lower_step": 1}}, r"bissl sets 'lower_step', which .* does not have; did you mean lower_steps or"),
+        (
+            {"bissl": {"lower_step": 1}},
+            r"bissl sets 'lower_step', which .* does not have; did you mean lower_steps or",
+        ),
         ({"bissl": {"per_device_lower_batch_size": 1}}, "bissl: per_device_lower_batch_size is 1; SimCLR compares"),
         ({"bissl": {"curvature_batch_size": 1}}, "bissl: curvature_batch_size is 1; SimCLR compares"),
         (

@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 env: $(VENV)/.installed ## Create the environment in .venv
 
-demo: env ## Run BiSSL on the embedded digits (3 to 9 minutes on 2 cores)
+demo: env ## Run BiSSL on the embedded digits (3 to 10 minutes on 2 cores)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/bissl.py \
 		--config recipes/configs/digits.yaml --output_dir $(DEMO_OUTPUT) --resume_from_checkpoint true $(ARGS)
 

@@ -2,46 +2,101 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from ..trainer.bissl_trainer import BiSSLTrainer
-from .loops import PlainLoop
+from .loops import PHASES, PlainLoop
 from .measuring import SynchronisationCounter, seconds, wait_for
 
 TRAINER = "trainer"
-PHASES = ("lower", "upper")
+Times = dict[str, list[float]]
+
+
+def timed_steps(
+    loop: PlainLoop, device: torch.device, times: Times, unit: Callable[[], Any] | None = None
+) -> Iterator[None]:
+    """Takes one alternation of a loop step by step, and adds its seconds to `times` when it is over.
+
+    Args:
+        loop ([`PlainLoop`])
+        device (`torch.device`): where it works.
+        times (`dict[str, list[float]]`): gets the seconds of each phase and of each of its steps, those spent
+            `"waiting"` for workers, and the mean of the `"unit"` where there is one.
+        unit (`Callable`, *optional*): timed after each step, as a measure of how fast the machine is at the moment.
+    """
+    steps, waited = loop.steps(), loop.waited
+    spent: Times = {phase: [] for phase in PHASES}
+    units: list[float] = []
+    phase = PHASES[0]
+    while True:
+        wait_for(device)
+        start = time.perf_counter()
+        done = next(steps, None)
+        wait_for(device)
+        taken = time.perf_counter() - start
+        if done is None:
+            break
+        phase = done
+        spent[phase].append(taken)
+        if unit is not None:
+            units.append(seconds(unit, device))
+        yield
+    spent[phase][-1] += taken  # clearing up is a part of the last one
+    _enter(times, spent, waiting=loop.waited - waited)
+    if units:
+        times["unit"].append(sum(units) / len(units))
+
+
+def steps_of(phase: str) -> str:
+    """Name of the list that holds the seconds of the single steps of a phase."""
+    return f"{phase} steps"
+
+
+def _enter(times: Times, spent: Times, *, waiting: float) -> None:
+    """Adds one alternation, with the seconds of each step by phase."""
+    for phase, seconds_of_steps in spent.items():
+        times[phase].append(sum(seconds_of_steps))
+        times[steps_of(phase)] += seconds_of_steps
+    times["waiting"].append(waiting)
 
 
 class PhaseClock(TrainerCallback):
-    """Times the phases of a trainer's alternations, and how long its steps wait for a batch. After each alternation
-    other loops take one too, outside the trainer's time.
+    """Times the phases of a trainer's alternations, and how long its steps wait for a batch. Other loops take their
+    turns outside the trainer's time.
 
     Args:
         device (`torch.device`): where the trainer works.
-        loops (`Mapping[str, PlainLoop]`, *optional*): run after each alternation.
-        unit (`Callable`, *optional*): timed after each of their steps, outside their time, as a measure of how fast
-            the machine is at the moment.
+        beside (`Mapping[str, PlainLoop]`, *optional*): loops that take a step after each of the trainer's, so that
+            both meet the same machine.
+        after (`Mapping[str, PlainLoop]`, *optional*): loops that take an alternation after each of the trainer's.
+        units (`Mapping[str, Callable]`, *optional*): what to time after each step of a loop; see [`timed_steps`].
 
     Attributes:
-        seconds (`dict[str, dict[str, list[float]]]`): by runner and phase, one entry per alternation; of the trainer
-            also `"waiting"` (for batches) and `"log"`; of another loop also `"unit"`.
+        seconds (`dict[str, dict[str, list[float]]]`): by runner and phase, one entry per alternation, and also
+            `"waiting"` (for batches); of the trainer `"log"`; of a loop that has a unit `"unit"`. [`steps_of`] names
+            the lists with one entry per step.
     """
 
     def __init__(
         self,
         device: torch.device,
-        loops: Mapping[str, PlainLoop] | None = None,
-        unit: Callable[[], Any] | None = None,
+        *,
+        beside: Mapping[str, PlainLoop] | None = None,
+        after: Mapping[str, PlainLoop] | None = None,
+        units: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
-        self.device, self.loops, self.unit = device, loops or {}, unit
-        self.seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self._mark = self._step_end = 0.0
-        self._waited = 0.0
+        self.device, self.beside, self.after, self.units = device, beside or {}, after or {}, units or {}
+        self.seconds: dict[str, Times] = defaultdict(lambda: defaultdict(list))
+        self._mark = self._step_end = self._waited = 0.0
+        self._spent: Times = {}
+        self._steps_beside: list[Iterator[None]] = []
+
+    def _steps_of(self, name: str, loop: PlainLoop) -> Iterator[None]:
+        return timed_steps(loop, self.device, self.seconds[name], self.units.get(name))
 
     def _lap(self) -> float:
         wait_for(self.device)
@@ -50,42 +105,34 @@ class PhaseClock(TrainerCallback):
         return spent
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._steps_beside = [self._steps_of(name, loop) for name, loop in self.beside.items()]
+        self._spent, self._waited = {phase: [] for phase in PHASES}, 0.0
         self._lap()
-        self._step_end, self._waited = time.perf_counter(), 0.0
+        self._step_end = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._waited += time.perf_counter() - self._step_end
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        place = state.global_step % (args.lower_steps + args.upper_steps)
-        times = self.seconds[TRAINER]
-        if place == args.lower_steps:
-            times["lower"].append(self._lap())
-        elif place == 0:
-            times["upper"].append(self._lap())
-            times["waiting"].append(self._waited)
+        steps = args.lower_steps + args.upper_steps
+        step = (state.global_step - 1) % steps
+        self._spent[PHASES[step >= args.lower_steps]].append(self._lap())
+        for others in self._steps_beside:
+            next(others)
+        if step == steps - 1:
+            for others in self._steps_beside:
+                next(others, None)
+            _enter(self.seconds[TRAINER], self._spent, waiting=self._waited)
+        self._lap()
         self._step_end = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in (logs or {}):
             return
         self.seconds[TRAINER]["log"].append(self._lap())
-        for name, loop in self.loops.items():
-            loop.model.train()
-            units: list[float] = []
-            if self.unit is not None:
-                loop.between_steps = partial(self._time_unit, units)
-            for phase in PHASES:
-                before = sum(units)
-                spent = seconds(getattr(loop, f"{phase}_phase"), self.device)
-                self.seconds[name][phase].append(spent - (sum(units) - before))
-            if units:
-                self.seconds[name]["unit"].append(sum(units) / len(units))
-            loop.alternations += 1
-
-    def _time_unit(self, units: list[float]) -> None:
-        if self.unit is not None:
-            units.append(seconds(self.unit, self.device))
+        for name, loop in self.after.items():
+            for _ in self._steps_of(name, loop):
+                pass
 
 
 class SynchronisationWatch(TrainerCallback):
@@ -110,26 +157,29 @@ class SynchronisationWatch(TrainerCallback):
 
 def compare_alternations(
     trainer: BiSSLTrainer,
-    loops: Mapping[str, PlainLoop],
     *,
-    unit: Callable[[], Any] | None = None,
+    beside: Mapping[str, PlainLoop],
+    after: Mapping[str, PlainLoop],
+    units: Mapping[str, Callable[[], Any]] | None = None,
     warmups: int = 1,
-) -> dict[str, dict[str, list[float]]]:
-    """Trains, and takes an alternation with each loop after each of the trainer's.
+) -> dict[str, Times]:
+    """Trains, while other loops take their turns.
 
     Args:
         trainer ([`BiSSLTrainer`]): it runs to its end.
-        loops (`Mapping[str, PlainLoop]`): on models of their own.
-        unit (`Callable`, *optional*): see [`PhaseClock`].
+        beside, after (`Mapping[str, PlainLoop]`), units (`Mapping[str, Callable]`, *optional*): see [`PhaseClock`];
+            each loop has a model of its own.
         warmups (`int`, *optional*, defaults to 1): first alternations that do not count.
 
     Returns:
         `dict[str, dict[str, list[float]]]`: see [`PhaseClock`].
     """
-    clock = PhaseClock(trainer.args.device, loops, unit)
+    clock = PhaseClock(trainer.args.device, beside=beside, after=after, units=units)
     trainer.add_callback(clock)
     trainer.train()
     trainer.remove_callback(clock)
+    total = int(trainer.args.num_alternations)
     return {
-        name: {phase: times[warmups:] for phase, times in phases.items()} for name, phases in clock.seconds.items()
+        name: {phase: times[len(times) * warmups // total :] for phase, times in phases.items()}
+        for name, phases in clock.seconds.items()
     }

@@ -6,6 +6,7 @@ rebuilt for every product, the loss read in every step.
 """
 
 import copy
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,6 +29,7 @@ from .pillow_views import PillowViews
 from .workload import SMALL_RATE
 
 Batch = dict[str, Any]
+PHASES = ("lower", "upper")
 _STREAMS = (Stream.LOWER, Stream.CURVATURE, Stream.UPPER)
 
 
@@ -54,8 +56,8 @@ class PlainLoop(ABC):
             self.upper_parameters, lr=SMALL_RATE, momentum=0.9, weight_decay=self.args.weight_decay
         )
         self.alternations = 0
-        # Called after each step; whoever measures may put something in its place.
-        self.between_steps: Callable[[], Any] = tuple
+        # Seconds spent waiting for workers so far.
+        self.waited = 0.0
 
     @abstractmethod
     def batches(self, stream: Stream) -> Iterator[Batch]:
@@ -67,27 +69,33 @@ class PlainLoop(ABC):
 
     def alternation(self) -> None:
         """Takes all steps of one alternation."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[str]:
+        """Takes one alternation step by step, and names the phase of each step after it."""
         self.model.train()
-        self.lower_phase()
-        self.upper_phase()
+        for phase, steps in zip(PHASES, (self.lower_steps(), self.upper_steps()), strict=True):
+            for _ in steps:
+                yield phase
         self.alternations += 1
 
-    def lower_phase(self) -> None:
-        """Takes the lower steps."""
+    def lower_steps(self) -> Iterator[None]:
+        """Takes the lower steps one by one."""
         for batch in self.batches(Stream.LOWER):
             self.lower_step(batch)
-            self.between_steps()
+            yield
 
-    def upper_phase(self) -> None:
-        """Takes the upper steps."""
+    def upper_steps(self) -> Iterator[None]:
+        """Takes the upper steps one by one."""
         (curvature_batch,) = self.batches(Stream.CURVATURE)
         for batch in self.batches(Stream.UPPER):
             self.upper_step(curvature_batch, batch)
-            self.between_steps()
+            yield
 
     def lower_step(self, batch: Batch) -> None:
         """One step on the pretext loss and the proximal term."""
-        loss, gradient = self.gradient(partial(self.model, level="lower"), batch, self.lower_parameters)
+        loss, gradient = self.forward_backward(batch)
         pull = subtract([p.detach() for p in self.theta_p], [p.detach() for p in self.theta_d])
         shared = add_scaled(gradient[: len(pull)], pull, self.args.proximal_weight)
         self.move(self.lower_optimizer, (*shared, *gradient[len(pull) :]))
@@ -104,6 +112,10 @@ class PlainLoop(ABC):
         self.move(self.upper_optimizer, gradient)
         if self.reads_losses:
             loss.item()
+
+    def forward_backward(self, batch: Batch) -> tuple[Tensor, Vector]:
+        """Returns the pretext loss and its gradient."""
+        return self.gradient(partial(self.model, level="lower"), batch, self.lower_parameters)
 
     def gradient(
         self, model: Callable[..., Any], batch: Batch, parameters: tuple[Tensor, ...]
@@ -169,8 +181,8 @@ class BareLoop(PlainLoop):
 
         return Curvature(lower_loss, self.theta_p)
 
-    def upper_phase(self) -> None:
-        super().upper_phase()
+    def upper_steps(self) -> Iterator[None]:
+        yield from super().upper_steps()
         self._curvature = None
 
 
@@ -207,7 +219,9 @@ class Baseline(PlainLoop):
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
         for _ in range(self._steps[stream]):
+            start = time.perf_counter()
             batch = next(self._loaders[stream])
+            self.waited += time.perf_counter() - start
             yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def close(self) -> None:
@@ -229,10 +243,11 @@ class Baseline(PlainLoop):
         for _ in range(self.args.solver_max_iterations):
             image = add_scaled(direction, self.product(batch, direction), scale)
             step = square / dot(direction, image)
-            solution = tuple(x + step * p for x, p in zip(solution, direction, strict=True))
-            residual = tuple(r - step * q for r, q in zip(residual, image, strict=True))
+            solution = tuple(torch.addcmul(x, p, step) for x, p in zip(solution, direction, strict=True))
+            residual = tuple(torch.addcmul(r, q, -step) for r, q in zip(residual, image, strict=True))
             previous, square = square, dot(residual, residual)
-            direction = tuple(r + (square / previous) * p for r, p in zip(residual, direction, strict=True))
+            ratio = square / previous
+            direction = tuple(torch.addcmul(r, p, ratio) for r, p in zip(residual, direction, strict=True))
         return solution
 
 

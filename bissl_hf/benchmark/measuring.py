@@ -1,5 +1,6 @@
 """Seconds, floating-point operations, memory and waits for the device, of any piece of code."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 _PROCESS_STATUS = Path("/proc/self/status")
@@ -23,6 +26,15 @@ _READS = {
     torch.ops.aten.nonzero.default,
     torch.ops.aten.masked_select.default,
     torch.ops.aten._unique2.default,
+}
+
+# Operators that reserve memory and leave it alone.
+_RESERVES = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
 }
 
 
@@ -69,12 +81,72 @@ def median_ratio(numerators: list[float], denominators: list[float]) -> float:
     return median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def count_flops(function: Callable[[], Any]) -> int:
-    """Returns the floating-point operations of matrix products and convolutions in a call, backward passes
-    included."""
-    with FlopCounterMode(display=False) as counter:
+@dataclass(frozen=True)
+class Work:
+    """What a computation does, whatever it runs on.
+
+    Args:
+        flops (`int`): floating-point operations of matrix products and convolutions.
+        traffic (`int`): bytes that its operators read and write, were nothing kept in caches.
+    """
+
+    flops: int
+    traffic: int
+
+
+def count_work(function: Callable[[], Any]) -> Work:
+    """Returns the work of a call, backward passes included.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from bissl_hf.benchmark.measuring import count_work
+    >>> a, b = torch.rand(2, 3), torch.rand(3, 4)
+    >>> count_work(lambda: a @ b)  # 2 * 2 * 3 * 4 operations on 6, 12 and 8 numbers of 4 bytes
+    Work(flops=48, traffic=104)
+    ```
+    """
+    with FlopCounterMode(display=False) as flops, _TrafficCounter() as traffic:
         function()
-    return counter.get_total_flops()
+    return Work(flops.get_total_flops(), traffic.bytes)
+
+
+class _TrafficCounter(TorchDispatchMode):
+    """Adds up the bytes of the tensors that go into operators and come out of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func not in _RESERVES:
+            tensors = tree_leaves((_read_and_written(func, args, kwargs or {}), _made(func, result)))
+            self.bytes += sum(_bytes_in_memory(tensor) for tensor in tensors if isinstance(tensor, Tensor))
+        return result
+
+
+def _read_and_written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Arguments of an operator, those that it changes twice; the target of a result (`out`) is only written."""
+    found = []
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        changes = argument.alias_info is not None and argument.alias_info.is_write
+        found += [value] * (2 if changes and not argument.kwarg_only else 1)
+    return found
+
+
+def _made(func: Any, result: Any) -> list[Any]:
+    """Results of an operator that are none of its arguments."""
+    results = result if isinstance(result, tuple) else (result,)
+    return [value for returned, value in zip(func._schema.returns, results, strict=False) if not returned.alias_info]
+
+
+def _bytes_in_memory(tensor: Tensor) -> int:
+    """Bytes of a tensor, entries that share their memory counted once."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return math.prod(sizes) * tensor.element_size() if tensor.numel() else 0
 
 
 class SynchronisationCounter(TorchDispatchMode):

@@ -1,22 +1,25 @@
 """The parts of an alternation one by one: seconds, images per second, and forward-backward equivalents.
 
 The unit is one forward and backward pass of the pretext model on a lower batch whose views are ready. What a part
-should cost is its floating-point operations over those of the unit; what it costs is its time over the unit's.
+costs is its time over the unit's; for what it should cost see `costs.py`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import median
 from typing import Any
 
 from ..data.alternation import StepKey, Stream
 from ..hypergradient import Curvature
 from ..tensors import add_scaled
+from .costs import CostModel, memory_bandwidth
 from .loops import BareLoop, Baseline
-from .measuring import SynchronisationCounter, count_flops, interleaved_seconds, watched_memory
+from .measuring import SynchronisationCounter, Work, count_work, interleaved_seconds, watched_memory
 
 UNIT = "forward and backward"
+BASELINE_UNIT = "baseline's forward and backward"
+# Parts that are not, or only for a little, made of operators on tensors.
+_WITHOUT_COUNT = ("reading", "views by Pillow, one process")
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Part:
         name (`str`)
         images (`int`): how many one call works on; 0 where it works on weights.
         seconds (`list[float]`): of each round.
-        flops (`int`): floating-point operations of a call.
+        work (`Work`, *optional*): of a call; `None` where it is not made of operators on tensors.
         synchronisations (`int`): how often a call waits for the device.
         peak_bytes (`int`): largest memory in use during a call, beyond what was in use before it.
     """
@@ -35,19 +38,20 @@ class Part:
     name: str
     images: int
     seconds: list[float] = field(default_factory=list)
-    flops: int = 0
+    work: Work | None = None
     synchronisations: int = 0
     peak_bytes: int = 0
 
-    def summary(self, unit: "Part") -> dict[str, Any]:
+    def summary(self, unit: "Part", costs: CostModel) -> dict[str, Any]:
         """Returns what the table shows, with equivalents of `unit`."""
-        spent = median(self.seconds)
+        spent, work = median(self.seconds), self.work
         return {
             "part": self.name,
             "seconds": spent,
             "images_per_second": self.images / spent if self.images else None,
             "equivalents": spent / median(unit.seconds),
-            "expected_equivalents": self.flops / unit.flops,
+            "expected_equivalents": costs.equivalents(work) if work else None,
+            "arithmetic_alone": costs.arithmetic_alone(work) if work else None,
             "synchronisations": self.synchronisations,
             "peak_bytes": self.peak_bytes,
             "repeats": len(self.seconds),
@@ -70,15 +74,10 @@ class PartsOfAlternation:
         self.raw = {stream: self.sources[stream].read(self.keys[stream]) for stream in (Stream.LOWER, Stream.UPPER)}
         self.batches = {stream: loop.views(inputs, self.keys[stream]) for stream, inputs in self.raw.items()}
         self.baseline_batch = next(baseline.batches(Stream.CURVATURE))
-        self.lower_gradient = self.forward_backward()
+        _, self.lower_gradient = loop.forward_backward(self.batches[Stream.LOWER])
         self.upper_gradient = self.upper_gradients()
         self.rhs = self.upper_gradient[: len(loop.theta_p)]
         self.curvature: Curvature = self.linearise()
-
-    def forward_backward(self) -> Any:
-        """The unit: the pretext loss and its gradient."""
-        model = partial(self.loop.model, level="lower")
-        return self.loop.gradient(model, self.batches[Stream.LOWER], self.loop.lower_parameters)[1]
 
     def upper_gradients(self) -> Any:
         """Gradients of the downstream loss at theta_P and at theta_D."""
@@ -99,7 +98,7 @@ class PartsOfAlternation:
         pairs, labelled = self.sources[lower].batch_size, self.sources[upper].batch_size
         evaluated: Any = loop.trainer.eval_dataset
         return {
-            UNIT: (self.forward_backward, pairs),
+            UNIT: (lambda: loop.forward_backward(self.batches[lower]), pairs),
             "reading": (lambda: self.sources[lower].read(self.keys[lower]), pairs),
             "views": (lambda: loop.views(self.raw[lower], self.keys[lower]), pairs),
             "views by Pillow, one process": (lambda: self._pillow_views(pairs), pairs),
@@ -107,6 +106,7 @@ class PartsOfAlternation:
             "lower optimizer": (lambda: loop.move(loop.lower_optimizer, self.lower_gradient), 0),
             "linearisation": (self.linearise, pairs),
             "product": (lambda: self.curvature(self.rhs), pairs),
+            BASELINE_UNIT: (lambda: self.baseline.forward_backward(self.baseline_batch), pairs),
             "baseline's product": (lambda: self.baseline.product(self.baseline_batch, self.rhs), pairs),
             "upper gradients": (self.upper_gradients, labelled),
             "upper optimizer": (lambda: loop.move(loop.upper_optimizer, self.upper_gradient), 0),
@@ -118,7 +118,33 @@ class PartsOfAlternation:
             self.baseline.datasets[Stream.LOWER][row]
 
 
-def measure_parts(of_alternation: PartsOfAlternation, *, repeats: int) -> list[Part]:
+@dataclass(frozen=True)
+class MeasuredParts:
+    """What the parts took, and the machine's memory bandwidth.
+
+    Args:
+        parts (`list[Part]`): the unit first.
+        bandwidth (`float`): bytes per second.
+    """
+
+    parts: list[Part]
+    bandwidth: float
+
+    def __getitem__(self, name: str) -> Part:
+        return next(part for part in self.parts if part.name == name)
+
+    def costs(self, unit: str = UNIT) -> CostModel:
+        """Returns what work should cost in units of a part."""
+        part = self[unit]
+        assert part.work is not None
+        return CostModel.measured(part.work, median(part.seconds), bandwidth=self.bandwidth)
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """Returns the table of parts."""
+        return [part.summary(self[UNIT], self.costs()) for part in self.parts]
+
+
+def measure_parts(of_alternation: PartsOfAlternation, *, repeats: int) -> MeasuredParts:
     """Measures all parts, interleaved.
 
     Args:
@@ -129,7 +155,7 @@ def measure_parts(of_alternation: PartsOfAlternation, *, repeats: int) -> list[P
     parts = []
     # In this order: a product needs the linearisation before it, since a lower step moves what it was made at.
     for name, (function, images) in functions.items():
-        part = Part(name, images, flops=count_flops(function))
+        part = Part(name, images, work=None if name in _WITHOUT_COUNT else count_work(function))
         with SynchronisationCounter(device) as counter:
             function()
         part.synchronisations = counter.count
@@ -137,8 +163,7 @@ def measure_parts(of_alternation: PartsOfAlternation, *, repeats: int) -> list[P
             function()
         part.peak_bytes = memory.grown
         parts.append(part)
-    timed = {name: function for name, (function, _) in functions.items()}
-    times = interleaved_seconds(timed, device, repeats=repeats)
+    times = interleaved_seconds({name: function for name, (function, _) in functions.items()}, device, repeats=repeats)
     for part in parts:
         part.seconds = times[part.name]
-    return parts
+    return MeasuredParts(parts, memory_bandwidth(device, repeats=repeats))

@@ -18,14 +18,16 @@ def format_report(report: dict[str, Any]) -> str:
     parts = [_part_row(part) for part in report["parts"]]
     alternations = [_alternation_row(name, phases) for name, phases in report["alternations"].items()]
     claims = [_claim_row(Claim(**claim)) for claim in report["claims"]]
+    bandwidth = report["memory_bandwidth"] / 1e9
     waits = ", ".join(f"{count} in the {phase} phase" for phase, count in report["synchronisations"].items())
     return "\n".join(
         [
             heading,
             "",
-            "Parts (medians). The unit of equivalents is one forward and backward pass of the pretext model; what a "
-            "part should",
-            "cost is its floating-point operations over the unit's.",
+            "Parts (medians). The unit of equivalents is one forward and backward pass of the pretext model. What a",
+            "part should cost is its floating-point operations at the unit's speed and its traffic in memory at "
+            f"{bandwidth:.1f} GB/s,",
+            f"which is {100 * report['traffic_share']:.0f} % of the unit.",
             "",
             format_table(parts),
             "",

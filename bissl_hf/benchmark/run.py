@@ -3,6 +3,7 @@
 import copy
 import platform
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,9 +14,10 @@ from ..linear_solve import SolveStatus
 from ..trainer.training_args import BiSSLTrainingArguments
 from .claims import Measured, make_claims
 from .comparison import TRAINER, SynchronisationWatch, compare_alternations
+from .costs import CostModel
 from .loops import BareLoop, Baseline, PlainLoop
-from .measuring import count_flops, watched_memory
-from .parts import Part, PartsOfAlternation, measure_parts
+from .measuring import count_work, watched_memory
+from .parts import BASELINE_UNIT, PartsOfAlternation, measure_parts
 from .workload import Workload, build_model, build_trainer, pretrain
 
 TOLERANCE = 0.01
@@ -48,25 +50,32 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
         recycled = BareLoop(trainer, copy.deepcopy(trainer.model), _recycling(trainer.args, workload))
         say("Looking for a damping at which the systems are definite")
         raise_damping(recycled)
-        loops: dict[str, PlainLoop] = {"bare loop": bare, "recycled": recycled, "baseline": baseline}
         say("Measuring the parts of an alternation")
-        of_alternation = PartsOfAlternation(bare, baseline)
-        parts = measure_parts(of_alternation, repeats=workload.repeats)
-        counts = _count_baseline(baseline, parts[0])
-        say(f"Measuring {1 + workload.repeats} alternations of {', '.join([TRAINER, *loops])}, in turn")
-        alternations = compare_alternations(trainer, loops, unit=of_alternation.forward_backward)
+        parts = measure_parts(PartsOfAlternation(bare, baseline), repeats=workload.repeats)
+        counts, arithmetic = _count_baseline(baseline, parts.costs(BASELINE_UNIT))
+        beside: dict[str, PlainLoop] = {"bare loop": bare}
+        after: dict[str, PlainLoop] = {"recycled": recycled, "baseline": baseline}
+        if device.type == "cuda":
+            # Side by side the graphs of two curvatures would be held, and workers have longer to read ahead.
+            beside, after = {}, {**beside, **after}
+        say(f"Measuring {1 + workload.repeats} alternations of {', '.join([TRAINER, *beside, *after])}, in turn")
+        unit = partial(baseline.forward_backward, next(baseline.batches(Stream.LOWER)))
+        alternations = compare_alternations(trainer, beside=beside, after=after, units={"baseline": unit})
         baseline.close()
     say("Counting waits for the device")
     synchronisations = _count_synchronisations(workload, model, device)
     report: dict[str, Any] = {
         "machine": describe_machine(device),
         "workload": vars(workload),
-        "parts": [part.summary(parts[0]) for part in parts],
+        "memory_bandwidth": parts.bandwidth,
+        "traffic_share": parts.costs().traffic_share,
+        "parts": parts.summaries(),
         "alternations": {
             name: {phase: {"median": median(times), "all": times} for phase, times in phases.items()}
             for name, phases in alternations.items()
         },
         "baseline_equivalents": counts,
+        "baseline_arithmetic": arithmetic,
         "synchronisations": synchronisations,
         "peak_bytes": memory.peak,
     }
@@ -74,6 +83,7 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
         parts,
         alternations,
         counts,
+        arithmetic,
         synchronisations,
         products=[info.iterations for info in bare.solves],
         recycled_products=[info.iterations for info in recycled.solves],
@@ -100,7 +110,8 @@ def raise_damping(loop: BareLoop) -> None:
 def _meets_negative_curvature(loop: BareLoop) -> bool:
     for alternation in range(2):
         loop.alternations = alternation
-        loop.upper_phase()
+        for _ in loop.upper_steps():
+            pass
     statuses = {info.status for info in loop.solves}
     loop.solves.clear()
     loop.alternations = 0
@@ -129,17 +140,20 @@ def _recycling(args: BiSSLTrainingArguments, workload: Workload) -> BiSSLTrainin
     return args
 
 
-def _count_baseline(baseline: Baseline, unit: Part) -> dict[str, float]:
-    """Forward-backward equivalents of the baseline's phases, by its floating-point operations."""
+def _count_baseline(baseline: Baseline, costs: CostModel) -> tuple[dict[str, float], dict[str, float]]:
+    """Forward-backward equivalents of the baseline's phases by the cost model, and by arithmetic alone."""
     (curvature_batch,) = baseline.batches(Stream.CURVATURE)
-    steps = baseline.trainer.sources
     lower, upper = next(baseline.batches(Stream.LOWER)), next(baseline.batches(Stream.UPPER))
-    flops = {
-        "lower": count_flops(lambda: baseline.lower_step(lower)) * steps[Stream.LOWER].steps_per_alternation,
-        "upper": count_flops(lambda: baseline.upper_step(curvature_batch, upper))
-        * steps[Stream.UPPER].steps_per_alternation,
+    steps = {"lower": baseline.args.lower_steps, "upper": baseline.args.upper_steps}
+    works = {
+        "lower": count_work(lambda: baseline.lower_step(lower)),
+        "upper": count_work(lambda: baseline.upper_step(curvature_batch, upper)),
     }
-    return {phase: count / unit.flops for phase, count in flops.items()}
+    counted, arithmetic = (
+        {phase: steps[phase] * count(work) for phase, work in works.items()}
+        for count in (costs.equivalents, costs.arithmetic_alone)
+    )
+    return counted, arithmetic
 
 
 def _count_synchronisations(workload: Workload, model: Any, device: torch.device) -> dict[str, int]:

@@ -5,7 +5,8 @@ import torch
 
 from bissl_hf.benchmark.measuring import (
     SynchronisationCounter,
-    count_flops,
+    Work,
+    count_work,
     interleaved_seconds,
     median_ratio,
     watched_memory,
@@ -57,8 +58,33 @@ def test_only_blocking_copies_between_devices_count():
 
 def test_operations_of_a_product_and_its_backward_pass_are_counted():
     a, b = torch.rand(3, 4, requires_grad=True), torch.rand(4, 5, requires_grad=True)
-    assert count_flops(lambda: a @ b) == 2 * 3 * 4 * 5
-    assert count_flops(lambda: (a @ b).sum().backward()) == 3 * 2 * 3 * 4 * 5
+    assert count_work(lambda: a @ b) == Work(2 * 3 * 4 * 5, 4 * (12 + 20 + 15))
+    assert count_work(lambda: (a @ b).sum().backward()).flops == 3 * 2 * 3 * 4 * 5
+
+
+X, Y, OUT = torch.rand(10, dtype=torch.float64), torch.rand(10, dtype=torch.float64), torch.empty(10).double()
+
+
+@pytest.mark.parametrize(
+    ("function", "tensors"),
+    [
+        (lambda: torch.add(X, Y), 3),
+        (lambda: torch.add(X, Y, out=OUT), 3),
+        (lambda: OUT.add_(Y), 3),
+        (lambda: torch._foreach_add([X, X], [Y, Y]), 6),
+        (lambda: torch._foreach_add_([OUT, OUT], [Y, Y]), 6),
+        (lambda: torch.cat([X, Y]), 4),
+        (lambda: torch.zeros(10, dtype=torch.float64), 1),
+        # No more than what lies in memory: two numbers for the ten of the first argument.
+        (lambda: X[:2, None].expand(2, 5) + Y.view(2, 5), 2.2),
+        # Nothing moves.
+        (lambda: X.view(2, 5).t().detach(), 0),
+        (lambda: torch.empty_like(X), 0),
+        (lambda: X[:0], 0),
+    ],
+)
+def test_traffic_is_what_operators_read_and_write(function, tensors):
+    assert count_work(function).traffic == round(tensors * 80)
 
 
 def test_functions_are_called_in_turn_and_warmups_do_not_count():

@@ -1,20 +1,24 @@
 """Measures how fast an alternation is, part by part, beside a plain baseline in the same process.
 
-    python recipes/benchmark.py [--quick | --growth] --output FILE.json
+    python recipes/benchmark.py [--quick | --growth | --memory | --trials] --output FILE.json
 
 Images per second, forward-backward equivalents, memory and waits for the device of every part; then whole alternations
-of the trainer, of a bare loop and of the baseline in turn. On a GPU the sizes are the paper's.
+of the trainer, of a bare loop and of the baseline in turn. On a GPU the sizes are the paper's. Other measurements take
+its place if asked for.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from bissl_hf.benchmark.growth import growth_rows, measure_growth
+from bissl_hf.benchmark.memory import measure_memory, memory_rows
 from bissl_hf.benchmark.report import format_report
-from bissl_hf.benchmark.run import run_benchmark
+from bissl_hf.benchmark.run import describe_machine, run_benchmark
+from bissl_hf.benchmark.trials import trial_rows, try_means
 from bissl_hf.benchmark.workload import WORKLOADS
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.outputs import format_table, open_output_dir
@@ -26,16 +30,22 @@ class BenchmarkArguments:
     """What to measure, and where to write it."""
 
     output: str = field(metadata={"help": "JSON file for all figures."})
-    quick: bool = field(
-        default=False, metadata={"help": "Small sizes: within 3 minutes on 2 idle cores. Not with --growth."}
-    )
+    quick: bool = field(default=False, metadata={"help": "Small sizes: within 3 minutes on 2 idle cores."})
     growth: bool = field(
         default=False,
         metadata={"help": "Measure how alternations grow with batch, image, width and data set instead."},
     )
+    memory: bool = field(
+        default=False,
+        metadata={"help": "Measure the memory of the curvature against its batch, in each mode, instead."},
+    )
+    trials: bool = field(
+        default=False,
+        metadata={"help": "Try means of making an alternation faster, each beside what it would replace, instead."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Measure the CPU although there is a GPU."})
     repeats: int | None = field(
-        default=None, metadata={"help": "Rounds that medians are taken of. Not with --growth."}
+        default=None, metadata={"help": "Rounds that medians are taken of; not with --growth and --memory."}
     )
 
 
@@ -47,17 +57,27 @@ def main(arguments: list[str] | None = None) -> None:
     with refusing_bad_input():
         if output.exists():
             raise ValueError(f"output {output} exists already; choose another file.")
-        if chosen.growth and (chosen.quick or chosen.repeats is not None):
-            raise ValueError("growth is a measurement of its own; leave quick and repeats out.")
+        asked = [name for name in ("quick", "growth", "memory", "trials") if getattr(chosen, name)]
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} are measurements of their own; ask for one of them.")
+        if chosen.repeats is not None and (chosen.growth or chosen.memory):
+            raise ValueError(f"repeats is {chosen.repeats}, and {asked[0]} takes no medians over so many rounds.")
         if chosen.repeats is not None:
             if chosen.repeats < 1:
                 raise ValueError(f"repeats is {chosen.repeats}; it must be at least 1.")
             workload = workload.changed(repeats=chosen.repeats)
         open_output_dir(str(output.parent), resume=True)
     logging.set_verbosity_error()
+    machine: dict[str, Any] = {"machine": describe_machine(device)}
     if chosen.growth:
-        report = measure_growth(device)
-        text = format_table(growth_rows(report))
+        growth = measure_growth(device)
+        report, text = {**machine, "growth": growth}, format_table(growth_rows(growth))
+    elif chosen.memory:
+        memory = measure_memory(device)
+        report, text = {**machine, "memory": memory}, f"MiB at most, MiB held\n\n{format_table(memory_rows(memory))}"
+    elif chosen.trials:
+        trials = try_means(device, workload=workload)
+        report, text = {**machine, "trials": trials}, format_table(trial_rows(trials))
     else:
         report = run_benchmark(workload, device)
         text = format_report(report)

@@ -172,14 +172,14 @@ class BareLoop(PlainLoop):
         self.solves.append(info)
         return solution
 
-    def curvature(self, batch: Batch) -> Curvature:
+    def curvature(self, batch: Batch, *, mode: str = "cached") -> Curvature:
         """Returns H on a batch."""
 
         def lower_loss() -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 return self.model.pure("lower")(**batch).loss
 
-        return Curvature(lower_loss, self.theta_p)
+        return Curvature(lower_loss, self.theta_p, mode=mode)
 
     def upper_steps(self) -> Iterator[None]:
         yield from super().upper_steps()
@@ -235,20 +235,29 @@ class Baseline(PlainLoop):
         return torch.autograd.grad(gradient, self.theta_p, vector)
 
     def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
-        """Conjugate gradient on  (I + H / (lambda + delta)) x = rhs, from zero."""
+        """Conjugate gradient on  (I + H / (lambda + delta)) x = rhs."""
         scale = 1.0 / (self.args.proximal_weight + self.args.damping)
-        solution = tuple(torch.zeros_like(tensor) for tensor in rhs)
-        residual = direction = rhs
-        square = dot(residual, residual)
-        for _ in range(self.args.solver_max_iterations):
-            image = add_scaled(direction, self.product(batch, direction), scale)
-            step = square / dot(direction, image)
-            solution = tuple(torch.addcmul(x, p, step) for x, p in zip(solution, direction, strict=True))
-            residual = tuple(torch.addcmul(r, q, -step) for r, q in zip(residual, image, strict=True))
-            previous, square = square, dot(residual, residual)
-            ratio = square / previous
-            direction = tuple(torch.addcmul(r, p, ratio) for r, p in zip(residual, direction, strict=True))
-        return solution
+
+        def matvec(vector: Vector) -> Vector:
+            return add_scaled(vector, self.product(batch, vector), scale)
+
+        return plain_conjugate_gradient(matvec, rhs, self.args.solver_max_iterations)
+
+
+def plain_conjugate_gradient(matvec: Callable[[Vector], Vector], rhs: Vector, iterations: int) -> Vector:
+    """Conjugate gradient from zero, as textbooks write it."""
+    solution = tuple(torch.zeros_like(tensor) for tensor in rhs)
+    residual = direction = rhs
+    square = dot(residual, residual)
+    for _ in range(iterations):
+        image = matvec(direction)
+        step = square / dot(direction, image)
+        solution = tuple(torch.addcmul(x, p, step) for x, p in zip(solution, direction, strict=True))
+        residual = tuple(torch.addcmul(r, q, -step) for r, q in zip(residual, image, strict=True))
+        previous, square = square, dot(residual, residual)
+        ratio = square / previous
+        direction = tuple(torch.addcmul(r, p, ratio) for r, p in zip(residual, direction, strict=True))
+    return solution
 
 
 class _Forever(Sampler[int]):

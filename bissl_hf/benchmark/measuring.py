@@ -1,10 +1,12 @@
 """Seconds, floating-point operations, memory and waits for the device, of any piece of code."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -221,6 +223,37 @@ class PeakMemory:
     def grown(self) -> int:
         """How far the peak lies above the start."""
         return self.peak - self.before
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """Memory that torch allocates for a call, in bytes.
+
+    Args:
+        peak (`int`): the most at one time.
+        held (`int`): what is left at the end, for the result among others.
+    """
+
+    peak: int
+    held: int
+
+
+def allocated_by(function: Callable[[], Any], device: torch.device) -> Allocated:
+    """Returns what a call allocates beyond what there was: on a CPU from a list of all allocations and releases, on a
+    GPU from its allocator's statistics."""
+    if device.type == "cuda":
+        with watched_memory(device) as memory:
+            result = function()
+        held = torch.cuda.memory_allocated(device) - memory.before
+        del result
+        return Allocated(memory.grown, held)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds tell of each start and stop on the terminal
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    running = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    del result
+    return Allocated(max([0, *running]), running[-1] if running else 0)
 
 
 @contextmanager

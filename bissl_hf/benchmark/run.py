@@ -18,7 +18,7 @@ from .costs import CostModel
 from .loops import BareLoop, Baseline, PlainLoop
 from .measuring import count_work, watched_memory
 from .parts import BASELINE_UNIT, PartsOfAlternation, measure_parts
-from .workload import Workload, build_model, build_trainer, pretrain
+from .workload import Workload, build_model, build_trainer, pretrain, to_channels_last
 
 TOLERANCE = 0.01
 # The bound on products where a solve stops at a tolerance.
@@ -45,7 +45,7 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
         trainer = build_trainer(workload, model, device, num_alternations=1 + workload.repeats)
         baseline = Baseline(trainer, copy.deepcopy(trainer.model), workers=max(1, workload.workers))
         if workload.bf16:
-            _to_channels_last(trainer.model)
+            to_channels_last(trainer.model)
         bare = BareLoop(trainer, copy.deepcopy(trainer.model))
         recycled = BareLoop(trainer, copy.deepcopy(trainer.model), _recycling(trainer.args, workload))
         say("Looking for a damping at which the systems are definite")
@@ -116,10 +116,6 @@ def _meets_negative_curvature(loop: BareLoop) -> bool:
     loop.solves.clear()
     loop.alternations = 0
     return SolveStatus.NEGATIVE_CURVATURE in statuses
-
-
-def _to_channels_last(model: Any) -> None:
-    model.to(memory_format=torch.channels_last)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

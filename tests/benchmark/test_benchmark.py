@@ -76,7 +76,11 @@ def test_the_recipe_writes_json(report, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "figures.json exists already"), (["--growth", "--quick"], "growth is a measurement of its own")],
+    [
+        ([], "figures.json exists already"),
+        (["--growth", "--quick"], "quick and growth are measurements of their own"),
+        (["--memory", "--repeats", "3"], "repeats is 3, and memory takes no medians"),
+    ],
 )
 def test_what_the_recipe_refuses(arguments, message, tmp_path, capsys):
     output = tmp_path / ("new.json" if arguments else "figures.json")
@@ -86,6 +90,20 @@ def test_what_the_recipe_refuses(arguments, message, tmp_path, capsys):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert (tmp_path / "figures.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("name", "function"), [("memory", "measure_memory"), ("trials", "try_means")])
+def test_other_measurements_take_its_place(name, function, tmp_path, monkeypatch, capsys):
+    found = {
+        "memory": [{"width": 8, "pairs": 4, "way": "cached", "peak_bytes": 3 * 2**20, "held_bytes": 2**20}],
+        "trials": [{"trial": "a faster one", "ratio": 1.5, "smallest": 1.4, "largest": 1.6, "kept": "yes"}],
+    }[name]
+    monkeypatch.setattr(benchmark, function, lambda device, **settings: found)
+    benchmark.main([f"--{name}", "--use_cpu", "--output", str(tmp_path / "figures.json")])
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written[name] == found
+    assert written["machine"]["torch"] == torch.__version__
+    assert {"memory": "3, 1", "trials": "1.50 (1.40 to 1.60)"}[name] in capsys.readouterr().out
 
 
 def test_no_rounds_are_refused(tmp_path, capsys):

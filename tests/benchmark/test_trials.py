@@ -1,0 +1,70 @@
+"""Means of making an alternation faster are tried on the same arithmetic."""
+
+import pytest
+import torch
+
+from bissl_hf.benchmark import trials
+from bissl_hf.benchmark.loops import plain_conjugate_gradient
+from bissl_hf.benchmark.trials import trial_rows, try_means
+from bissl_hf.benchmark.workload import WORKLOADS
+
+from .test_benchmark import TINY
+
+CPU = torch.device("cpu")
+FASTER = ("_compiled_lower_step", "_compiled_product")
+
+
+def bench():
+    return trials._Bench(TINY, CPU)
+
+
+def test_both_ways_of_a_trial_take_the_same_products():
+    for trial in (*trials._kept_graph(bench()), *trials._solver_in_place(bench())):
+        old, new = trial.old(), trial.new()
+        new = new[0] if isinstance(new[0], tuple) else new
+        for first, second in zip(old, new, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-6)
+
+
+def test_all_means_run_and_are_told_with_their_range(monkeypatch):
+    monkeypatch.setattr(trials, "_TRIALS", [t for t in trials._TRIALS if t.__name__ not in FASTER])
+    said = []
+    found = try_means(CPU, workload=TINY.changed(repeats=2), say=said.append)
+    assert len(said) == len(found) == 11
+    assert all(0 < trial["smallest"] <= trial["ratio"] <= trial["largest"] for trial in found)
+    assert {row["kept"] for row in trial_rows(found)} >= {"yes", "no"}
+
+
+def test_what_a_machine_cannot_run_is_told_and_the_others_go_on(monkeypatch):
+    def _broken_means(bench):
+        yield trials.Trial("never timed", lambda: None, fail, "no")
+
+    monkeypatch.setattr(trials, "_TRIALS", (_broken_means, trials._kept_graph))
+    found = try_means(CPU, workload=TINY, say=lambda text: None)
+    assert found[0] == {"trial": "broken means", "error": "no compiler"}
+    assert found[1]["ratio"] > 0
+    assert trial_rows(found)[0]["old time by new"] == "did not run: no compiler"
+
+
+def fail():
+    raise RuntimeError("no compiler\nand a long list")
+
+
+def test_textbook_conjugate_gradient_solves():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    matrix, rhs = root @ root.T + torch.eye(6), torch.randn(6, generator=generator, dtype=torch.float64)
+    (solution,) = plain_conjugate_gradient(lambda vector: (matrix @ vector[0],), (rhs,), 6)
+    torch.testing.assert_close(matrix @ solution, rhs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_compiled_ways_take_the_same_steps():
+    """Compilers for C++ take a minute each."""
+    workload = WORKLOADS["quick"].changed(width=4, lower_batch=6, upper_batch=4)
+    for build in (trials._compiled_lower_step, trials._compiled_product):
+        for trial in build(trials._Bench(workload, CPU)):
+            old, new = trial.old(), trial.new()
+            old, new = (pair[1] if isinstance(pair[1], tuple) else pair for pair in (old, new))
+            for first, second in zip(old, new, strict=True):
+                torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-4)

@@ -157,7 +157,7 @@ def _optimizers(bench: _Bench) -> Iterator[Trial]:
     apart = [{"params": [parameter]} for parameter in bench.new_loop().lower_parameters]
     yield Trial("LARS on all tensors together", lars(apart), lars(bench.new_loop().lower_parameters), "yes")
     yield Trial("SGD on all tensors together (foreach)", sgd(foreach=False), sgd(foreach=True), "as torch chooses")
-    yield Trial("SGD, fused", sgd(foreach=True), sgd(fused=True), "an argument of Trainer")
+    yield Trial("SGD, fused", sgd(foreach=True), sgd(fused=True), "an option (optim_args)")
 
 
 def _precision_and_layout(bench: _Bench) -> Iterator[Trial]:
@@ -205,7 +205,7 @@ def _compiled_product(bench: _Bench) -> Iterator[Trial]:
         with torch.no_grad():
             return compiled(detached, vector)
 
-    yield Trial("compiled product", bench.product(loop, batch), new, "no")
+    yield Trial("compiled product", bench.product(loop, batch, tuple(vector)), new, "no")
 
 
 def _images_on_the_device(bench: _Bench) -> Iterator[Trial]:

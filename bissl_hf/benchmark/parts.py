@@ -16,6 +16,7 @@ from .costs import CostModel, memory_bandwidth
 from .loops import BareLoop, Baseline
 from .measuring import SynchronisationCounter, Work, count_work, interleaved_seconds, watched_memory
 
+NO_WORK = Work(0, 0)
 UNIT = "forward and backward"
 BASELINE_UNIT = "baseline's forward and backward"
 # Parts that are not, or only for a little, made of operators on tensors.
@@ -30,7 +31,7 @@ class Part:
         name (`str`)
         images (`int`): how many one call works on; 0 where it works on weights.
         seconds (`list[float]`): of each round.
-        work (`Work`, *optional*): of a call; `None` where it is not made of operators on tensors.
+        work (`Work`): of a call; nothing where it is not made of operators on tensors.
         synchronisations (`int`): how often a call waits for the device.
         peak_bytes (`int`): largest memory in use during a call, beyond what was in use before it.
     """
@@ -38,7 +39,7 @@ class Part:
     name: str
     images: int
     seconds: list[float] = field(default_factory=list)
-    work: Work | None = None
+    work: Work = NO_WORK
     synchronisations: int = 0
     peak_bytes: int = 0
 
@@ -50,8 +51,8 @@ class Part:
             "seconds": spent,
             "images_per_second": self.images / spent if self.images else None,
             "equivalents": spent / median(unit.seconds),
-            "expected_equivalents": costs.equivalents(work) if work else None,
-            "arithmetic_alone": costs.arithmetic_alone(work) if work else None,
+            "expected_equivalents": costs.equivalents(work) if work != NO_WORK else None,
+            "arithmetic_alone": costs.arithmetic_alone(work) if work != NO_WORK else None,
             "synchronisations": self.synchronisations,
             "peak_bytes": self.peak_bytes,
             "repeats": len(self.seconds),
@@ -136,7 +137,6 @@ class MeasuredParts:
     def costs(self, unit: str = UNIT) -> CostModel:
         """Returns what work should cost in units of a part."""
         part = self[unit]
-        assert part.work is not None
         return CostModel.measured(part.work, median(part.seconds), bandwidth=self.bandwidth)
 
     def summaries(self) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ def measure_parts(of_alternation: PartsOfAlternation, *, repeats: int) -> Measur
     parts = []
     # In this order: a product needs the linearisation before it, since a lower step moves what it was made at.
     for name, (function, images) in functions.items():
-        part = Part(name, images, work=None if name in _WITHOUT_COUNT else count_work(function))
+        part = Part(name, images, work=NO_WORK if name in _WITHOUT_COUNT else count_work(function))
         with SynchronisationCounter(device) as counter:
             function()
         part.synchronisations = counter.count

@@ -11,9 +11,11 @@ import torch
 
 from ..data.alternation import Stream
 from ..linear_solve import SolveStatus
+from ..models.modeling_bissl import BiSSLModel
+from ..trainer.bissl_trainer import BiSSLTrainer
 from ..trainer.training_args import BiSSLTrainingArguments
 from .claims import Measured, make_claims
-from .comparison import TRAINER, SynchronisationWatch, compare_alternations
+from .comparison import SynchronisationWatch, Times, compare_alternations
 from .costs import CostModel
 from .loops import BareLoop, Baseline, PlainLoop
 from .measuring import count_work, watched_memory
@@ -42,25 +44,14 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
     say(f"Pre-training the lower model with SimCLR for {workload.pretrain_steps} steps")
     pretrain(model, workload, device)
     with watched_memory(device) as memory:
-        trainer = build_trainer(workload, model, device, num_alternations=1 + workload.repeats)
-        baseline = Baseline(trainer, copy.deepcopy(trainer.model), workers=max(1, workload.workers))
-        if workload.bf16:
-            to_channels_last(trainer.model)
-        bare = BareLoop(trainer, copy.deepcopy(trainer.model))
-        recycled = BareLoop(trainer, copy.deepcopy(trainer.model), _recycling(trainer.args, workload))
+        trainer, bare, recycled, baseline = _build_loops(workload, model, device)
         say("Looking for a damping at which the systems are definite")
         raise_damping(recycled)
         say("Measuring the parts of an alternation")
         parts = measure_parts(PartsOfAlternation(bare, baseline), repeats=workload.repeats)
         counts, arithmetic = _count_baseline(baseline, parts.costs(BASELINE_UNIT))
-        beside: dict[str, PlainLoop] = {"bare loop": bare}
-        after: dict[str, PlainLoop] = {"recycled": recycled, "baseline": baseline}
-        if device.type == "cuda":
-            # Side by side the graphs of two curvatures would be held, and workers have longer to read ahead.
-            beside, after = {}, {**beside, **after}
-        say(f"Measuring {1 + workload.repeats} alternations of {', '.join([TRAINER, *beside, *after])}, in turn")
-        unit = partial(baseline.forward_backward, next(baseline.batches(Stream.LOWER)))
-        alternations = compare_alternations(trainer, beside=beside, after=after, units={"baseline": unit})
+        say(f"Measuring {1 + workload.repeats} alternations of trainer, bare loop, recycled and baseline, in turn")
+        alternations = _take_turns(trainer, bare, recycled, baseline)
         baseline.close()
     say("Counting waits for the device")
     synchronisations = _count_synchronisations(workload, model, device)
@@ -93,6 +84,29 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
     )
     claims = make_claims(measured, device, products=workload.products, upper_steps=workload.upper_steps)
     return {**report, "claims": [vars(claim) for claim in claims]}
+
+
+def _build_loops(
+    workload: Workload, model: BiSSLModel, device: torch.device
+) -> tuple[BiSSLTrainer, BareLoop, BareLoop, Baseline]:
+    """Returns the trainer, a bare loop, one that recycles, and the baseline, each with a model of its own."""
+    trainer = build_trainer(workload, model, device, num_alternations=1 + workload.repeats)
+    baseline = Baseline(trainer, copy.deepcopy(trainer.model), workers=max(1, workload.workers))
+    if workload.bf16:
+        to_channels_last(trainer.model)
+    bare = BareLoop(trainer, copy.deepcopy(trainer.model))
+    recycled = BareLoop(trainer, copy.deepcopy(trainer.model), _recycling(trainer.args, workload))
+    return trainer, bare, recycled, baseline
+
+
+def _take_turns(trainer: BiSSLTrainer, bare: BareLoop, recycled: BareLoop, baseline: Baseline) -> dict[str, Times]:
+    beside: dict[str, PlainLoop] = {"bare loop": bare}
+    after: dict[str, PlainLoop] = {"recycled": recycled, "baseline": baseline}
+    if trainer.args.device.type == "cuda":
+        # Side by side the graphs of two curvatures would be held, and workers have longer to read ahead.
+        beside, after = {}, {**beside, **after}
+    unit = partial(baseline.forward_backward, next(baseline.batches(Stream.LOWER)))
+    return compare_alternations(trainer, beside=beside, after=after, units={"baseline": unit})
 
 
 def raise_damping(loop: BareLoop) -> None:

@@ -47,3 +47,10 @@ def test_memory_reads_as_a_table(found):
     rows = memory_rows(found)
     assert [(row["channels"], row["pairs"]) for row in rows] == [("8", "32"), ("8", "64")]
     assert set(rows[0]) == {"channels", "pairs", "forward and backward", "cached", "recompute", "parts of 16"}
+
+
+@pytest.mark.gpu
+def test_allocations_on_a_gpu_are_those_of_its_allocator():
+    device = torch.device("cuda", 0)
+    taken = allocated_by(lambda: torch.ones(8 * MIB, dtype=torch.uint8, device=device)[: 2 * MIB].clone(), device)
+    assert taken == Allocated(10 * MIB, 2 * MIB)

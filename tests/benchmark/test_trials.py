@@ -1,5 +1,6 @@
 """Means of making an alternation faster are tried on the same arithmetic."""
 
+import pytest
 import torch
 
 from bissl_hf.benchmark import trials
@@ -31,6 +32,19 @@ def test_all_means_run_and_are_told_with_their_range(monkeypatch):
     assert len(said) == len(found) == 11
     assert all(0 < trial["smallest"] <= trial["ratio"] <= trial["largest"] for trial in found)
     assert {row["kept"] for row in trial_rows(found)} >= {"yes", "no"}
+
+
+def test_images_on_the_device_are_read_as_a_batch_is():
+    (trial,) = trials._images_on_the_device(bench())
+    assert trial.old()["pixel_values"].shape == trial.new().shape == (6, 3, 16, 16)
+    assert trial.old()["pixel_values"].dtype == trial.new().dtype == torch.uint8
+
+
+@pytest.mark.gpu
+def test_means_that_need_a_gpu_run_there():
+    found = try_means(torch.device("cuda", 0), workload=TINY.changed(bf16=True, repeats=2), say=lambda text: None)
+    names = [trial["trial"] for trial in found if "ratio" in trial]
+    assert {"images held on the device as uint8", "views of the next batch on a side stream"} <= set(names)
 
 
 def test_what_a_machine_cannot_run_is_told_and_the_others_go_on(monkeypatch):

@@ -184,6 +184,12 @@ def main(arguments: list[str] | None = None) -> None:
         if repetition.search_trials:
             check_backend(repetition.search_backend, field="search_backend")
         tuning = build_finetuning(data, crops, start, args)
+        output, seeds = Path(args.output_dir), range(args.seed, args.seed + repetition.seeds)
+        if repetition.search_trials:
+            tuning.search_part(output / "search", repetition.space, begins=False)
+        else:
+            for seed in seeds:
+                tuning.run_part(seed_folder(output, seed), seed=seed, begins=False)
         trainer = tuning.build_trainer(push_to_hub=args.push_to_hub)
         trainer.try_loss(rows=4)
         trainer.facts = recipe_facts(
@@ -193,7 +199,6 @@ def main(arguments: list[str] | None = None) -> None:
             settings={"Data": data, "Views": crops, "Model": start},
         )
 
-    output = Path(args.output_dir)
     found, chosen = None, {}
     if repetition.search_trials:
         found = tuning.search(
@@ -204,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         chosen = found.best
     runs = {}
-    for seed in range(args.seed, args.seed + repetition.seeds):
+    for seed in seeds:
         if trainer.is_world_process_zero():
             print(f"Fine-tuning with seed {seed}")
         runs[seed] = tuning.train(seed_folder(output, seed), seed=seed, **chosen)

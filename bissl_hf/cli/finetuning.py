@@ -75,13 +75,22 @@ class FineTuning:
             compute_metrics=classification_metrics(self.images.problem_type, num_labels=len(self.images.class_names)),
         )
 
-    def search(self, folder: Path, space: SearchSpace, *, num_trials: int, backend: str = "optuna") -> SearchResult:
-        """Chooses learning rate and weight decay on the validation split. What an earlier call has tried in the same
-        folder is not tried again."""
+    def search_part(self, folder: Path, space: SearchSpace, *, begins: bool = True) -> Part:
+        """Returns the search of a folder; raises a `ValueError` if other settings have left something there."""
         settings = {**self._settings(self.args), "metric": self.metric}
         for name, values in vars(space).items():
             settings[name] = list(values)
-        Part(folder, settings, writes=self._writes)
+        return Part(folder, settings, writes=self._writes, begins=begins)
+
+    def run_part(self, folder: Path, *, begins: bool = True, **changes: Any) -> Part:
+        """Returns the run of a folder likewise; for `changes` see [`train`]."""
+        args = with_changes(self.args, **changes, output_dir=str(folder))
+        return Part(folder, self._settings(args), writes=self._writes, begins=begins)
+
+    def search(self, folder: Path, space: SearchSpace, *, num_trials: int, backend: str = "optuna") -> SearchResult:
+        """Chooses learning rate and weight decay on the validation split. What an earlier call has tried in the same
+        folder is not tried again."""
+        self.search_part(folder, space)
         trainer = self.build_trainer(
             eval_strategy="no", save_strategy="no", disable_tqdm=True, output_dir=str(folder.absolute())
         )
@@ -97,8 +106,7 @@ class FineTuning:
         Returns:
             `dict`: validation metrics (`eval_*`), `train_loss`, `train_seconds`, `log_history`.
         """
-        args = with_changes(self.args, **changes, output_dir=str(folder))
-        part = Part(folder, self._settings(args), writes=self._writes)
+        part = self.run_part(folder, **changes)
         if part.result is not None:
             return part.result
         trainer = self.build_trainer(**changes, output_dir=str(folder))

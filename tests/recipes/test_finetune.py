@@ -125,6 +125,31 @@ def test_an_interrupted_run_goes_on_and_finished_seeds_are_not_run_again(
     assert times[0][0] == times[1][0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {**SEARCHED, "num_train_epochs": 2},
+            r"search was begun with other settings: num_train_epochs was 3.0 and is 2",
+        ),
+        ({"learning_rate": 0.7}, r"seed-5 was begun with other settings: learning_rate was [\d.]+ and is 0.7"),
+    ],
+)
+def test_other_settings_than_those_of_finished_parts_are_refused_before_training(
+    finished: tuple[Path, str],
+    images: Path,
+    models: Path,
+    changes: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, _ = finished
+    monkeypatch.setattr(finetune.FineTuneTrainer, "train", None)
+    given = settings(images, models / "simclr", output, resume_from_checkpoint=True, **changes)
+    assert re.search(message, runs.refusal(capsys, finetune.main, given))
+
+
 @pytest.mark.parametrize("kind", ["simclr", "classifier", "backbone", "bilevel"])
 def test_every_kind_of_checkpoint_is_taken_with_its_weights(
     kind: str, images: Path, models: Path, tmp_path: Path

@@ -122,7 +122,7 @@ def _kept_graph(bench: _Bench) -> Iterator[Trial]:
     baseline = Baseline(bench.trainer, copy.deepcopy(bench.trainer.model), workers=0)
     batch = bench.batch()
     vector = bench.vector(baseline.theta_p)
-    new = bench.product(bench.loop, batch, vector)
+    new = bench.product(bench.new_loop(), batch, vector)
     yield Trial("product on the kept graph", partial(baseline.product, batch, vector), new, "yes")
 
 
@@ -183,7 +183,7 @@ def _compiled_lower_step(bench: _Bench) -> Iterator[Trial]:
 
 def _compiled_product(bench: _Bench) -> Iterator[Trial]:
     """Both derivatives traced into one function of parameters and vector, which is compiled."""
-    batch, loop = bench.batch(), bench.loop
+    batch, loop = bench.batch(), bench.new_loop()
     names = [name for name, _ in loop.model.lower.base_model.named_parameters()]
     prefix = loop.model.lower.base_model_prefix
     buffers = dict(loop.model.lower.named_buffers())

@@ -105,7 +105,7 @@ def mutate(monkeypatch, owner, name: str, old: str, new: str, sources: dict) -> 
     monkeypatch.setattr(owner, name, mutant)
     if inspect.ismodule(owner):
         for module in list(sys.modules.values()):
-            if getattr(module, name, None) is function:
+            if vars(module).get(name) is function:  # `getattr` would have lazy modules import more
                 monkeypatch.setattr(module, name, mutant)
 
 

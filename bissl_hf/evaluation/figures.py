@@ -157,7 +157,8 @@ def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, u
         for number, (name, points) in enumerate(series):
             values, low, high = np.array(points, dtype=float).T
             places = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * min(0.2, 0.7 / len(series))
-            axes.errorbar(places, values, yerr=[values - low, high - values], fmt="o", capsize=4, label=name)
+            around = [(values - low).tolist(), (high - values).tolist()]
+            axes.errorbar(places, values, yerr=around, fmt="o", capsize=4, label=name)
         axes.set_title(title, fontsize=11)
         axes.set_xticks(range(len(groups)), groups)
         axes.set_xlim(-0.5, len(groups) - 0.5)

@@ -377,7 +377,7 @@ def test_a_run_leaves_its_files(finished: tuple[Path, str]) -> None:
     assert [name for name in names if name.startswith(".")] == []
     for figure in ("training.png", "tsne.png"):
         with Image.open(output / "figures" / figure) as image:
-            assert len(set(image.convert("RGB").resize((200, 80)).get_flattened_data())) > 20
+            assert len(image.convert("RGB").resize((200, 80)).getcolors(200 * 80)) > 20
     results = json.loads((output / "all_results.json").read_text())
     assert [row["lower/loss"] > 0 for row in results["log_history"] if "lower/loss" in row] == [True, True]
     rows = [line for line in printed.splitlines() if line.startswith("aligned model, after BiSSL")]
@@ -385,7 +385,7 @@ def test_a_run_leaves_its_files(finished: tuple[Path, str]) -> None:
     assert [row.split()[-3:] for row in rows] == [[accuracy, "%", loss]]
     (estimated,) = re.findall(r"Estimated pull of the upper level on the lower one: (\S+) over the run", printed)
     (*_, pull) = [row["levels/pull"] for row in results["log_history"] if "levels/pull" in row]
-    assert 0.5 * pull < float(estimated) < 2 * pull
+    assert pull / 3 < float(estimated) < 3 * pull
 
 
 def test_the_model_card_says_what_the_run_has_shown(finished: tuple[Path, str], images: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, default_data_collator
 from transformers.utils.logging import disable_progress_bar
 
 from bissl_hf import BiSSLConfig, BiSSLModel
+from bissl_hf.checkpoints import write_json
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.images import DataArguments, LabelledImages, decode_labelled, load_labelled
 from bissl_hf.cli.loading import load_config, loading
@@ -29,9 +30,8 @@ from bissl_hf.evaluation.analysis import FeatureReport, Labelled, cka_matrix, re
 from bissl_hf.evaluation.features import extract_features, tsne_layout, with_one_class
 from bissl_hf.evaluation.figures import plot_layouts, plot_similarity
 from bissl_hf.evaluation.metrics import MULTI_LABEL
+from bissl_hf.models.backbone import load_backbone
 from bissl_hf.models.batch_norm import recalibrate_batch_norm
-from bissl_hf.models.modeling_simclr import load_backbone
-from bissl_hf.trainer.checkpoints import write_json
 
 
 @dataclass

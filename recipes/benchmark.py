@@ -1,6 +1,6 @@
 """Measures how fast an alternation is, part by part, beside a plain baseline in the same process.
 
-    python recipes/benchmark.py [--quick | --growth | --memory | --trials] --output FILE.json
+    python recipes/benchmark.py [--quick | --growth | --memory] --output FILE.json
 
 Images per second, forward-backward equivalents, memory and waits for the device of every part; then whole alternations
 of the trainer, of a bare loop and of the baseline in turn. On a GPU the sizes are the paper's. Other measurements take
@@ -18,11 +18,10 @@ from bissl_hf.benchmark.growth import growth_rows, measure_growth
 from bissl_hf.benchmark.memory import measure_memory, memory_rows
 from bissl_hf.benchmark.report import format_report
 from bissl_hf.benchmark.run import describe_machine, run_benchmark
-from bissl_hf.benchmark.trials import trial_rows, try_means
 from bissl_hf.benchmark.workload import WORKLOADS
+from bissl_hf.checkpoints import write_json
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.outputs import format_table, open_output_dir
-from bissl_hf.trainer.checkpoints import write_json
 
 
 @dataclass
@@ -39,10 +38,6 @@ class BenchmarkArguments:
         default=False,
         metadata={"help": "Measure the memory of the curvature against its batch, in each mode, instead."},
     )
-    trials: bool = field(
-        default=False,
-        metadata={"help": "Try means of making an alternation faster, each beside what it would replace, instead."},
-    )
     use_cpu: bool = field(default=False, metadata={"help": "Measure the CPU although there is a GPU."})
     repeats: int | None = field(
         default=None, metadata={"help": "Rounds that medians are taken of; not with --growth and --memory."}
@@ -57,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     with refusing_bad_input():
         if output.exists():
             raise ValueError(f"output {output} exists already; choose another file.")
-        asked = [name for name in ("quick", "growth", "memory", "trials") if getattr(chosen, name)]
+        asked = [name for name in ("quick", "growth", "memory") if getattr(chosen, name)]
         if len(asked) > 1:
             raise ValueError(f"{' and '.join(asked)} are measurements of their own; ask for one of them.")
         if chosen.repeats is not None and (chosen.growth or chosen.memory):
@@ -75,9 +70,6 @@ def main(arguments: list[str] | None = None) -> None:
     elif chosen.memory:
         memory = measure_memory(device)
         report, text = {**machine, "memory": memory}, f"MiB at most, MiB held\n\n{format_table(memory_rows(memory))}"
-    elif chosen.trials:
-        trials = try_means(device, workload=workload)
-        report, text = {**machine, "trials": trials}, format_table(trial_rows(trials))
     else:
         report = run_benchmark(workload, device)
         text = format_report(report)

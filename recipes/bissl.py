@@ -19,14 +19,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from bissl_hf import (
-    BiSSLModel,
-    BiSSLTrainer,
-    BiSSLTrainingArguments,
-    SimCLRForPreTraining,
-    load_image_dataset,
-)
-from bissl_hf.benchmark.plan import MEASURED_ALTERNATIONS, format_plan, make_plan
+from bissl_hf import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments, SimCLRForPreTraining, load_image_dataset
+from bissl_hf.cards.facts import ModelFacts
+from bissl_hf.cards.tables import Evaluation, metrics_of
+from bissl_hf.checkpoints import write_json
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.card import CardArguments, recipe_facts
 from bissl_hf.cli.images import (
@@ -44,6 +40,7 @@ from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load
 from bissl_hf.cli.outputs import RESULTS_NAME, format_table, name_metrics, open_run
 from bissl_hf.cli.pairs import check_pairs
 from bissl_hf.cli.parts import SETTINGS_NAME, Part
+from bissl_hf.cli.plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from bissl_hf.cli.pretraining import FINISHED_NAME, pretrain
 from bissl_hf.data.alternation import StepKey, Stream
 from bissl_hf.data.augment import EvalTransform, image_processor
@@ -51,10 +48,7 @@ from bissl_hf.data.decoded import DecodedImages
 from bissl_hf.evaluation.features import extract_features, tsne_layout, with_one_class
 from bissl_hf.evaluation.figures import plot_layouts, plot_run
 from bissl_hf.evaluation.metrics import classification_metrics
-from bissl_hf.trainer.checkpoints import write_json
-from bissl_hf.trainer.model_card.facts import ModelFacts
-from bissl_hf.trainer.model_card.tables import Evaluation, metrics_of
-from bissl_hf.trainer.optimizer import resolve_optimizer
+from bissl_hf.optim.optimizers import resolve_optimizer
 from bissl_hf.trainer.pretext_trainer import PretextTrainer
 from bissl_hf.trainer.training_args import PretextTrainingArguments
 

@@ -19,6 +19,9 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from bissl_hf import SimCLRForPreTraining
+from bissl_hf.cards.card import build_converted_card
+from bissl_hf.cards.facts import ModelFacts, check_license
+from bissl_hf.cards.writing import write_model_card
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.card import CardArguments
 from bissl_hf.cli.conversion import (
@@ -31,13 +34,10 @@ from bissl_hf.cli.conversion import (
     with_plain_names,
 )
 from bissl_hf.cli.outputs import format_table
+from bissl_hf.hub.folder import lay_out, outputs_of_run
+from bissl_hf.hub.process import UploadJob
+from bissl_hf.hub.push_queue import PushQueue
 from bissl_hf.models.saving import save_model
-from bissl_hf.trainer.hub_folder import lay_out, outputs_of_run
-from bissl_hf.trainer.hub_process import UploadJob
-from bissl_hf.trainer.model_card.card import build_converted_card
-from bissl_hf.trainer.model_card.facts import ModelFacts, check_license
-from bissl_hf.trainer.model_card.writing import write_model_card
-from bissl_hf.trainer.push_queue import PushQueue
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 

@@ -14,6 +14,8 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.logging import disable_progress_bar
 
+from bissl_hf.cards.tables import Evaluation, metrics_of
+from bissl_hf.checkpoints import write_json
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.card import CardArguments, recipe_facts
 from bissl_hf.cli.finetuning import FineTuning, summarise
@@ -24,9 +26,7 @@ from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_run
 from bissl_hf.data.augment import image_processor
 from bissl_hf.evaluation.figures import plot_curves, plot_search
 from bissl_hf.models.saving import save_model
-from bissl_hf.trainer.checkpoints import write_json
 from bissl_hf.trainer.finetune_trainer import FineTuneTrainer
-from bissl_hf.trainer.model_card.tables import Evaluation, metrics_of
 from bissl_hf.trainer.search import SearchResult, SearchSpace, check_backend
 from bissl_hf.trainer.training_args import FineTuningArguments, with_changes
 

@@ -16,6 +16,7 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from bissl_hf import load_image_dataset
+from bissl_hf.checkpoints import write_json
 from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
 from bissl_hf.cli.card import CardArguments, recipe_facts
 from bissl_hf.cli.images import (
@@ -33,7 +34,6 @@ from bissl_hf.cli.outputs import RESULTS_NAME, format_table, open_run
 from bissl_hf.cli.pairs import check_pairs
 from bissl_hf.data.augment import EvalTransform, image_processor
 from bissl_hf.evaluation.figures import plot_curves
-from bissl_hf.trainer.checkpoints import write_json
 from bissl_hf.trainer.knn_check import KnnCheck
 from bissl_hf.trainer.pretext_trainer import PretextTrainer
 from bissl_hf.trainer.training_args import PretextTrainingArguments

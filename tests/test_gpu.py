@@ -19,12 +19,12 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import bissl_hf.trainer.level_curvature as level_curvature
 from bissl_hf import BiSSLModel, BiSSLTrainer, SimCLRConfig, SimCLRForPreTraining
+from bissl_hf.bilevel.curvature_memory import extrapolate_bytes, peak_growth
 from bissl_hf.data.alternation import StepKey, Stream
-from bissl_hf.trainer.curvature_memory import extrapolate_bytes, peak_growth
 
 from .conftest import NUM_LABELS, tiny_model, vit_model
+from .optim.test_precision import layer_norm_trainer, on_each_device
 from .trainer.test_bissl_trainer import all_equal, make_args, make_trainer
-from .trainer.test_precision import layer_norm_trainer, on_each_device
 
 CACHED = {"lower_micro_batch_size": 3, "lower_gradient_cache": True, "upper_micro_batch_size": 2}
 

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from bissl_hf import load_image_dataset
-from bissl_hf.trainer.hub_process import httpx
+from bissl_hf.hub.process import httpx
 
 from .conftest import tiny_resnet_config
 from .hub_stand_in import OTHER_TOKEN, READ_ONLY_TOKEN, TOKEN, HubStandIn

@@ -5,7 +5,7 @@ from statistics import median
 
 import torch
 
-from ..linear_solve import SolveStatus
+from ..bilevel.linear_solve import SolveStatus
 from .comparison import TRAINER, steps_of
 from .loops import PHASES
 from .measuring import median_ratio

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from ..bilevel.curvature import Curvature
+from ..bilevel.hypergradient import implicit_gradient
+from ..bilevel.linear_solve import SolveInfo
+from ..bilevel.recycling import Directions
 from ..data.alternation import StepKey, Stream
-from ..hypergradient import Curvature, implicit_gradient
-from ..linear_solve import SolveInfo
 from ..models.modeling_bissl import BiSSLModel
-from ..recycling import Directions
+from ..optim.optimizers import LARS
 from ..tensors import Vector, add_scaled, dot, fill_missing, subtract
 from ..trainer.bissl_trainer import BiSSLTrainer
-from ..trainer.optimizer import LARS
 from ..trainer.training_args import BiSSLTrainingArguments
 from .pillow_views import PillowViews
 from .workload import SMALL_RATE
@@ -104,7 +105,9 @@ class PlainLoop(ABC):
 
     def upper_step(self, curvature_batch: Batch, batch: Batch) -> None:
         """One step along the hypergradient."""
-        loss, at_theta_p = self.gradient(self.model.pure("aligned"), batch, (*self.theta_p, *self.phi_d))
+        loss, at_theta_p = self.gradient(
+            self.model.without_side_effects("aligned"), batch, (*self.theta_p, *self.phi_d)
+        )
         _, at_theta_d = self.gradient(self.model.upper, batch, self.upper_parameters)
         shared = len(self.theta_p)
         solution = self.implicit_gradient(curvature_batch, at_theta_p[:shared])
@@ -152,7 +155,7 @@ class BareLoop(PlainLoop):
 
     def views(self, inputs: Batch, key: StepKey) -> Batch:
         """Moves a batch to the device and makes its views there."""
-        upper = key.level == Stream.UPPER
+        upper = key.stream == Stream.UPPER
         transform = self.trainer.train_transform if upper else self.trainer.lower_transform
         return self.trainer.move_and_transform(inputs, key, transform)
 
@@ -177,7 +180,7 @@ class BareLoop(PlainLoop):
 
         def lower_loss() -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-                return self.model.pure("lower")(**batch).loss
+                return self.model.without_side_effects("lower")(**batch).loss
 
         return Curvature(lower_loss, self.theta_p, mode=mode)
 
@@ -230,7 +233,7 @@ class Baseline(PlainLoop):
 
     def product(self, batch: Batch, vector: Vector) -> Vector:
         """H times a vector, from a new graph."""
-        loss = self.model.pure("lower")(**batch).loss
+        loss = self.model.without_side_effects("lower")(**batch).loss
         gradient = torch.autograd.grad(loss, self.theta_p, create_graph=True)
         return torch.autograd.grad(gradient, self.theta_p, vector)
 

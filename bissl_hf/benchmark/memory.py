@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gradient_cache import EmbeddingCurvature
-from ..hypergradient import CURVATURE_MODES, Curvature
-from ..trainer.batches import split_rows
+from ..bilevel.curvature import CURVATURE_MODES, Curvature
+from ..bilevel.gradient_cache import EmbeddingCurvature
+from ..data.batches import split_rows
 from .loops import BareLoop, Batch
 from .measuring import Allocated, allocated_by
 from .workload import WORKLOADS, Workload, build_model, build_trainer, to_channels_last
@@ -86,7 +86,7 @@ def _in_parts(loop: BareLoop, batch: Batch) -> EmbeddingCurvature:
             return function(*args, **kwargs)
 
     def embed(part: Batch) -> Tensor:
-        return in_precision(loop.model.pure("lower"), **part, return_loss=False).embeddings.float()
+        return in_precision(loop.model.without_side_effects("lower"), **part, return_loss=False).embeddings.float()
 
     parts = [partial(embed, part) for part, _ in split_rows(batch, PART_ROWS)]
     return EmbeddingCurvature(parts, partial(in_precision, model.loss_from_embeddings), loop.theta_p)

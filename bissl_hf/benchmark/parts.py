@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from ..bilevel.curvature import Curvature
 from ..data.alternation import StepKey, Stream
-from ..hypergradient import Curvature
 from ..tensors import add_scaled
 from .costs import CostModel, memory_bandwidth
 from .loops import BareLoop, Baseline
@@ -83,7 +83,7 @@ class PartsOfAlternation:
     def upper_gradients(self) -> Any:
         """Gradients of the downstream loss at theta_P and at theta_D."""
         loop, batch = self.loop, self.batches[Stream.UPPER]
-        _, aligned = loop.gradient(loop.model.pure("aligned"), batch, (*loop.theta_p, *loop.phi_d))
+        _, aligned = loop.gradient(loop.model.without_side_effects("aligned"), batch, (*loop.theta_p, *loop.phi_d))
         _, direct = loop.gradient(loop.model.upper, batch, loop.upper_parameters)
         return add_scaled(aligned, direct, loop.args.direct_weight)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..bilevel.linear_solve import SolveStatus
 from ..data.alternation import Stream
-from ..linear_solve import SolveStatus
 from ..models.modeling_bissl import BiSSLModel
 from ..trainer.bissl_trainer import BiSSLTrainer
 from ..trainer.training_args import BiSSLTrainingArguments

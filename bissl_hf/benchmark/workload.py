@@ -11,7 +11,8 @@ from transformers import PrinterCallback, ResNetConfig, ResNetForImageClassifica
 
 from ..data.augment import EvalTransform, TrainTransform, TwoViewTransform
 from ..data.decoded import DecodedImages
-from ..models.configuration_simclr import SimCLRConfig, resnet18_config
+from ..models.configuration_backbone import resnet18_config
+from ..models.configuration_simclr import SimCLRConfig
 from ..models.modeling_bissl import BiSSLModel
 from ..models.modeling_simclr import SimCLRForPreTraining
 from ..trainer.bissl_trainer import BiSSLTrainer

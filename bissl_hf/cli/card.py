@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..cards.facts import LICENSES, ModelFacts, check_license
+from ..cards.writing import CARD_NAME
 from ..data.naming import hub_repository
-from ..trainer.model_card.facts import LICENSES, ModelFacts, check_license
-from ..trainer.model_card.writing import CARD_NAME
 
 logger = logging.getLogger(__name__)
 

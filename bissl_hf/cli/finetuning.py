@@ -10,9 +10,9 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from ..checkpoints import find_last_checkpoint
 from ..data.augment import EvalTransform, TrainTransform, image_processor
 from ..evaluation.metrics import MAIN_METRIC, classification_metrics
-from ..trainer.checkpoints import find_last_checkpoint
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, search
 from ..trainer.training_args import FineTuningArguments, with_changes

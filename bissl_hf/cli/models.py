@@ -8,10 +8,12 @@ from typing import Any
 from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
 from ..evaluation.metrics import SINGLE_LABEL
+from ..models.backbone import load_backbone
+from ..models.configuration_backbone import resnet18_config
 from ..models.configuration_bissl import BiSSLConfig
-from ..models.configuration_simclr import SimCLRConfig, resnet18_config
+from ..models.configuration_simclr import SimCLRConfig
 from ..models.modeling_bissl import BiSSLModel
-from ..models.modeling_simclr import SimCLRForPreTraining, load_backbone
+from ..models.modeling_simclr import SimCLRForPreTraining
 from .loading import load_config, loading
 
 

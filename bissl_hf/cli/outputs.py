@@ -10,8 +10,8 @@ from accelerate.state import PartialState
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
-from ..trainer.checkpoints import find_defect, find_last_checkpoint, list_checkpoints
-from ..trainer.hub_folder import fetch_last_checkpoint
+from ..checkpoints import find_defect, find_last_checkpoint, list_checkpoints
+from ..hub.folder import fetch_last_checkpoint
 
 RESUME_FROM_HUB = "hub"
 RESULTS_NAME = "all_results.json"

@@ -1,9 +1,9 @@
 """Batches of a task that compares images with each other."""
 
-from ..trainer.training_args import BiSSLTrainingArguments, KeyedTrainingArguments
+from ..trainer.training_args import BiSSLTrainingArguments, ResumableTrainingArguments
 
 
-def check_pairs(args: KeyedTrainingArguments) -> None:
+def check_pairs(args: ResumableTrainingArguments) -> None:
     """SimCLR compares images, so no part of a pretext batch may hold a single one.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..trainer.checkpoints import list_checkpoints, write_json
+from ..checkpoints import list_checkpoints, write_json
 
 SETTINGS_NAME = "settings.json"
 RESULT_NAME = "result.json"

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from ..checkpoints import STAGING_FOLDER, find_last_checkpoint, publish
 from ..models.modeling_simclr import SimCLRForPreTraining
-from ..trainer.checkpoints import STAGING_FOLDER, find_last_checkpoint, publish
 from ..trainer.pretext_trainer import PretextTrainer
 
 FINISHED_NAME = "model"

@@ -1,7 +1,7 @@
 """Which examples are read at which step, and with which random numbers: pure functions of a key.
 
-A key is `(seed, level, alternation, step, rank)`. Nothing here remembers anything between two calls, so a run that was
-interrupted reads on exactly as if it had not been.
+A key is `(seed, stream, alternation, step, rank)`. Nothing here remembers anything between two calls, so a run that
+was interrupted reads on exactly as if it had not been.
 """
 
 import random
@@ -20,7 +20,7 @@ Collator = Callable[[list[Any]], dict[str, Any]]
 
 
 class Stream(IntEnum):
-    """The independent sequences of batches of a run; the `level` of a key."""
+    """The independent sequences of batches of a run; the `stream` of a key."""
 
     LOWER = 0
     UPPER = 1
@@ -38,7 +38,7 @@ class StepKey(NamedTuple):
     """Names one batch of one process."""
 
     seed: int
-    level: int
+    stream: int
     alternation: int
     step: int
     rank: int
@@ -82,18 +82,18 @@ def keyed_random_state(key: Sequence[int]) -> Iterator[None]:
 
 
 @lru_cache(maxsize=8)
-def _permutation(num_examples: int, seed: int, level: int, epoch: int) -> np.ndarray:
-    permutation = np.random.default_rng([seed, level, epoch]).permutation(num_examples)
+def _permutation(num_examples: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    permutation = np.random.default_rng([seed, stream, epoch]).permutation(num_examples)
     permutation.setflags(write=False)
     return permutation
 
 
 def batch_indices(
-    num_examples: int, batch_size: int, position: int, *, seed: int, level: int, drop_last: bool = True
+    num_examples: int, batch_size: int, position: int, *, seed: int, stream: int, drop_last: bool = True
 ) -> np.ndarray:
     """Returns the rows of the batch at a position of a stream.
 
-    A stream runs through one permutation of the data after another; each is drawn from (seed, level, epoch). The rows
+    A stream runs through one permutation of the data after another; each is drawn from (seed, stream, epoch). The rows
     left over at the end of an epoch are skipped, so that no batch holds an example twice.
 
     Args:
@@ -101,7 +101,7 @@ def batch_indices(
         batch_size (`int`): global batch size, at most `num_examples`.
         position (`int`): number of batches of this stream before this one.
         seed (`int`): seed of the run.
-        level (`int`): which stream.
+        stream (`int`): which stream.
         drop_last (`bool`, *optional*, defaults to `True`): whether to skip the left-over rows; otherwise they make a
             smaller last batch.
 
@@ -115,7 +115,7 @@ def batch_indices(
         raise ValueError(f"The batch size is {batch_size}; it must be between 1 and the {num_examples} examples.")
     batches = num_examples // batch_size if drop_last else -(-num_examples // batch_size)
     epoch, place = divmod(position, batches)
-    return _permutation(num_examples, seed, level, epoch)[place * batch_size : (place + 1) * batch_size]
+    return _permutation(num_examples, seed, stream, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
 def read_rows(dataset: Any, indices: Iterable[int]) -> list[Any]:
@@ -157,7 +157,7 @@ class KeyedSource:
     def read(self, key: StepKey) -> dict[str, Any]:
         """Returns this process's part of the batch that `key` names."""
         position = key.alternation * self.steps_per_alternation + key.step
-        indices = batch_indices(len(self.dataset), self.batch_size, position, seed=key.seed, level=key.level)
+        indices = batch_indices(len(self.dataset), self.batch_size, position, seed=key.seed, stream=key.stream)
         share = self.batch_size // self.world_size
         mine = indices[key.rank * share : (key.rank + 1) * share]
         # A row or a collator may draw random numbers, as the masks of a language model are.
@@ -176,7 +176,7 @@ class KeyedDataset(Dataset):
         return self._num_examples
 
     def __getitem__(self, key: StepKey) -> dict[str, Any]:
-        return {"key": key, "inputs": self.sources[Stream(key.level)].read(key)}
+        return {"key": key, "inputs": self.sources[Stream(key.stream)].read(key)}
 
 
 class AlternationSampler(Sampler[list[StepKey]]):
@@ -202,9 +202,9 @@ class AlternationSampler(Sampler[list[StepKey]]):
         return sum(steps for _, steps in self.phases)
 
     def __iter__(self) -> Iterator[list[StepKey]]:
-        for level, steps in self.phases:
+        for stream, steps in self.phases:
             for step in range(steps):
-                yield [StepKey(self.seed, int(level), self.alternation, step, self.rank)]
+                yield [StepKey(self.seed, int(stream), self.alternation, step, self.rank)]
 
 
 class AlternatingDataLoader(DataLoader):

@@ -8,7 +8,7 @@ import torch
 from sklearn.manifold import TSNE
 from torch import nn
 
-from ..models.modeling_simclr import pool_features
+from ..models.backbone import pool_features
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
-from .configuration_simclr import as_config
+from .configuration_backbone import as_config
 
 
 class BiSSLConfig(PretrainedConfig):

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from .auto import resolve_class
 from .batch_norm import has_batch_norm, recalibrate_batch_norm
 from .configuration_bissl import BiSSLConfig
 from .saving import save_model
@@ -192,9 +192,9 @@ class BiSSLModel(PreTrainedModel):
         """
         if level not in LEVELS:
             raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}.")
-        return self.pure("aligned")(**inputs) if level == "aligned" else getattr(self, level)(**inputs)
+        return self.without_side_effects("aligned")(**inputs) if level == "aligned" else getattr(self, level)(**inputs)
 
-    def pure(self, level: str) -> Callable[..., Any]:
+    def without_side_effects(self, level: str) -> Callable[..., Any]:
         """Returns a level's forward pass without side effects: buffers (running statistics) are copied for each call.
         Gradients reach the parameters themselves: theta_P and phi_D for `"aligned"`.
 
@@ -267,21 +267,6 @@ class BiSSLModel(PreTrainedModel):
         model.eval()
         save_model(model, directory, processing_class)
         return model
-
-
-def resolve_class(name: str | None) -> type[PreTrainedModel]:
-    """Returns the model class of this name in `transformers` or `bissl_hf`; nowhere else is looked.
-
-    Raises:
-        `ValueError`: if there is none.
-    """
-    import bissl_hf
-
-    for package in (bissl_hf, transformers):
-        found = getattr(package, name, None) if name else None
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    raise ValueError(f"{name!r} is no model class of transformers or bissl_hf; the classes of both levels must be.")
 
 
 def base_prefix(model: PreTrainedModel) -> str:

@@ -12,14 +12,15 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from ..cli.arguments import close_matches
 from ..cli.images import ViewArguments
 from ..cli.pairs import check_pairs
-from ..models.configuration_simclr import SimCLRConfig, as_config, resnet18_config
+from ..models.configuration_backbone import as_config, resnet18_config
+from ..models.configuration_simclr import SimCLRConfig
 from ..trainer.search import SearchSpace, check_backend
 from ..trainer.training_args import (
     BiSSLTrainingArguments,
     FineTuningArguments,
     JointTrainingArguments,
-    KeyedTrainingArguments,
     PretextTrainingArguments,
+    ResumableTrainingArguments,
 )
 from .fields import as_field
 
@@ -39,7 +40,7 @@ _INCIDENTAL = (
     *("save_strategy", "save_steps", "save_total_limit", "logging_strategy", "logging_steps", "report_to"),
     *("disable_tqdm", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"),
 )
-ArgumentsType = TypeVar("ArgumentsType", bound=KeyedTrainingArguments)
+ArgumentsType = TypeVar("ArgumentsType", bound=ResumableTrainingArguments)
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,9 @@ def folder_name(dataset: str) -> str:
     return dataset.strip("/.").replace("/", "--")
 
 
-def _checked_fields(kind: type[KeyedTrainingArguments], origin: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_fields(
+    kind: type[ResumableTrainingArguments], origin: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns the fields of training arguments that a user may set, each of its own type."""
     own = _SET_BY_STUDY if kind is FineTuningArguments else (*_SET_BY_STUDY, "max_steps", "num_train_epochs")
     known = [known.name for known in fields(kind) if known.init]
@@ -309,7 +312,7 @@ class Plan:
             BiSSLTrainingArguments, f"arm {arm.name}" if arm else "bissl", settings, folder, seed, eval_strategy="no"
         )
 
-    def arm_arguments(self, folder: str, seed: int, arm: Arm, steps: int) -> KeyedTrainingArguments:
+    def arm_arguments(self, folder: str, seed: int, arm: Arm, steps: int) -> ResumableTrainingArguments:
         """Returns the arguments of an arm that takes so many pretext steps after the common ones; BiSSL knows how many
         by itself."""
         if arm.kind == "bissl":

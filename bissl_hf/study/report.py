@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import write_json, write_text
 from ..cli.outputs import format_table
 from ..evaluation.figures import Panel, plot_differences
-from ..trainer.checkpoints import write_json, write_text
 from .plan import Arm, Plan
 from .sensitivity import points, sensitivity_panels
 from .statistics import CONFIDENCE, compare

@@ -11,6 +11,7 @@ import numpy as np
 from accelerate.state import PartialState
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
+from ..checkpoints import find_last_checkpoint
 from ..cli.finetuning import FineTuning
 from ..cli.images import LabelledImages, build_train_transform, build_view_transform
 from ..cli.models import StartArguments, classifier_builder, new_classifier
@@ -21,7 +22,6 @@ from ..models.modeling_bissl import BiSSLModel
 from ..models.modeling_simclr import SimCLRForPreTraining
 from ..models.saving import save_model
 from ..trainer.bissl_trainer import BiSSLTrainer
-from ..trainer.checkpoints import find_last_checkpoint
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments

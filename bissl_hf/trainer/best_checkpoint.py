@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .checkpoints import find_defect
+from ..checkpoints import find_defect
 
 
 def check_best_checkpoint(checkpoint: Path, best: str | None) -> None:

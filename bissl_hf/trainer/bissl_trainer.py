@@ -16,19 +16,20 @@ from transformers import TrainerCallback, default_data_collator
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
+from ..bilevel.recycling import Directions
+from ..cards.text import Description, describe_aligned
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
+from ..data.streams import level_sources
 from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.modeling_bissl import BiSSLModel
-from ..recycling import Directions
+from ..optim.optimizers import build_optimizer
+from ..optim.pull import Pull, clip_factor, has_step_length, warn_about_pull
+from ..optim.schedule import Schedule, level_schedule
+from ..optim.two_level import TwoLevelOptimizer, two_level_scheduler
 from ..tensors import Vector, fill_missing, norm, subtract
-from .keyed_trainer import Transform
-from .level_data import level_sources
 from .level_steps import LevelSteps
-from .model_card.text import Description, describe_aligned
-from .optimizer import TwoLevelOptimizer, build_optimizer, clip_factor, has_step_length
-from .pull import Pull, warn_about_pull
-from .schedule import Schedule, level_schedule, two_level_scheduler
+from .resumable_trainer import Transform
 from .training_args import BiSSLTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -288,7 +289,7 @@ class BiSSLTrainer(LevelSteps):
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
-    def part_under_ddp(self) -> nn.Module:
+    def module_under_ddp(self) -> nn.Module:
         """The lower model: gradients of the upper one are written by hand."""
         return self.model.lower
 
@@ -301,7 +302,7 @@ class BiSSLTrainer(LevelSteps):
         parameters = self._level_parameters("lower")
         gradients: list[Tensor | None] = [None] * len(parameters)
         with self.model_randomness(key):
-            for term in self.lower_loss_terms(self.model.pure("lower"), batch, key):
+            for term in self.lower_loss_terms(self.model.without_side_effects("lower"), batch, key):
                 found = torch.autograd.grad(self.loss_scale(term()), parameters, allow_unused=True)
                 pairs = zip(gradients, found, strict=True)
                 gradients = [b if a is None else a if b is None else a + b for a, b in pairs]

@@ -85,7 +85,7 @@ def reduce_gradients_of(model: nn.Module, part: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, others)
 
 
-def rows_of_its_own(accelerator: Any, rows: int) -> int:
+def num_own_rows(accelerator: Any, rows: int) -> int:
     """Returns how many of the rows of a process's batch are its own. Accelerate fills the last batches of an
     evaluation with rows from the start, so that all processes have equal ones, and drops what comes of them when it
     gathers: by their places, of which it has told us all we need."""

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.alternation import Stream
+from ..data.streams import labelled_batch_size
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
-from .level_data import labelled_batch_size
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import FineTuningArguments
 
@@ -24,7 +24,7 @@ class FineTuneTrainer(SingleLevelTrainer):
         args ([`FineTuningArguments`])
         train_dataset: labelled, map-style data set.
         eval_dataset (*optional*): likewise; without one nothing is evaluated in training.
-        **trainer_kwargs: further arguments of [`SingleLevelTrainer`] (`train_transform`, ...), [`KeyedTrainer`]
+        **trainer_kwargs: further arguments of [`SingleLevelTrainer`] (`train_transform`, ...), [`ResumableTrainer`]
             (`eval_transform`) and `transformers.Trainer` (`model` or `model_init`, `compute_metrics`, ...).
 
     Raises:

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from transformers import default_data_collator
 
 from ..data.alternation import KeyedSource, StepKey, Stream, read_rows
+from ..data.streams import labelled_batch_size, pretext_batch_size
 from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.modeling_bissl import BiSSLModel
-from .keyed_trainer import Transform
-from .level_data import labelled_batch_size, pretext_batch_size
+from .resumable_trainer import Transform
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import JointTrainingArguments
 
@@ -78,7 +78,7 @@ class JointTrainer(SingleLevelTrainer):
             pretext (`dict`): the pretext views.
             key ([`StepKey`]): of the step, which also names the labelled batch.
         """
-        labelled_key = key._replace(level=int(Stream.UPPER))
+        labelled_key = key._replace(stream=int(Stream.UPPER))
         labelled = self.move_and_transform(self.labelled.read(labelled_key), labelled_key, self.labelled_transform)
         with self.model_randomness(key):
             loss = self.model(level="lower", **pretext).loss

@@ -9,14 +9,14 @@ from transformers import TrainerCallback, default_data_collator
 from ..data.alternation import StepKey, Stream, read_rows
 from ..evaluation.features import extract_features
 from ..evaluation.probes import knn_accuracy
-from .keyed_trainer import KeyedTrainer, Transform
+from .resumable_trainer import ResumableTrainer, Transform
 
 
 class KnnCheck(TrainerCallback):
     """Logs `knn_accuracy` while a model is trained without labels; the training does not see the result.
 
     Args:
-        trainer ([`KeyedTrainer`]): whose model is checked; the callback is to be added to it.
+        trainer ([`ResumableTrainer`]): whose model is checked; the callback is to be added to it.
         reference, held_out: labelled, map-style data sets: the images among which neighbours are looked for, and the
             images to classify.
         eval_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the device.
@@ -29,7 +29,7 @@ class KnnCheck(TrainerCallback):
 
     def __init__(
         self,
-        trainer: KeyedTrainer,
+        trainer: ResumableTrainer,
         reference: Any,
         held_out: Any,
         *,
@@ -61,12 +61,12 @@ class KnnCheck(TrainerCallback):
 
 
 def labelled_features(
-    trainer: KeyedTrainer, dataset: Any, eval_transform: Transform | None = None
+    trainer: ResumableTrainer, dataset: Any, eval_transform: Transform | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the features of the backbone that a trainer trains, shape `(rows, width)`, and the labels.
 
     Args:
-        trainer ([`KeyedTrainer`])
+        trainer ([`ResumableTrainer`])
         dataset: labelled, map-style data set.
         eval_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the device.
     """

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..data.alternation import StepKey, Stream
-from ..distributed import alone, average_flat, largest_over_processes, world_size
-from ..gradient_cache import EmbeddingCurvature
-from ..hypergradient import Curvature, implicit_gradient
-from ..linear_solve import SolveInfo, SolveStatus
-from ..recycling import Directions
-from ..tensors import Vector, cosine
-from .batches import batch_rows, split_rows
-from .curvature_memory import (
+from ..bilevel.curvature import Curvature
+from ..bilevel.curvature_memory import (
     available_bytes,
     extrapolate_bytes,
     halve,
@@ -25,8 +18,16 @@ from .curvature_memory import (
     most_halvings,
     peak_growth,
 )
+from ..bilevel.gradient_cache import EmbeddingCurvature
+from ..bilevel.hypergradient import implicit_gradient
+from ..bilevel.linear_solve import SolveInfo, SolveStatus
+from ..bilevel.recycling import Directions
+from ..data.alternation import StepKey, Stream
+from ..data.batches import batch_rows, split_rows
+from ..distributed import alone, average_flat, largest_over_processes, world_size
+from ..optim.precision import in_full_precision
+from ..tensors import Vector, cosine
 from .level_losses import LevelLosses
-from .precision import in_full_precision
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +58,7 @@ class LevelCurvature(LevelLosses):
     def _curvature_of(self, key: StepKey) -> Curvature:
         """Returns H of this alternation, linearised at its first upper step that is executed (after a resume, any)."""
         if self._curvature is None or self._curvature[0] != key.alternation:
-            batch_key = key._replace(level=int(Stream.CURVATURE), step=0)
+            batch_key = key._replace(stream=int(Stream.CURVATURE), step=0)
             inputs = self.move_and_transform(
                 self.sources[Stream.CURVATURE].read(batch_key), batch_key, self.lower_transform
             )
@@ -77,7 +78,7 @@ class LevelCurvature(LevelLosses):
     def _build_curvature(self, inputs: Batch, key: StepKey, halvings: int = 0) -> Curvature:
         """Returns H of the loss that the lower steps take, on one batch. Under fp16 it is taken in float32: second
         derivatives overflow where first ones do not (docs/precision.md has figures)."""
-        model, parameters = self.model.pure("lower"), self.model.lower_shared_parameters()
+        model, parameters = self.model.without_side_effects("lower"), self.model.lower_shared_parameters()
         if self.args.fp16:
             model = in_full_precision(model, self.args.device)
         rows = batch_rows(inputs)
@@ -162,14 +163,14 @@ class LevelCurvature(LevelLosses):
                     )
                     raise
             else:
-                self._tell_of_halvings()
+                self._warn_about_parts()
                 return solved
             # Only here, outside the handler, are the tensors of the interrupted solve let go.
             self.leave_upper_phase()
             torch.cuda.empty_cache()
             self.curvature_halvings = (self.curvature_halvings or 0) + 1
 
-    def _tell_of_halvings(self) -> None:
+    def _warn_about_parts(self) -> None:
         if not self.curvature_halvings:
             return
         rows = self.sources[Stream.CURVATURE].batch_size // world_size()

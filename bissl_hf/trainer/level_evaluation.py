@@ -7,17 +7,14 @@ from typing import Any
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.alternation import (
-    KeyedSource,
-    Stream,
-)
+from ..data.alternation import KeyedSource, Stream
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
 from ..models.modeling_bissl import BiSSLModel
-from .keyed_trainer import KeyedTrainer
+from .resumable_trainer import ResumableTrainer
 from .training_args import BiSSLTrainingArguments
 
 
-class LevelEvaluation(KeyedTrainer):
+class LevelEvaluation(ResumableTrainer):
     """The part of [`BiSSLTrainer`] that evaluates: `eval_*` is the aligned model, `eval_upper_*` that of (theta_D,
     phi_D)."""
 
@@ -34,7 +31,7 @@ class LevelEvaluation(KeyedTrainer):
         return model.eval()
 
     def recalibration_batches(self) -> Iterator[dict[str, Any]]:
-        """Yields the batches for `aligned_model`, see [`~KeyedTrainer.calibration_batches`]."""
+        """Yields the batches for `aligned_model`, see [`~ResumableTrainer.calibration_batches`]."""
         return self.calibration_batches(self.args.bn_recalibration_images)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bilevel.gradient_cache import Embed, embedding_gradients
 from ..data.alternation import StepKey, Stream, read_rows
-from ..gradient_cache import Embed, embedding_gradients
+from ..data.batches import split_rows
 from ..tensors import Vector, add_scaled, at_least_float32, fill_missing
-from .batches import split_rows
-from .keyed_trainer import Transform
 from .level_evaluation import LevelEvaluation
+from .resumable_trainer import Transform
 
 LossModel = Callable[..., Any]
 Parts = list[tuple[dict[str, Any], float]]
@@ -83,7 +83,7 @@ class LevelLosses(LevelEvaluation):
         if not self.args.lower_gradient_cache or len(parts) == 1:
             return [partial(self._lower_term, model, part, share) for part, share in parts]
         with self.model_randomness(key):
-            without_graph = self._embed_parts(self.model.pure("lower"), parts)
+            without_graph = self._embed_parts(self.model.without_side_effects("lower"), parts)
             loss, gradients = embedding_gradients(without_graph, self._loss_from_embeddings)
         return [
             partial(self._cached_term, embed, gradient, share * loss)
@@ -145,4 +145,4 @@ class LevelLosses(LevelEvaluation):
             key = StepKey(self.args.key_seed, int(stream), 0, 0, 0)
             inputs = source.collator(read_rows(source.dataset, range(min(rows, len(source.dataset)))))
             with self.model_randomness(key), self.accelerator.autocast():
-                loss(self.model.pure(level), self.move_and_transform(inputs, key, transform))
+                loss(self.model.without_side_effects(level), self.move_and_transform(inputs, key, transform))

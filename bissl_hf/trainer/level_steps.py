@@ -27,11 +27,11 @@ class LevelSteps(LevelCurvature):
         """Leaves the gradients of one lower or one upper step on that level's parameters, as the batch's key says."""
         key = inputs["key"]
         model.train()
-        self._current_level = "lower" if key.level == Stream.LOWER else "upper"
-        transform = self.lower_transform if key.level == Stream.LOWER else self.train_transform
+        self._current_level = "lower" if key.stream == Stream.LOWER else "upper"
+        transform = self.lower_transform if key.stream == Stream.LOWER else self.train_transform
         batch = self.move_and_transform(inputs["inputs"], key, transform)
         self.count_samples(batch)
-        if key.level == Stream.LOWER:
+        if key.stream == Stream.LOWER:
             self.leave_upper_phase()
             if key.step == 0:
                 self._adapt_upper(key.alternation)
@@ -82,7 +82,7 @@ class LevelSteps(LevelCurvature):
         args = self.args
         theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
         phi_d = self.model.upper_head_parameters()
-        loss, at_theta_p = self._upper_gradient(self.model.pure("aligned"), inputs, (*theta_p, *phi_d))
+        loss, at_theta_p = self._upper_gradient(self.model.without_side_effects("aligned"), inputs, (*theta_p, *phi_d))
         direct_loss, at_theta_d = self._upper_gradient(
             self.model.upper, inputs, (*theta_d, *phi_d), differentiate=args.direct_weight > 0
         )

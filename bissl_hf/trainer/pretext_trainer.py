@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..cards.text import Description, describe_pretext
 from ..data.alternation import Stream
-from .level_data import pretext_batch_size
-from .model_card.text import Description, describe_pretext
+from ..data.streams import pretext_batch_size
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import PretextTrainingArguments
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from ..distributed import from_first_process
-from .keyed_trainer import KeyedTrainer
+from .resumable_trainer import ResumableTrainer
 
 BACKENDS = {"optuna": "optuna", "ray": "ray[tune]"}
 STUDY_NAME = "search"
@@ -86,7 +86,7 @@ def check_backend(backend: str, *, field: str) -> None:
 
 
 def search(
-    trainer: KeyedTrainer,
+    trainer: ResumableTrainer,
     space: SearchSpace,
     *,
     num_trials: int,
@@ -98,7 +98,7 @@ def search(
     then by the loss, then the pair that was drawn first. Pairs that an earlier call has tried are not tried again.
 
     Args:
-        trainer ([`KeyedTrainer`]): with a `model_init` and evaluation data; its arguments are changed by the trials.
+        trainer ([`ResumableTrainer`]): with a `model_init` and evaluation data; the trials change its arguments.
         space ([`SearchSpace`])
         num_trials (`int`): how many pairs to try in all.
         folder (`str` or `Path`): keeps what has been tried: `search.db`, an Optuna study in SQLite, or `ray/`.
@@ -141,7 +141,7 @@ def _figures(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _search_with_optuna(
-    trainer: KeyedTrainer, space: SearchSpace, planned: list[dict[str, float]], folder: Path, objective: str
+    trainer: ResumableTrainer, space: SearchSpace, planned: list[dict[str, float]], folder: Path, objective: str
 ) -> Found:
     import optuna
     from optuna.trial import TrialState
@@ -187,7 +187,7 @@ def _search_with_optuna(
 
 
 @contextmanager
-def _counting_trials(trainer: KeyedTrainer, total: int, missing: int) -> Iterator[None]:
+def _counting_trials(trainer: ResumableTrainer, total: int, missing: int) -> Iterator[None]:
     """Shows a bar that counts trials in the place of their figures."""
     disable = not trainer.is_world_process_zero()
     trainer.pop_callback(PrinterCallback)
@@ -216,7 +216,7 @@ class _EvaluateAtEnd(TrainerCallback):
 
 
 def _search_with_ray(
-    trainer: KeyedTrainer, space: SearchSpace, planned: list[dict[str, float]], folder: Path, objective: str
+    trainer: ResumableTrainer, space: SearchSpace, planned: list[dict[str, float]], folder: Path, objective: str
 ) -> Found:
     import ray
     from ray import tune

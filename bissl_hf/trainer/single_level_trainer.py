@@ -15,18 +15,18 @@ from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stre
 from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.saving import save_model
-from .keyed_trainer import KeyedTrainer, Transform
-from .optimizer import build_optimizer
-from .schedule import Schedule, level_schedule
-from .training_args import KeyedTrainingArguments
+from ..optim.optimizers import build_optimizer
+from ..optim.schedule import Schedule, level_schedule
+from .resumable_trainer import ResumableTrainer, Transform
+from .training_args import ResumableTrainingArguments
 
 
-class SingleLevelTrainer(KeyedTrainer):
+class SingleLevelTrainer(ResumableTrainer):
     """Trains one model on one data set. One epoch is one pass over the data, without the rows that do not fill a
     batch.
 
     Args:
-        args ([`KeyedTrainingArguments`])
+        args ([`ResumableTrainingArguments`])
         task (`str`): what the data are for, in messages: `"pretext"` or `"downstream"`.
         stream ([`Stream`]): which sequence of batches to read.
         batch_size (`int`): of all processes together, at most the number of examples.
@@ -41,7 +41,7 @@ class SingleLevelTrainer(KeyedTrainer):
     def __init__(
         self,
         *,
-        args: KeyedTrainingArguments,
+        args: ResumableTrainingArguments,
         task: str,
         stream: Stream,
         batch_size: int,

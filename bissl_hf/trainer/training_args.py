@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..hypergradient import CURVATURE_MODES as FIXED_CURVATURE_MODES
-from ..hypergradient import SOLVERS
+from ..bilevel.curvature import CURVATURE_MODES as FIXED_CURVATURE_MODES
+from ..bilevel.hypergradient import SOLVERS
+from ..optim.optimizers import parse_optimizer_options, resolve_optimizer, takes_momentum
+from ..optim.schedule import level_schedule
 from .data_parallel import refuse_other_parallelism
-from .optimizer import parse_optimizer_options, resolve_optimizer, takes_momentum
-from .schedule import level_schedule
 
 CURVATURE_MODES = ("auto", *FIXED_CURVATURE_MODES)
 
@@ -66,7 +66,7 @@ def default_schedule_options(schedule: str) -> dict[str, Any] | None:
 
 
 @dataclass
-class KeyedTrainingArguments(TrainingArguments):
+class ResumableTrainingArguments(TrainingArguments):
     """Arguments shared by the trainers of this package.
 
     They differ from `transformers.TrainingArguments` in this: `optim` takes `"lars"` and any optimizer of
@@ -143,7 +143,7 @@ class KeyedTrainingArguments(TrainingArguments):
 
 
 @dataclass
-class PretextTrainingArguments(KeyedTrainingArguments):
+class PretextTrainingArguments(ResumableTrainingArguments):
     """Arguments of self-supervised pre-training, with the paper's values (section 4) as defaults."""
 
     learning_rate: float = field(default=4.8, metadata={"help": "Learning rate, not scaled by the batch."})
@@ -171,7 +171,7 @@ class JointTrainingArguments(PretextTrainingArguments):
         super().__post_init__()
 
 
-ArgumentsType = TypeVar("ArgumentsType", bound=KeyedTrainingArguments)
+ArgumentsType = TypeVar("ArgumentsType", bound=ResumableTrainingArguments)
 
 
 def with_changes(args: ArgumentsType, **changes: Any) -> ArgumentsType:
@@ -194,7 +194,7 @@ BATCH_NORM_TREATMENTS = ("running", "recalibrated")
 
 
 @dataclass
-class FineTuningArguments(KeyedTrainingArguments):
+class FineTuningArguments(ResumableTrainingArguments):
     """Arguments of supervised fine-tuning, with the paper's values (section 4) as defaults. The paper searches for the
     learning rate and the weight decay; the defaults lie in the middle of its ranges.
 
@@ -244,7 +244,7 @@ def _parse_dict(text: str, *, field: str) -> dict[str, Any]:
 
 
 @dataclass
-class BiSSLTrainingArguments(KeyedTrainingArguments):
+class BiSSLTrainingArguments(ResumableTrainingArguments):
     """Arguments of [`BiSSLTrainer`]. Fields of `transformers.TrainingArguments` govern the upper level; the defaults
     are the paper's (arXiv 2410.02387v2, section 4 and appendix). One epoch of the Trainer is one alternation.
 

@@ -17,8 +17,8 @@ from bissl_hf.benchmark.pillow_views import PillowViews
 from bissl_hf.benchmark.report import format_report
 from bissl_hf.benchmark.run import raise_damping, run_benchmark
 from bissl_hf.benchmark.workload import WORKLOADS, benchmark_images, build_model, build_trainer
+from bissl_hf.bilevel.linear_solve import SolveStatus
 from bissl_hf.data.alternation import Stream
-from bissl_hf.linear_solve import SolveStatus
 from recipes import benchmark
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
+from bissl_hf.checkpoints import write_manifest
 from bissl_hf.cli import outputs
-from bissl_hf.trainer.checkpoints import write_manifest
 
 from ..hub_stand_in import HubStandIn
 from ..processes import run_in_processes

@@ -33,17 +33,17 @@ class Rows(torch.utils.data.Dataset):
 
 def test_batches_of_an_epoch_are_disjoint_and_cover_the_data():
     for epoch in range(3):
-        batches = [batch_indices(20, 6, 3 * epoch + place, seed=1, level=0) for place in range(3)]
+        batches = [batch_indices(20, 6, 3 * epoch + place, seed=1, stream=0) for place in range(3)]
         assert len(set(np.concatenate(batches))) == 18
-    whole = [batch_indices(20, 6, place, seed=1, level=0, drop_last=False) for place in range(4)]
+    whole = [batch_indices(20, 6, place, seed=1, stream=0, drop_last=False) for place in range(4)]
     assert sorted(np.concatenate(whole)) == list(range(20))
 
 
 def test_batches_differ_between_epochs_seeds_and_streams_and_not_between_calls():
-    def batch(position=0, seed=1, level=0):
-        return batch_indices(100, 50, position, seed=seed, level=level).tolist()
+    def batch(position=0, seed=1, stream=0):
+        return batch_indices(100, 50, position, seed=seed, stream=stream).tolist()
 
-    different = [batch(), batch(position=2), batch(seed=2), batch(level=1)]
+    different = [batch(), batch(position=2), batch(seed=2), batch(stream=1)]
     assert len({tuple(rows) for rows in different}) == 4
     [batch(position=position, seed=9) for position in range(40)]  # whatever is cached meanwhile
     assert batch() == different[0]
@@ -52,7 +52,7 @@ def test_batches_differ_between_epochs_seeds_and_streams_and_not_between_calls()
 @pytest.mark.parametrize("size", [0, 21])
 def test_a_batch_that_does_not_fit_is_refused(size):
     with pytest.raises(ValueError, match=f"batch size is {size}"):
-        batch_indices(20, size, 0, seed=0, level=0)
+        batch_indices(20, size, 0, seed=0, stream=0)
 
 
 def test_processes_share_a_batch_without_overlap():

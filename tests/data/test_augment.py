@@ -10,13 +10,7 @@ import torch
 from datasets import Dataset, Features, Image
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, pipeline
 
-from bissl_hf.data.augment import (
-    EvalTransform,
-    TrainTransform,
-    TwoViewTransform,
-    image_processor,
-    resampling_weights,
-)
+from bissl_hf.data.augment import EvalTransform, TrainTransform, TwoViewTransform, image_processor, resampling_weights
 from bissl_hf.data.decoded import DecodedImages
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)

@@ -319,7 +319,7 @@ def test_aligned_equals_a_model_put_together_by_hand(name: str, training: bool) 
 def test_pure_passes_move_nothing(name: str, level: str) -> None:
     model = apart(name)
     before, inputs = snapshot(model), make_inputs(name, level)
-    first, second = (model.pure(level)(**inputs).loss for _ in range(2))
+    first, second = (model.without_side_effects(level)(**inputs).loss for _ in range(2))
     assert torch.equal(first, second)
     assert unchanged(model, before)
     torch.testing.assert_close(first, model(level=level, **inputs).loss, rtol=0, atol=1e-6)
@@ -336,7 +336,7 @@ def test_aligned_passes_move_no_statistics() -> None:
 
 def test_refuses_an_unknown_level() -> None:
     model = joined("resnet")
-    for call in (model.forward, model.pure):
+    for call in (model.forward, model.without_side_effects):
         with pytest.raises(ValueError, match="level is 'middle'; it must be one of lower, upper, aligned"):
             call("middle")
 

@@ -22,9 +22,9 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from bissl_hf import SimCLRConfig, SimCLRForPreTraining, load_image_dataset
+from bissl_hf.checkpoints import STAGING_FOLDER, find_last_checkpoint
 from bissl_hf.data.augment import EvalTransform
 from bissl_hf.data.decoded import DecodedImages
-from bissl_hf.trainer.checkpoints import STAGING_FOLDER, find_last_checkpoint
 from recipes import bissl
 
 from . import runs

@@ -11,7 +11,7 @@ from bissl_hf.cli.images import ViewArguments
 from bissl_hf.study.plan import Arm, Plan, StudyArguments
 from bissl_hf.study.report import build_results, write_report
 from bissl_hf.study.running import Study
-from bissl_hf.trainer.keyed_trainer import KeyedTrainer
+from bissl_hf.trainer.resumable_trainer import ResumableTrainer
 
 from ..recipes import runs as tiny
 
@@ -74,13 +74,13 @@ def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders, relative to `parts`, of what is trained in a test."""
     folders: list[str] = []
-    train = KeyedTrainer.train
+    train = ResumableTrainer.train
 
-    def traced(trainer: KeyedTrainer, *args: Any, **kwargs: Any) -> Any:
+    def traced(trainer: ResumableTrainer, *args: Any, **kwargs: Any) -> Any:
         folders.append(str(trainer.args.output_dir).split("/parts/")[1])
         return train(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(KeyedTrainer, "train", traced)
+    monkeypatch.setattr(ResumableTrainer, "train", traced)
     return folders
 
 
@@ -130,9 +130,9 @@ def test_an_interrupted_study_goes_on_to_the_same_numbers(
 ) -> None:
     _, found = finished
     steps = 0
-    step = KeyedTrainer.move_and_transform
+    step = ResumableTrainer.move_and_transform
 
-    def failing(trainer: KeyedTrainer, *args: Any) -> Any:
+    def failing(trainer: ResumableTrainer, *args: Any) -> Any:
         nonlocal steps
         steps += "ours-seed0/backbone" in str(trainer.args.output_dir)
         if steps == 6:
@@ -140,7 +140,7 @@ def test_an_interrupted_study_goes_on_to_the_same_numbers(
         return step(trainer, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeyedTrainer, "move_and_transform", failing)
+        patch.setattr(ResumableTrainer, "move_and_transform", failing)
         with pytest.raises(KeyboardInterrupt):
             study_of(images, tmp_path).run()
     assert not list(tmp_path.rglob("ours-seed1/result.json"))

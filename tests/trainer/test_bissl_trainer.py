@@ -20,15 +20,7 @@ from bissl_hf.data.alternation import keyed_random_state
 from bissl_hf.evaluation.metrics import classification_metrics
 
 from ..conftest import TinyImages, tiny_model
-from .restatement import (
-    CURVATURE,
-    LOWER,
-    UPPER,
-    backbone_of,
-    rate,
-    read,
-    with_copied_buffers,
-)
+from .restatement import CURVATURE, LOWER, UPPER, backbone_of, rate, read, with_copied_buffers
 
 DEFAULTS = {
     "num_alternations": 2, "lower_steps": 3, "upper_steps": 2, "head_warmup_epochs": 1, "seed": 7,

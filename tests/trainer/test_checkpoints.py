@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bissl_hf.trainer.checkpoints import (
+from bissl_hf.checkpoints import (
     MANIFEST_NAME,
     STAGING_FOLDER,
     find_defect,
@@ -17,7 +17,7 @@ from bissl_hf.trainer.checkpoints import (
     write_json,
     write_manifest,
 )
-from bissl_hf.trainer.keyed_trainer import RUN_TENSORS_NAME
+from bissl_hf.trainer.resumable_trainer import RUN_TENSORS_NAME
 
 from .test_bissl_trainer import make_text_trainer, make_trainer, same_tensors
 

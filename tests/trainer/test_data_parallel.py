@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from bissl_hf.trainer.data_parallel import check_whole_model, pad_rows, reduce_gradients_of, rows_of_its_own
+from bissl_hf.trainer.data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 
 from ..conftest import tiny_model
 from .test_bissl_trainer import make_args, make_trainer
@@ -76,10 +76,10 @@ def test_ddp_leaves_the_other_part_and_buffers_alone():
     ("end", "remainder", "process", "own"),
     [(False, 2, 1, 4), (True, -1, 1, 4), (True, 0, 1, 4), (True, 2, 0, 2), (True, 2, 1, 0), (True, 7, 1, 3)],
 )
-def test_rows_of_its_own(end, remainder, process, own):
+def test_num_own_rows(end, remainder, process, own):
     """With 4 rows for each process, of which `remainder` in all are no repetition."""
     state = SimpleNamespace(end_of_dataloader=end, remainder=remainder)
-    assert rows_of_its_own(SimpleNamespace(gradient_state=state, process_index=process), 4) == own
+    assert num_own_rows(SimpleNamespace(gradient_state=state, process_index=process), 4) == own
 
 
 def test_rows_are_padded_in_nested_results():

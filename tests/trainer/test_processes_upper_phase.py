@@ -8,8 +8,8 @@ import torch
 
 import bissl_hf.trainer.level_curvature as level_curvature
 from bissl_hf import BiSSLTrainer
+from bissl_hf.bilevel.gradient_cache import EmbeddingCurvature
 from bissl_hf.distributed import rank, world_size
-from bissl_hf.gradient_cache import EmbeddingCurvature
 
 from ..processes import run_in_processes
 from .test_bissl_trainer import same_tensors

@@ -7,7 +7,7 @@ import torch
 from transformers import HfArgumentParser
 
 from bissl_hf import BiSSLTrainingArguments
-from bissl_hf.trainer.training_args import FineTuningArguments, KeyedTrainingArguments, PretextTrainingArguments
+from bissl_hf.trainer.training_args import FineTuningArguments, PretextTrainingArguments, ResumableTrainingArguments
 
 
 def make_args(**overrides) -> BiSSLTrainingArguments:
@@ -61,7 +61,7 @@ def test_the_parser_takes_every_field():
     fields = [field for field in dataclasses.fields(BiSSLTrainingArguments) if field.init]
     assert {field.name for field in fields} <= known
     default = BiSSLTrainingArguments(output_dir="unused", use_cpu=True)
-    own = set(BiSSLTrainingArguments.__annotations__) | set(KeyedTrainingArguments.__annotations__)
+    own = set(BiSSLTrainingArguments.__annotations__) | set(ResumableTrainingArguments.__annotations__)
     words = ["--output_dir", "unused", "--use_cpu", "true"]
     for name in sorted((own & {field.name for field in fields}) - DERIVED):
         value = getattr(default, name)

@@ -68,7 +68,7 @@ def test_a_tolerance_reads_at_most_one_value_per_iteration(tmp_path):
             trainer.training_step(trainer.model, {"key": key, "inputs": inputs})
             trainer._get_grad_norm(trainer.model)
             trainer.optimizer.step()
-        assert counter.count <= (0 if key.level == Stream.LOWER else 4)
+        assert counter.count <= (0 if key.stream == Stream.LOWER else 4)
 
 
 def test_crops_do_not_wait(on_meta):

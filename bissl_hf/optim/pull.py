@@ -1,0 +1,158 @@
+"""The pull of the lower level towards theta_D.
+
+The upper level reaches the lower one only through the force lambda (theta_P - theta_D). Its strength over a run is the
+sum over lower steps of (effective step length) x lambda: well below 1, theta_P does not feel theta_D.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from ..tensors import fill_missing, norm
+from .optimizers import LARS, trust_ratios
+
+logger = logging.get_logger(__name__)
+
+WEAK_PULL = 0.5
+GOOD_PULL = 3.0
+
+
+class Pull:
+    """Adds up the pull of a run, on the device.
+
+    Args:
+        proximal_weight (`float`): lambda.
+    """
+
+    def __init__(self, proximal_weight: float) -> None:
+        self.proximal_weight = proximal_weight
+        self.total: Tensor = torch.zeros((), dtype=torch.float64)
+
+    @torch.no_grad()
+    def count(self, optimizer: Optimizer, theta_p: Sequence[Tensor], clipped: Tensor) -> None:
+        """Adds one lower step, from the gradients that it is about to use. They, the proximal force among them, have
+        been scaled by the factor `clipped`. Nothing is added for an optimizer of unknown step length."""
+        if not has_step_length(optimizer):
+            return
+        length = step_length(optimizer, theta_p, fill_missing([p.grad for p in theta_p], theta_p))
+        rate = optimizer.param_groups[0]["lr"]
+        self.total = self.total.to(length.device, non_blocking=True) + rate * self.proximal_weight * length * clipped
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        optimizer: Optimizer,
+        theta_p: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        *,
+        bound: float,
+        learning_rates: float,
+    ) -> float:
+        """Estimates the pull of a whole run as if the gradient stayed as it is.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): of the lower level.
+            theta_p (`Sequence[torch.Tensor]`): the backbone's parameters.
+            gradient (`Sequence[torch.Tensor]`): of all lower parameters, the backbone's first.
+            bound (`float`): on the gradient norm; 0 for none.
+            learning_rates (`float`): sum of the learning rates of all lower steps.
+
+        Returns:
+            `float`: the pull; NaN for an optimizer of unknown step length.
+        """
+        if not has_step_length(optimizer):
+            return float("nan")
+        clipped = clip_factor(norm(gradient), bound)
+        length = step_length(optimizer, theta_p, [clipped * g for g in gradient[: len(theta_p)]]) * clipped
+        return float(length) * learning_rates * self.proximal_weight
+
+
+def warn_about_pull(pull: float, proximal_weight: float) -> None:
+    """Warns if the upper level will hardly reach the lower one."""
+    logger.info(f"Estimated pull of the whole run: {pull:.3g}.")
+    if pull < WEAK_PULL:
+        logger.warning(
+            "The lower level will hardly feel the upper one: the pull of the whole run is estimated at "
+            f"{pull:.2g}, below {WEAK_PULL}. proximal_weight={GOOD_PULL * proximal_weight / max(pull, 1e-30):.2g} "
+            f"would give about {GOOD_PULL:.0f}."
+        )
+
+
+def momentum_gain(optimizer: Optimizer) -> float:
+    """Returns `1 / (1 - momentum)`: how much further a constant gradient carries with momentum than without."""
+    momentum = optimizer.param_groups[0].get("momentum", 0.0)
+    return 1.0 / (1.0 - momentum) if momentum < 1 else float("inf")
+
+
+def clip_factor(size: Tensor, bound: float) -> Tensor:
+    """Returns by how much a gradient of norm `size` is scaled to keep to `bound`; 1 where the bound is 0 (none)."""
+    return torch.clamp(bound / (size + 1e-6), max=1.0) if bound else torch.ones_like(size)
+
+
+def has_step_length(optimizer: Optimizer) -> bool:
+    """Whether [`step_length`] knows this kind of optimizer."""
+    return isinstance(optimizer, LARS | torch.optim.SGD | torch.optim.Adam | torch.optim.AdamW | torch.optim.NAdam)
+
+
+def step_length(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the effective step length of one step at learning rate 1: by how much an entry moves per unit of
+    gradient, averaged over the entries of `parameters`. Counts momentum, the trust ratio of LARS, and the scaling of
+    Adam-like optimizers by the size of the gradient; it is 1 for plain SGD.
+
+    Tensors that are all zero do not count under LARS: their trust ratio is 1 for the first step, and small ever after.
+    Under Adam-like optimizers the mean is harmonic, for entries that hardly have a gradient would make any other one.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): LARS, SGD, Adam, AdamW or NAdam. Only its settings and second moments are
+            read.
+        parameters (`Sequence[torch.Tensor]`): the tensors of interest.
+        gradients (`Sequence[torch.Tensor]`): their gradients; they stand in for second moments not collected yet.
+
+    Returns:
+        `torch.Tensor`: shape `()`.
+
+    Raises:
+        `ValueError`: for another kind of optimizer.
+    """
+    if not has_step_length(optimizer):
+        raise ValueError(
+            f"The effective step length of {type(optimizer).__name__} is not known; it is for LARS, SGD, Adam, AdamW "
+            "and NAdam."
+        )
+    group = optimizer.param_groups[0]
+    if isinstance(optimizer, LARS):
+        mean = _mean_trust_ratio(group, parameters, gradients)
+    elif "betas" in group:
+        sizes = [
+            (_second_moment(optimizer, p, g).sqrt() + group["eps"]).reshape(-1)
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
+        mean = 1.0 / torch.cat(sizes).mean()
+    else:
+        mean = torch.ones((), device=parameters[0].device)
+    return mean * momentum_gain(optimizer)
+
+
+def _mean_trust_ratio(group: dict[str, Any], parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    weights = [parameter.detach() for parameter in parameters]
+    updates = torch._foreach_add(list(gradients), weights, alpha=group["weight_decay"])
+    ratios = trust_ratios(weights, updates, group["trust_coefficient"])
+    sizes = torch.tensor([weight.numel() for weight in weights], dtype=ratios.dtype)
+    if group["exclude_bias_and_norm"]:
+        excluded = torch.tensor([weight.ndim <= 1 for weight in weights])
+        ratios = torch.where(excluded.to(ratios.device, non_blocking=True), 1.0, ratios)
+    # A tensor that is all zero has no norm.
+    counted = sizes.to(ratios.device, non_blocking=True) * (torch.stack(torch._foreach_norm(weights)) > 0)
+    return (ratios * counted).sum() / counted.sum().clamp(min=1)
+
+
+def _second_moment(optimizer: Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The bias-corrected mean of squared gradients, or the square of the gradient before the first step."""
+    state = optimizer.state.get(parameter, {})
+    if "exp_avg_sq" not in state:
+        return gradient**2
+    return state["exp_avg_sq"] / (1 - optimizer.param_groups[0]["betas"][1] ** float(state["step"]))

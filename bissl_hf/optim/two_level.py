@@ -1,0 +1,81 @@
+"""One optimizer and one schedule for two levels: each level moves in its own steps and follows its own schedule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from .schedule import Schedule
+
+LEVELS = ("lower", "upper")
+
+
+class TwoLevelOptimizer(Optimizer):
+    """Chains the optimizers of both levels. A step moves those parameters only that have a gradient, and only the
+    current level's have one: the other level's optimizer, its momentum included, stands still.
+
+    `param_groups` holds the groups of the upper level, then those of the lower level, each tagged with its `"level"`.
+
+    Args:
+        upper (`torch.optim.Optimizer`), lower (`torch.optim.Optimizer`)
+    """
+
+    def __init__(self, upper: Optimizer, lower: Optimizer) -> None:
+        self.upper, self.lower = upper, lower
+        super().__init__([*upper.param_groups, *lower.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """Makes a change to a group, of a schedule for example, reach the optimizer that owns it."""
+        for level in LEVELS:
+            for group in getattr(self, level).param_groups:
+                group["level"] = level
+        self.param_groups = [*self.upper.param_groups, *self.lower.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient.
+
+        Raises:
+            `ValueError`: if a closure is given: the two levels have no common loss.
+        """
+        if closure is not None:
+            raise ValueError("closure is not supported: the two levels have no common loss.")
+        for level in LEVELS:
+            optimizer = getattr(self, level)
+            if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+                optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the states of both optimizers."""
+        return {level: getattr(self, level).state_dict() for level in LEVELS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the states of both optimizers."""
+        for level in LEVELS:
+            getattr(self, level).load_state_dict(state_dict[level])
+        # torch puts new dictionaries in the place of the groups when it loads a state.
+        self._share_groups()
+
+
+def own_step(global_step: int, level: str, *, lower_steps: int, upper_steps: int) -> int:
+    """Returns how many steps of a level lie before a global step: an alternation is its lower steps, then its
+    upper."""
+    alternation, place = divmod(global_step, lower_steps + upper_steps)
+    if level == "lower":
+        return alternation * lower_steps + min(place, lower_steps)
+    return alternation * upper_steps + max(place - lower_steps, 0)
+
+
+def two_level_scheduler(
+    optimizer: Optimizer, schedules: dict[str, Schedule], *, lower_steps: int, upper_steps: int
+) -> LambdaLR:
+    """Returns a scheduler, stepped once per global step, that gives each group the factor of its own level's step."""
+
+    def follow(level: str) -> Schedule:
+        schedule = schedules[level]
+        return lambda step: schedule(own_step(step, level, lower_steps=lower_steps, upper_steps=upper_steps))
+
+    return LambdaLR(optimizer, [follow(group["level"]) for group in optimizer.param_groups])

@@ -1,0 +1,446 @@
+"""What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without
+waiting."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.utils import logging
+
+from ..cards.card import build_model_card
+from ..cards.facts import ModelFacts
+from ..cards.text import Description, describe_classifier
+from ..cards.writing import write_model_card
+from ..checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
+from ..data.alternation import (
+    MODEL_RANDOMNESS,
+    READING_RANDOMNESS,
+    AlternatingDataLoader,
+    AlternationSampler,
+    KeyedDataset,
+    KeyedSource,
+    StepKey,
+    Stream,
+    batch_indices,
+    keyed_random_state,
+    read_rows,
+)
+from ..data.batches import batch_rows, split_rows
+from ..distributed import average_flat, copy_from_first, world_size
+from ..hub.publisher import HubTrainer
+from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
+from .best_checkpoint import BestCheckpoint, check_best_checkpoint
+from .callbacks import Seconds, ShortProgressCallback, TrainingClock
+from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
+from .metrics_buffer import MetricsBuffer
+from .training_args import ResumableTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+Transform = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
+RUN_STATE_NAME = "run_state.json"
+RUN_TENSORS_NAME = "run_tensors.safetensors"
+
+
+class ResumableTrainer(HubTrainer):
+    """A `transformers.Trainer` whose runs can be interrupted anywhere.
+
+    Which rows a step reads, how they are augmented and which units dropout takes out follow from the step's key, not
+    from a random state that earlier steps have moved. A checkpoint appears under its name only when it is whole.
+
+    Args:
+        args ([`ResumableTrainingArguments`])
+        eval_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, applied on the device in
+            evaluation.
+        **trainer_kwargs: arguments of `transformers.Trainer`.
+
+    Attributes:
+        facts ([`ModelFacts`]): what the model card should say and the trainer cannot know.
+
+    Raises:
+        `ValueError`: if several GPUs would be driven by one process, or optimizers are passed in.
+    """
+
+    args: ResumableTrainingArguments
+    model: PreTrainedModel
+    train_dataset: Any
+    _evaluated: nn.Module | None = None
+    data_collator: Callable[[list[Any]], dict[str, Any]]
+
+    def __init__(
+        self, *, args: ResumableTrainingArguments, eval_transform: Transform | None = None, **trainer_kwargs: Any
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs and would split batches by DataParallel, which is not supported. "
+                f"Start with `accelerate launch --multi_gpu --num_processes {args.n_gpu}`, or set "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
+        if trainer_kwargs.get("optimizers", (None, None)) != (None, None):
+            raise ValueError("optimizers is not supported: name them in the arguments, or override create_optimizer.")
+        check_master_weights(trainer_kwargs.get("model"))
+        self.eval_transform = eval_transform
+        self.facts = ModelFacts()
+        self._staging: Path | None = None
+        self._samples = 0
+        self._samples_since = time.perf_counter()
+        self.metrics_buffer = MetricsBuffer(average_flat)
+        self._clock, self._best = TrainingClock(), BestCheckpoint()
+        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), _EpochBoundary()]
+        if args.fp16:
+            callbacks.append(ScheduleFollowsSteps())
+        super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
+        if not args.disable_tqdm:
+            self.pop_callback(ProgressCallback)
+            self.add_callback(ShortProgressCallback)
+        # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
+        self.model_accepts_loss_kwargs = False
+        check_whole_model(self.model)
+        copy_from_first([*self.model.parameters(), *self.model.buffers()], args.device)
+
+    # Several processes
+
+    def module_under_ddp(self) -> nn.Module:
+        """Returns the part of the model whose gradients come from `backward` and are averaged by DDP."""
+        return self.model
+
+    def first_gradients(self) -> list[torch.Tensor | None]:
+        """Returns the gradients of the first step in the parameters of `module_under_ddp`, without side effects;
+        `None` for a parameter that the loss does not use."""
+        raise NotImplementedError(f"{type(self).__name__} must say which gradients its first step computes.")
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Tells DDP what to average, and spares it the search for unused parameters in each pass, with the exchange
+        of what it found, where the first step has none."""
+        if training and world_size() > 1:
+            # 2026-11: an evaluation before training marks the model as prepared (transformers 5.23), and accelerate
+            # 1.15 then leaves it without DDP, so that each process would train on its own.
+            model._is_accelerate_prepared = False  # type: ignore[assignment]
+            reduce_gradients_of(self.model, self.module_under_ddp())
+            if self.args.ddp_find_unused_parameters is None:
+                unused = torch.tensor(float(any(g is None for g in self.first_gradients())), device=self.args.device)
+                self.accelerator.ddp_handler.find_unused_parameters = bool(average_flat([unused])[0] > 0)
+        return super()._wrap_model(model, training, dataloader)
+
+    # Precision
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """On a CPU Accelerate leaves fp16 out without a word; torch has it there too."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fp16 and self.args.device.type == "cpu":
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """Scales losses and gradients under fp16."""
+        return LossScale(self.accelerator.scaler)
+
+    # Batches
+
+    def keyed_loader(
+        self, sources: dict[Stream, KeyedSource], phases: list[tuple[Stream, int]]
+    ) -> AlternatingDataLoader:
+        """Returns a loader of tagged batches, already divided between the processes (so not to be prepared again)."""
+        sampler = AlternationSampler(phases, seed=self.args.key_seed, rank=self.args.process_index)
+        num_examples = sum(sources[stream].batch_size * steps for stream, steps in phases)
+        return AlternatingDataLoader(
+            KeyedDataset(sources, num_examples),
+            sampler,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def move_and_transform(self, inputs: dict[str, Any], key: StepKey, transform: Transform | None) -> dict[str, Any]:
+        """Moves a batch to the device and makes its views there."""
+        # Trainer's own copy would wait for the device; one from pinned memory goes on in the background.
+        inputs = {
+            name: value.to(self.args.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+        }
+        inputs = self._prepare_inputs(inputs)
+        return transform(inputs, tuple(key)) if transform else inputs
+
+    @contextmanager
+    def model_randomness(self, key: StepKey) -> Iterator[None]:
+        """Seeds what a model draws in the step named by `key`."""
+        with keyed_random_state((*key, MODEL_RANDOMNESS)):
+            yield
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the figures collected since the last log to a log of training. The loss is among them: Trainer's own
+        forgets the steps before a resume."""
+        if "loss" in logs:
+            logs.update(self.collect_logs())
+        super().log(logs, start_time)
+
+    def collect_logs(self) -> dict[str, float]:
+        """Returns the figures collected since the last call and forgets them."""
+        now = time.perf_counter()
+        speed = self._samples * self.args.world_size / max(now - self._samples_since, 1e-9)
+        self._samples, self._samples_since = 0, now
+        return {**self.metrics_buffer.pop_averages(), "samples_per_second": round(speed, 1)}
+
+    def count_samples(self, inputs: dict[str, Any]) -> None:
+        """Counts the rows of a batch for the figure of samples per second."""
+        self._samples += batch_rows(inputs)
+
+    # Evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Keeps the random state: a run with and one without evaluation are the same run."""
+        with keyed_random_state((self.args.key_seed, int(Stream.EVALUATION))):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Applies the evaluation transform on the device, and runs the model of [`~ResumableTrainer.evaluating`] if
+        there is one. The loss is that of this process's own rows, without those that fill up the last batch."""
+        key = StepKey(self.args.key_seed, int(Stream.EVALUATION), 0, 0, self.args.process_index)
+        rows = batch_rows(inputs)
+        own, _ = split_rows(inputs, max(num_own_rows(self.accelerator, rows), 1))[0]
+        own = self.move_and_transform(own, key, self.eval_transform)
+        with self.accelerator.autocast():
+            loss, logits, labels = super().prediction_step(
+                self._evaluated or model, own, prediction_loss_only, ignore_keys
+            )
+        return loss, pad_rows(logits, rows), pad_rows(labels, rows)
+
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Has evaluation run `model`, on the device, in the place of the model that is trained."""
+        self._evaluated = model
+        try:
+            yield
+        finally:
+            self._evaluated = None
+
+    def calibration_batches(self, num_images: int) -> Iterator[dict[str, Any]]:
+        """Yields the batches from which batch-norm statistics are estimated: the same training examples in each call
+        and on each process, with the evaluation transform.
+
+        Args:
+            num_images (`int`): about how many; whole batches of at most `per_device_eval_batch_size`.
+        """
+        total = min(num_images, len(self.train_dataset))
+        if total == 0:
+            return
+        batch = min(self.args.per_device_eval_batch_size, total)
+        for position in range(total // batch):
+            key = StepKey(self.args.key_seed, int(Stream.EVALUATION), 0, position, 0)
+            rows = batch_indices(len(self.train_dataset), batch, position, seed=key.seed, stream=key.stream)
+            with keyed_random_state((*key, READING_RANDOMNESS)):
+                inputs = self.data_collator(read_rows(self.train_dataset, rows))
+            yield self.move_and_transform(inputs, key, self.eval_transform)
+
+    # Model card
+
+    def describe(self, folder: Path) -> Description:
+        """Returns what a card in `folder` says of this kind of model."""
+        return describe_classifier(self)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Writes README.md into the output folder, see [`write_model_card`]. Trainer's own card reports an optimizer
+        that is not used. Arguments take the place of what `facts` says; of two data sets the second is the lower
+        level's."""
+        if not self.is_world_process_zero():
+            return
+        facts = self.facts.with_card_arguments(
+            language, license, tags, finetuned_from, tasks, dataset_tags or dataset, dataset_args
+        )
+        self._write_card(Path(str(self.args.output_dir)), facts, model_name)
+
+    def write_card(self, folder: Path) -> None:
+        """Writes a card of the run so far into a folder."""
+        self._write_card(folder, self.facts)
+
+    def _write_card(self, folder: Path, facts: ModelFacts, model_name: str | None = None) -> None:
+        card = build_model_card(self, self.describe(folder), facts, folder=folder, model_name=model_name)
+        write_model_card(card, folder)
+
+    # Checkpoints
+
+    def run_state(self) -> dict[str, Any]:
+        """Returns what a resume needs beside Trainer's own files, as JSON. Called on every process. Subclasses add to
+        it."""
+        return {
+            "metrics": self.metrics_buffer.state_dict(),
+            "settings": self.resume_settings(),
+            "seconds": self._clock.read(),
+            "best_checkpoint": Path(best).name if (best := self.state.best_model_checkpoint) else None,
+        }
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `run_state` returned."""
+        self.metrics_buffer.load_state_dict(state["metrics"])
+        self._clock.seconds = Seconds(*state["seconds"])
+
+    def run_tensors(self) -> dict[str, Tensor]:
+        """Returns what a resume needs as tensors, the same on each process. Subclasses may have some."""
+        return {}
+
+    def load_run_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `run_tensors` returned, on the device; called where there was something."""
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds that training has taken so far, those before a resume included."""
+        return self._clock.read().wall
+
+    @property
+    def processor_seconds(self) -> float:
+        """Likewise, seconds of CPU time of this process, which other work on the machine does not lengthen."""
+        return self._clock.read().processor
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Returns the settings that a resumed run must share: those that decide which examples a step reads, and the
+        shape of what a checkpoint holds. Subclasses add to it."""
+        return {
+            "seed": self.args.key_seed,
+            "number of processes": self.args.world_size,
+            "number of parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "optim": str(self.args.optim),
+        }
+
+    def check_checkpoint(self, checkpoint: str | Path) -> None:
+        """Refuses a checkpoint that is not whole or belongs to a run with other settings.
+
+        Raises:
+            `ValueError`: with what is wrong and what to do.
+        """
+        checkpoint = Path(checkpoint)
+        if defect := find_defect(checkpoint):
+            whole, _ = find_last_checkpoint(checkpoint.parent)
+            advice = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
+            raise ValueError(f"The checkpoint {checkpoint} is not whole: {defect}; {advice}.")
+        state = json.loads((checkpoint / RUN_STATE_NAME).read_text())
+        then = state["settings"]
+        changed = [
+            f"{name} was {then.get(name)} and is {now}"
+            for name, now in self.resume_settings().items()
+            if then.get(name) != now
+        ]
+        if changed:
+            raise ValueError(
+                f"The checkpoint belongs to another run: {'; '.join(changed)}. Resume with the settings it was made "
+                "with."
+            )
+        if self.args.load_best_model_at_end:
+            check_best_checkpoint(checkpoint, state.get("best_checkpoint"))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Leads Trainer to the staging folder while a checkpoint is being written."""
+        output_dir = super()._get_output_dir(trial)
+        return str(Path(output_dir) / STAGING_FOLDER) if self._staging else output_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Has Trainer write the checkpoint aside, and renames it once it is whole."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging, final = run_dir / STAGING_FOLDER, run_dir / name
+        if self.is_local_process_zero():
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+        run_state = self.run_state()
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            # Where the best checkpoint lies is told by name, in the run's state.
+            replace(self.state, best_model_checkpoint=None).save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            write_json(staging / name / RUN_STATE_NAME, run_state)
+            if tensors := self.run_tensors():
+                save_file(tensors, staging / name / RUN_TENSORS_NAME)
+            write_manifest(staging / name)
+            publish(staging / name, final)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and (staging / name).is_dir():
+            # Another machine with a disk of its own: here lie the random states of its processes.
+            publish(staging / name, final)
+        if self.is_local_process_zero():
+            shutil.rmtree(staging, ignore_errors=True)
+        self.push_checkpoint(final)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
+        self.check_checkpoint(resume_from_checkpoint)
+        self._restore_weights(resume_from_checkpoint)
+        state = json.loads((Path(resume_from_checkpoint) / RUN_STATE_NAME).read_text())
+        self.load_run_state(state)
+        self._best.find(Path(resume_from_checkpoint), state.get("best_checkpoint"))
+        tensors = Path(resume_from_checkpoint) / RUN_TENSORS_NAME
+        if tensors.is_file():
+            # To the host first: among several processes a CPU is called "cpu:0", which safetensors does not know.
+            self.load_run_tensors({name: value.to(self.args.device) for name, value in load_file(tensors).items()})
+
+    def _load_best_model(self) -> None:
+        """Loads the weights of the best checkpoint."""
+        self._restore_weights(str(self.state.best_model_checkpoint))
+
+    def _restore_weights(self, checkpoint: str) -> None:
+        """Trainer reads a state dict leniently. Checkpoints of some models (ViT) hold other names than the model,
+        which only `from_pretrained` translates back; the weights would stay as they are without an error."""
+        restored = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(restored.state_dict())
+
+
+class _EpochBoundary(TrainerCallback):
+    """Keeps a checkpoint of an epoch's last step until the log and the evaluation of that epoch are done, so that a
+    resume from it misses neither; and lets the workers of the loader go at the end."""
+
+    def __init__(self) -> None:
+        self._waiting = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
+        if control.should_save and ends_epoch:
+            control.should_save, self._waiting = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._waiting:
+            control.should_save, self._waiting = True, False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        if isinstance(train_dataloader, AlternatingDataLoader):
+            train_dataloader.close()

@@ -1,0 +1,112 @@
+"""What the trainers share: the buffer of figures, parts of a batch, and what is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from bissl_hf.data.alternation import StepKey, keyed_random_state
+from bissl_hf.trainer.metrics_buffer import MetricsBuffer
+from bissl_hf.trainer.resumable_trainer import ResumableTrainer
+from bissl_hf.trainer.training_args import ResumableTrainingArguments
+
+
+def test_the_buffer_averages_by_name_and_forgets():
+    buffer = MetricsBuffer(lambda tensors: tensors)
+    for value in (1.0, 2.0, 6.0):
+        buffer.add("a", value)
+    buffer.add("b", torch.tensor(4, dtype=torch.int32))
+    assert buffer.pop_averages() == {"a": 3.0, "b": 4.0}
+    assert buffer.pop_averages() == {}
+    buffer.add("a", 5.0)
+    assert buffer.pop_averages() == {"a": 5.0}
+
+
+def test_the_buffer_reduces_once_per_log_and_keeps_no_graph():
+    calls = []
+
+    def reduce(tensors):
+        calls.append(len(tensors))
+        return [tensor * 10 for tensor in tensors]
+
+    buffer = MetricsBuffer(reduce)
+    parameter = torch.tensor(2.0, requires_grad=True)
+    buffer.add("a", parameter * 3)
+    buffer.add("b", True)
+    assert not buffer._sums["a"].requires_grad
+    assert buffer.pop_averages() == {"a": 60.0, "b": 10.0}
+    assert calls == [1]
+
+
+def test_the_buffer_survives_a_checkpoint_to_the_last_bit():
+    whole, first = MetricsBuffer(lambda tensors: tensors), MetricsBuffer(lambda tensors: tensors)
+    second = MetricsBuffer(lambda tensors: tensors)
+    for value in (0.1, 0.7):
+        whole.add("a", value)
+        first.add("a", value)
+    second.add("gone", 1.0)
+    second.load_state_dict(first.state_dict())
+    for buffer in (whole, second):
+        buffer.add("a", 1 / 3)
+    assert second.pop_averages() == whole.pop_averages()
+
+
+def test_the_buffer_shows_what_is_not_finite():
+    buffer = MetricsBuffer(lambda tensors: tensors)
+    buffer.add("a", 1.0)
+    buffer.add("a", float("inf"))
+    assert buffer.pop_averages()["a"] == float("inf")
+
+
+def keyed_args(tmp_path, **overrides) -> ResumableTrainingArguments:
+    return ResumableTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **overrides)
+
+
+def test_several_gpus_in_one_process_are_refused():
+    with pytest.raises(ValueError, match=r"One process sees 2 GPUs .*--num_processes 2.*CUDA_VISIBLE_DEVICES"):
+        ResumableTrainer(args=SimpleNamespace(n_gpu=2), model=torch.nn.Linear(1, 1))
+
+
+def test_optimizers_are_refused(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizers is not supported: name them in the arguments"):
+        ResumableTrainer(args=keyed_args(tmp_path), model=model, optimizers=(optimizer, None))
+
+
+def test_no_optimizers_are_accepted(tmp_path):
+    trainer = ResumableTrainer(args=keyed_args(tmp_path), model=torch.nn.Linear(1, 1), optimizers=(None, None))
+    assert trainer.optimizer is None
+    assert isinstance(trainer.args, TrainingArguments)
+
+
+def test_a_models_randomness_follows_the_key_and_differs_from_that_of_its_views(tmp_path):
+    trainer = ResumableTrainer(args=keyed_args(tmp_path), model=torch.nn.Linear(1, 1))
+    key = StepKey(1, 0, 2, 3, 0)
+    before = torch.get_rng_state()
+    draws = []
+    for name in (key, key, key._replace(step=4), key._replace(rank=1)):
+        with trainer.model_randomness(name):
+            draws.append(float(torch.rand(())))
+    with keyed_random_state(key):
+        draws.append(float(torch.rand(())))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 4
+
+
+def test_a_transform_gets_the_key_as_plain_numbers(tmp_path):
+    trainer = ResumableTrainer(args=keyed_args(tmp_path), model=torch.nn.Linear(1, 1))
+    seen = []
+
+    def transform(inputs, key):
+        seen.append(key)
+        return {"x": inputs["x"] + 1}
+
+    key = StepKey(1, 0, 2, 3, 0)
+    moved = trainer.move_and_transform({"x": torch.zeros(2)}, key, transform)
+    assert torch.equal(moved["x"], torch.ones(2))
+    assert seen == [(1, 0, 2, 3, 0)]
+    assert type(seen[0]) is tuple
+    assert torch.equal(trainer.move_and_transform({"x": torch.zeros(2)}, key, None)["x"], torch.zeros(2))

@@ -42,7 +42,7 @@ from bissl_hf.cli.pairs import check_pairs
 from bissl_hf.cli.parts import SETTINGS_NAME, Part
 from bissl_hf.cli.plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from bissl_hf.cli.pretraining import FINISHED_NAME, pretrain
-from bissl_hf.data.alternation import StepKey, Stream
+from bissl_hf.data.alternation import Stream
 from bissl_hf.data.augment import EvalTransform, image_processor
 from bissl_hf.data.decoded import DecodedImages
 from bissl_hf.evaluation.features import extract_features, tsne_layout, with_one_class
@@ -186,7 +186,7 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
             save_total_limit=1,
         ),
         train_dataset=trainer.lower_dataset,
-        train_transform=trainer.lower_transform,
+        train_transform=trainer.streams.transform(Stream.LOWER),
     )
 
 
@@ -203,7 +203,6 @@ def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
     """Builds what training will build and sends a few images through both models, so that settings which do not fit
     come to light before it."""
     trainer.try_losses(rows=4)
-    trainer.level_schedules()
     trainer.create_optimizer()
     trainer.get_train_dataloader()
     if pretrainer.args.max_steps > 0:
@@ -230,10 +229,10 @@ def evaluate_on_test(trainer: BiSSLTrainer, test: DecodedImages, prefix: str) ->
 
 
 def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]:
-    key = StepKey(trainer.args.key_seed, int(Stream.EVALUATION), 0, 0, 0)
+    key = trainer.streams.key(Stream.EVALUATION)._replace(rank=0)
     # Trainer's own loader would give each process a part of them.
     for batch in DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator):
-        yield trainer.move_and_transform(batch, key, trainer.eval_transform)
+        yield trainer.streams.prepare(batch, key)
 
 
 def known_facts(

@@ -149,15 +149,13 @@ class BareLoop(PlainLoop):
         self.solves: list[SolveInfo] = []
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
-        for step in range(self.trainer.sources[stream].steps_per_alternation):
+        for step in range(self.trainer.streams.sources[stream].steps_per_alternation):
             key = StepKey(self.args.key_seed, int(stream), self.alternations, step, 0)
-            yield self.views(self.trainer.sources[stream].read(key), key)
+            yield self.views(self.trainer.streams.sources[stream].read(key), key)
 
     def views(self, inputs: Batch, key: StepKey) -> Batch:
         """Moves a batch to the device and makes its views there."""
-        upper = key.stream == Stream.UPPER
-        transform = self.trainer.train_transform if upper else self.trainer.lower_transform
-        return self.trainer.move_and_transform(inputs, key, transform)
+        return self.trainer.streams.prepare(inputs, key)
 
     def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
         if self._curvature is None:
@@ -203,13 +201,13 @@ class Baseline(PlainLoop):
         args = copy.copy(trainer.args)
         args.bf16 = False
         super().__init__(trainer, model, args)
-        size = trainer.lower_transform.image_size  # type: ignore[union-attr]
-        self._steps = {stream: trainer.sources[stream].steps_per_alternation for stream in _STREAMS}
+        size = trainer.streams.transform(Stream.LOWER).image_size  # type: ignore[union-attr]
+        self._steps = {stream: trainer.streams.sources[stream].steps_per_alternation for stream in _STREAMS}
         # The iterators live as long as the loop: no worker starts twice, and all prepare batches ahead.
         self._loaders: dict[Stream, Iterator[Batch]] = {}
         self.datasets: dict[Stream, PillowViews] = {}
         for stream in _STREAMS:
-            source = trainer.sources[stream]
+            source = trainer.streams.sources[stream]
             views = self.datasets[stream] = PillowViews(source.dataset, size, two_views=stream != Stream.UPPER)
             loader = DataLoader(
                 views,

@@ -1,7 +1,7 @@
 """Mixed precision: weights that stay in float32, and the loss scale of fp16, for gradients written by hand as well."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,16 +67,6 @@ class ScheduleFollowsSteps(TrainerCallback):
                 # torch takes a first step that was skipped for one that was forgotten.
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 lr_scheduler.step()
-
-
-def in_full_precision(model: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Returns a model's forward pass with autocast off, whatever surrounds it."""
-
-    def forward(**inputs: Any) -> Any:
-        with torch.autocast(device.type, enabled=False):
-            return model(**inputs)
-
-    return forward
 
 
 def check_master_weights(model: nn.Module | None) -> None:

@@ -22,53 +22,66 @@ GOOD_PULL = 3.0
 
 
 class Pull:
-    """Adds up the pull of a run, on the device.
+    """Adds up the pull of a run, on the device."""
 
-    Args:
-        proximal_weight (`float`): lambda.
-    """
-
-    def __init__(self, proximal_weight: float) -> None:
-        self.proximal_weight = proximal_weight
+    def __init__(self) -> None:
         self.total: Tensor = torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
-    def count(self, optimizer: Optimizer, theta_p: Sequence[Tensor], clipped: Tensor) -> None:
+    def count(
+        self, optimizer: Optimizer, theta_p: Sequence[Tensor], clipped: Tensor, *, proximal_weight: float
+    ) -> None:
         """Adds one lower step, from the gradients that it is about to use. They, the proximal force among them, have
-        been scaled by the factor `clipped`. Nothing is added for an optimizer of unknown step length."""
+        been scaled by the factor `clipped`. Nothing is added for an optimizer of unknown step length.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): of the lower level.
+            theta_p (`Sequence[torch.Tensor]`): the backbone's parameters, with their gradients.
+            clipped (`torch.Tensor`): factor on the gradients, shape `()`.
+            proximal_weight (`float`): lambda in this step.
+        """
         if not has_step_length(optimizer):
             return
         length = step_length(optimizer, theta_p, fill_missing([p.grad for p in theta_p], theta_p))
         rate = optimizer.param_groups[0]["lr"]
-        self.total = self.total.to(length.device, non_blocking=True) + rate * self.proximal_weight * length * clipped
+        self.total = self.total.to(length.device, non_blocking=True) + rate * proximal_weight * length * clipped
 
-    @torch.no_grad()
-    def estimate(
-        self,
-        optimizer: Optimizer,
-        theta_p: Sequence[Tensor],
-        gradient: Sequence[Tensor],
-        *,
-        bound: float,
-        learning_rates: float,
-    ) -> float:
-        """Estimates the pull of a whole run as if the gradient stayed as it is.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the pull so far."""
+        return {"total": float(self.total)}
 
-        Args:
-            optimizer (`torch.optim.Optimizer`): of the lower level.
-            theta_p (`Sequence[torch.Tensor]`): the backbone's parameters.
-            gradient (`Sequence[torch.Tensor]`): of all lower parameters, the backbone's first.
-            bound (`float`): on the gradient norm; 0 for none.
-            learning_rates (`float`): sum of the learning rates of all lower steps.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self.total = torch.tensor(state["total"], dtype=torch.float64)
 
-        Returns:
-            `float`: the pull; NaN for an optimizer of unknown step length.
-        """
-        if not has_step_length(optimizer):
-            return float("nan")
-        clipped = clip_factor(norm(gradient), bound)
-        length = step_length(optimizer, theta_p, [clipped * g for g in gradient[: len(theta_p)]]) * clipped
-        return float(length) * learning_rates * self.proximal_weight
+
+@torch.no_grad()
+def estimate_pull(
+    optimizer: Optimizer,
+    theta_p: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    *,
+    bound: float,
+    learning_rates: float,
+) -> float:
+    """Estimates the pull of a whole run at lambda = 1, as if the gradient stayed as it is. It is linear in lambda for
+    SGD and LARS.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): of the lower level.
+        theta_p (`Sequence[torch.Tensor]`): the backbone's parameters.
+        gradient (`Sequence[torch.Tensor]`): of all lower parameters, the backbone's first.
+        bound (`float`): on the gradient norm; 0 for none.
+        learning_rates (`float`): sum of the learning rates of all lower steps.
+
+    Returns:
+        `float`: the pull; NaN for an optimizer of unknown step length.
+    """
+    if not has_step_length(optimizer):
+        return float("nan")
+    clipped = clip_factor(norm(gradient), bound)
+    length = step_length(optimizer, theta_p, [clipped * g for g in gradient[: len(theta_p)]]) * clipped
+    return float(length) * learning_rates
 
 
 def warn_about_pull(pull: float, proximal_weight: float) -> None:

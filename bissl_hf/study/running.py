@@ -92,7 +92,6 @@ class Study:
     def _try_arm(self, trainer: BiSSLTrainer | JointTrainer | PretextTrainer) -> None:
         if isinstance(trainer, BiSSLTrainer):
             trainer.create_optimizer()
-            trainer.level_schedules()
             trainer.try_losses(rows=4)
         else:
             trainer.try_loss(rows=4)

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ..cards.text import Description, describe_pretext
 from ..data.alternation import Stream
-from ..data.streams import pretext_batch_size
+from ..data.streams import check_pretext_batch
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import PretextTrainingArguments
 
@@ -32,12 +32,14 @@ class PretextTrainer(SingleLevelTrainer):
     def __init__(
         self, model: PreTrainedModel, args: PretextTrainingArguments, *, train_dataset: Any, **trainer_kwargs: Any
     ) -> None:
+        batch = args.per_device_train_batch_size * args.world_size
+        check_pretext_batch(batch, train_dataset, name="train_dataset", field="per_device_train_batch_size")
         super().__init__(
             model=model,
             args=args,
             task="pretext",
             stream=Stream.LOWER,
-            batch_size=pretext_batch_size(args, train_dataset, field="train_dataset"),
+            batch_size=batch,
             train_dataset=train_dataset,
             **trainer_kwargs,
         )

@@ -14,6 +14,7 @@ from ..bilevel.curvature import CURVATURE_MODES as FIXED_CURVATURE_MODES
 from ..bilevel.hypergradient import SOLVERS
 from ..optim.optimizers import parse_optimizer_options, resolve_optimizer, takes_momentum
 from ..optim.schedule import level_schedule
+from ..optim.two_level import LevelSettings
 from .data_parallel import refuse_other_parallelism
 
 CURVATURE_MODES = ("auto", *FIXED_CURVATURE_MODES)
@@ -135,6 +136,31 @@ class ResumableTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is not supported: leave it out.")
         if not self.eval_do_concat_batches:
             raise ValueError("eval_do_concat_batches is False, which is not supported: leave it out.")
+
+    def level(self, name: str = "upper", *, num_steps: int) -> LevelSettings:
+        """Returns how a level is optimized; trainers of one level call theirs the upper one.
+
+        Args:
+            name (`str`, *optional*, defaults to `"upper"`): `"lower"` for BiSSL only.
+            num_steps (`int`): steps of the level in the whole run.
+
+        Raises:
+            `ValueError`: for a level that there is not.
+        """
+        if name != "upper":
+            raise ValueError(f"name is {name!r}; {type(self).__name__} have the level 'upper' only.")
+        return LevelSettings(
+            prefix="",
+            optim=self.optim,
+            optimizer_options=self.optimizer_options,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            schedule=self.lr_scheduler_type,
+            schedule_options=self.lr_scheduler_kwargs,  # type: ignore[arg-type] # read from text by now
+            num_steps=num_steps,
+            warmup_steps=self.get_warmup_steps(num_steps),
+            max_grad_norm=self.max_grad_norm,
+        )
 
     @property
     def key_seed(self) -> int:
@@ -396,6 +422,25 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
                 f"lower_warmup_steps is {self.lower_warmup_steps}; a run has {total} lower steps (num_alternations x "
                 "lower_steps)."
             )
+
+    def level(self, name: str = "upper", *, num_steps: int | None = None) -> LevelSettings:
+        """Returns how the `"lower"` or the `"upper"` level is optimized over the run."""
+        if name == "upper":
+            return super().level(name, num_steps=num_steps or self.num_alternations * self.upper_steps)
+        if name != "lower":
+            raise ValueError(f"name is {name!r}; it must be 'lower' or 'upper'.")
+        return LevelSettings(
+            prefix="lower_",
+            optim=self.lower_optim,
+            optimizer_options=self.lower_optimizer_options,
+            learning_rate=self.lower_learning_rate,
+            weight_decay=self.lower_weight_decay,
+            schedule=self.lower_lr_scheduler_type,
+            schedule_options=self.lower_lr_scheduler_kwargs,  # type: ignore[arg-type] # read from text by now
+            num_steps=num_steps or self.num_alternations * self.lower_steps,
+            warmup_steps=self.get_lower_warmup_steps(),
+            max_grad_norm=self.lower_max_grad_norm,
+        )
 
     def get_lower_warmup_steps(self) -> int:
         """Number of warm-up steps of the lower level."""

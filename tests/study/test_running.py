@@ -11,6 +11,7 @@ from bissl_hf.cli.images import ViewArguments
 from bissl_hf.study.plan import Arm, Plan, StudyArguments
 from bissl_hf.study.report import build_results, write_report
 from bissl_hf.study.running import Study
+from bissl_hf.trainer.bissl_trainer import BiSSLTrainer
 from bissl_hf.trainer.resumable_trainer import ResumableTrainer
 
 from ..recipes import runs as tiny
@@ -130,17 +131,17 @@ def test_an_interrupted_study_goes_on_to_the_same_numbers(
 ) -> None:
     _, found = finished
     steps = 0
-    step = ResumableTrainer.move_and_transform
+    step = BiSSLTrainer.training_step
 
-    def failing(trainer: ResumableTrainer, *args: Any) -> Any:
+    def failing(trainer: BiSSLTrainer, *args: Any) -> Any:
         nonlocal steps
         steps += "ours-seed0/backbone" in str(trainer.args.output_dir)
-        if steps == 6:
+        if steps == 2:
             raise KeyboardInterrupt
         return step(trainer, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ResumableTrainer, "move_and_transform", failing)
+        patch.setattr(BiSSLTrainer, "training_step", failing)
         with pytest.raises(KeyboardInterrupt):
             study_of(images, tmp_path).run()
     assert not list(tmp_path.rglob("ours-seed1/result.json"))

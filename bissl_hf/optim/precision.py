@@ -18,14 +18,18 @@ class LossScale:
     gradients divided by it before they are used. The optimizer skips a step whose gradients overflow, and the number
     shrinks. Without a scaler (in every precision but fp16) nothing is scaled.
 
-    The hypergradient is linear in the upper losses, so it carries their scale through the solve without a word.
+    The hypergradient is linear in the upper losses, so the scale passes through the solve unchanged.
 
     Args:
-        scaler (`torch.amp.GradScaler`, *optional*): the one of Accelerate, which saves and resumes it.
+        find_scaler (`Callable`): returns the scaler of Accelerate, which saves and resumes it, or `None`.
     """
 
-    def __init__(self, scaler: GradScaler | None) -> None:
-        self._scaler = scaler
+    def __init__(self, find_scaler: Callable[[], GradScaler | None]) -> None:
+        self._find_scaler = find_scaler
+
+    @property
+    def _scaler(self) -> GradScaler | None:
+        return self._find_scaler()
 
     @property
     def is_active(self) -> bool:

@@ -101,6 +101,7 @@ class ResumableTrainer(HubTrainer):
         if eval_transform is not None:
             # The transform may need columns that forward does not name.
             args.remove_unused_columns = False
+        self.loss_scale = LossScale(lambda: self.accelerator.scaler)
         self.checkpoints = CheckpointStore()
         for name, owner in (("metrics", self.metrics_buffer), ("seconds", self._clock), ("best", self._best)):
             self.checkpoints.register(name, owner)
@@ -137,11 +138,6 @@ class ResumableTrainer(HubTrainer):
         if self.args.fp16 and self.args.device.type == "cpu":
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
-
-    @property
-    def loss_scale(self) -> LossScale:
-        """Scales losses and gradients under fp16."""
-        return LossScale(self.accelerator.scaler)
 
     # Batches
 

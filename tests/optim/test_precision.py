@@ -251,7 +251,7 @@ def test_weights_in_half_precision_are_refused(tmp_path, dtype):
 
 
 def test_a_loss_scale_is_nothing_without_a_scaler():
-    scale, tensor = LossScale(None), torch.tensor([float("inf")])
+    scale, tensor = LossScale(lambda: None), torch.tensor([float("inf")])
     assert not scale.is_active
     assert scale(tensor) is tensor
     assert scale.remove((tensor,)) == (tensor,)
@@ -260,7 +260,7 @@ def test_a_loss_scale_is_nothing_without_a_scaler():
 
 def test_a_loss_scale_scales_what_it_is_given_and_skips_overflows():
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    scale, parameter = LossScale(scaler), torch.nn.Parameter(torch.ones(2))
+    scale, parameter = LossScale(lambda: scaler), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     assert scale(torch.tensor(3.0)).item() == 24.0
     assert all_equal(scale.remove((torch.tensor([8.0, 16.0]),)), (torch.tensor([1.0, 2.0]),))

@@ -133,6 +133,9 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
         )
     if is_a(RevisionNotFoundError) or (is_a(DatasetNotFoundError) and "Revision" in str(error)):
         return f"{name!r} has no revision {revision!r} on the Hub: pass a branch, a tag or a commit that exists."
+    if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+        found = re.search(r"\[.*?\]", str(error))
+        return f"Choose a configuration of {name!r} with `dataset_config`{f', one of {found[0]}' if found else ''}."
     if is_a(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError) or "Couldn't reach" in str(error):
         return (
             f"{name!r} is no file or folder here, is not in the cache of `datasets`{at}, and the Hub could not be "

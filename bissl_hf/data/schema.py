@@ -6,6 +6,7 @@ a list of them where an image may have several classes.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -23,6 +24,8 @@ _SPLIT_NAMES = {
     "test": ("test", "testing"),
     "unlabeled": ("unlabeled", "unlabelled", "unsupervised"),
 }
+# What `datasets` takes for the end of a word in the name of a file or folder.
+_WORD_ENDS = re.compile(r"[-._ 0-9]+")
 
 
 def is_multi_label(split: Dataset) -> bool:
@@ -51,6 +54,14 @@ def labels_of(split: Dataset) -> np.ndarray:
 def canonical_name(split: str) -> str | None:
     """Returns the schema's name of a split that a source calls so, or `None`."""
     return next((name for name, aliases in _SPLIT_NAMES.items() if split.lower() in aliases), None)
+
+
+def split_in_name(name: str) -> str | None:
+    """Returns the schema's name of the split that a file or folder is named after, as in `seg_train`, `training_set`
+    or `test-00000-of-00001`, by the rule of `datasets`; `None` if it names none, or two."""
+    words = [word.lower() for word in _WORD_ENDS.split(name)]
+    found = {"test" if word in ("eval", "evaluation") else canonical_name(word) for word in words} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def canonical_splits(name: str, loaded: dict[str, Dataset]) -> dict[str, Dataset]:

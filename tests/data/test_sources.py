@@ -169,7 +169,7 @@ class TestFolder:
             ({}, "There are no images in"),
             ({"train": 0, "test/a": 1}, "has the splits \\['test'\\]; it must have a split 'train'"),
             ({".": 3}, "No labels were found in .* columns are \\['image'\\].*label_column"),
-            ({".": 1, "a": 2}, "lies beside the class folders"),
+            ({".": 1, "a": 2}, "is beside the class folders"),
             ({"cat": 3, "dog": 3, "test": 1}, "has \\['test'\\], which name splits, beside 'cat'"),
             ({"train/a": 3, "val/a": 1, "valid/a": 1}, "has two splits that mean 'validation'"),
             ({"train/a": 3, "test/b": 1}, "row 0 of the split 'test' .* is 'b'; it must be a class of 'train': 'a'"),

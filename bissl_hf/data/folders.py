@@ -104,16 +104,18 @@ def _below(folder: Path, images: Iterable[Path]) -> tuple[dict[str, list[Path]],
     return inside, direct
 
 
-def _first_fork(folder: Path, images: list[Path]) -> Path:
-    """Goes down while a folder holds nothing but one folder of folders, as archives unpack."""
+def _first_fork(folder: Path, images: list[Path], *, is_split: bool = False) -> Path:
+    """Goes down while a folder holds nothing but one folder of folders, as archives unpack; not into a split, unless
+    from one."""
     inside, direct = _below(folder, images)
     if direct or len(inside) != 1:
         return folder
     (name,) = inside
     deeper, direct = _below(folder / name, images)
-    if direct or not deeper or (split_in_name(name) and not any(map(split_in_name, deeper))):
+    enters_split = split_in_name(name) is not None and not any(map(split_in_name, deeper))
+    if direct or not deeper or (enters_split and not is_split):
         return folder
-    return _first_fork(folder / name, images)
+    return _first_fork(folder / name, images, is_split=is_split)
 
 
 def _split_folders(root: Path, top: Path, images: list[Path]) -> dict[str, Path]:
@@ -138,7 +140,9 @@ def _split_folders(root: Path, top: Path, images: list[Path]) -> dict[str, Path]
                 f"{str(root)!r} has two splits that mean {split!r}, {folders[split].name!r} and {name!r}: remove one."
             )
         folders[split] = top / name
-    return {split: _first_fork(folder, inside.get(folder.name, [])) for split, folder in folders.items()}
+    return {
+        split: _first_fork(folder, inside.get(folder.name, []), is_split=True) for split, folder in folders.items()
+    }
 
 
 def _are_classes(top: Path, named: Mapping[str, str], inside: Mapping[str, list[Path]]) -> bool:

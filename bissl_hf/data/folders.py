@@ -1,7 +1,7 @@
 """Folders of images: which of them are splits, which are classes, and what is left out.
 
-The rules are those of `imagefolder` in `datasets`. Where it has none, or where following it would leave images out that
-somebody may have meant, the sentence of an error asks.
+The rules are those of `imagefolder` in `datasets`. Where it has none, or where following it would leave images out
+that somebody may have meant, the sentence of an error asks.
 """
 
 import logging
@@ -51,6 +51,10 @@ def read_image_folder(root: Path) -> dict[str, Dataset]:
     files = [path for path in everything if not is_special(path, root)] if special else everything
     images = [path for path in files if is_image_file(path)]
     for path in images:
+        if not _is_unicode(path):
+            raise ValueError(
+                f"The name of the image {os.fsencode(path)!r} is not UTF-8, so that no table can hold it: rename it."
+            )
         if not path.exists():
             raise ValueError(
                 f"The image {str(path)!r} is a link to {os.readlink(path)!r}, which is not there: restore that file, "
@@ -79,6 +83,14 @@ def read_image_folder(root: Path) -> dict[str, Dataset]:
         read |= set(part) if listed is None else listed.paths
     _tell_what_is_left_out(root, [path for path in everything if path not in read], read)
     return splits
+
+
+def _is_unicode(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _instead(files: Iterable[Path]) -> str:
@@ -130,8 +142,8 @@ def _split_folders(root: Path, top: Path, images: list[Path]) -> dict[str, Path]
     flat = all(not _below(top / name, inside.get(name, []))[0] for name in named)
     if others and (flat or "train" not in named.values()):
         raise ValueError(
-            f"The folder {str(root)!r} has {sorted(named)}, which name splits, beside {_some(others)}: put the folders "
-            "of the classes into a folder 'train', also those that are called like a split."
+            f"The folder {str(root)!r} has {sorted(named)}, which name splits, beside {_some(others)}: put the "
+            "folders of the classes into a folder 'train', also those that are called like a split."
         )
     folders: dict[str, Path] = {}
     for name, split in named.items():
@@ -183,8 +195,8 @@ def _refuse_two_readings(folder: Path, inside: Mapping[str, list[Path]]) -> None
         splits = [inner for inner in names if canonical_name(inner) is not None]
         if splits:
             raise ValueError(
-                f"The folder {str(folder / name)!r} has {splits}, which name splits, inside what would be a class: put "
-                f"the splits outside, the classes inside (as in train/{name}), or give one of the folders."
+                f"The folder {str(folder / name)!r} has {splits}, which name splits, inside what would be a class: "
+                f"put the splits outside, the classes inside (as in train/{name}), or give one of the folders."
             )
     nested = {name: names for name, names in deeper.items() if names}
     if len(nested) == len(inside) > 1 and any(len(names) > 1 for names in nested.values()):

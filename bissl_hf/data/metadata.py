@@ -80,8 +80,8 @@ def _read(path: Path) -> pd.DataFrame:
         raise ValueError(f"The file {str(path)!r} cannot be read: {reason} Correct or remove it.") from error
     if "file_name" not in table.columns:
         raise ValueError(
-            f"The file {str(path)!r} has the columns {list(map(str, table.columns))}; one of them must be 'file_name', "
-            "the path of an image beside it."
+            f"The file {str(path)!r} has the columns {list(map(str, table.columns))}; one of them must be "
+            "'file_name', the path of an image beside it."
         )
     folder = os.path.abspath(path.parent)
     names = table.pop("file_name")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 # Files and folders that systems and tools leave behind. What starts with a dot is left out as well.
 _LITTER = frozenset({"__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini"})
-_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+# At the start of a part; a dollar inside a name may be one.
+_VARIABLE = re.compile(r"(?:^|(?<=/))\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
 _ENDINGS_TOLD = 6
 
 

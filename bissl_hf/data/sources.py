@@ -114,8 +114,8 @@ def load_image_dataset(
         if require_labels:
             columns = next(iter(splits.values())).column_names
             raise ValueError(
-                f"No labels were found in {name!r}, whose columns are {columns}: name one with `label_column`, put the "
-                "images of each class into a folder of its own, or list them in a metadata.csv with the columns "
+                f"No labels were found in {name!r}, whose columns are {columns}: name one with `label_column`, put "
+                "the images of each class into a folder of its own, or list them in a metadata.csv with the columns "
                 "'file_name' and 'label'."
             )
         unlabeled = splits.get("unlabeled", splits.get("train", next(iter(splits.values()))))

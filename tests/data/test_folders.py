@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import datasets
@@ -153,6 +154,17 @@ class TestLeftOut:
         assert count_endings([Path("x.TXT")]) == "1 file (1 of .txt)"
 
 
+@pytest.mark.parametrize("name", [b"cat/\xff\xfe.png", b"\xe9t\xe9/0.png"], ids=["file", "folder"])
+def test_a_name_that_is_not_unicode_is_shown(tmp_path, name):
+    write(tmp_path, {"cat": 3, "dog": 3})
+    path = os.fsencode(tmp_path) + b"/" + name
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "new.png")
+    os.rename(tmp_path / "new.png", path)
+    with pytest.raises(ValueError, match=r"The name of the image b'.*\\x.*' is not UTF-8"):
+        load_image_dataset(tmp_path)
+
+
 class TestMetadata:
     def rows(self, names: list[str], **more) -> pd.DataFrame:
         return pd.DataFrame({"file_name": names, "label": ["ab"[i % 2] for i in range(len(names))], **more})
@@ -219,7 +231,7 @@ class TestMetadata:
     def test_a_table_of_another_name_is_asked_about(self, tmp_path):
         write(tmp_path, {".": 2})
         (tmp_path / "labels.csv").write_text("id,label\n00.png,a\n")
-        with pytest.raises(ValueError, match="list them in a metadata.csv with the columns 'file_name' and 'label'"):
+        with pytest.raises(ValueError, match=r"list them in a metadata.csv with the columns 'file_name' and 'label'"):
             load_image_dataset(tmp_path)
 
 
@@ -296,7 +308,7 @@ class TestConfigurations:
 
     def test_files_that_are_not_there(self, tmp_path):
         self.make(tmp_path, f"configs:\n{self.HEAD}".replace("mini/train", "mini/lost"))
-        with pytest.raises(ValueError, match="The configuration 'mini' of the data set in .* cannot be loaded: "):
+        with pytest.raises(ValueError, match=r"The configuration 'mini' of the data set in .* cannot be loaded: "):
             load_image_dataset(tmp_path, dataset_config="mini")
 
     def test_a_broken_head(self, tmp_path):
@@ -306,7 +318,7 @@ class TestConfigurations:
 
     def test_none_to_choose(self, tmp_path):
         write(tmp_path, {"a": 3, "b": 3})
-        with pytest.raises(ValueError, match="The configuration 'x' is asked for, and .* has none"):
+        with pytest.raises(ValueError, match=r"The configuration 'x' is asked for, and .* has none"):
             load_image_dataset(tmp_path, dataset_config="x")
 
 

@@ -15,6 +15,7 @@ from .hub import check_classes, load_entry, load_repository
 from .paths import expand_path
 from .schema import (
     canonical_splits,
+    drop_splits_without_labels,
     encode_labels,
     find_image_column,
     find_label_column,
@@ -122,6 +123,7 @@ def load_image_dataset(
         return DatasetDict(unlabeled=select_columns(name, unlabeled, image_column))
     if "train" not in splits:
         raise ValueError(f"{name!r} has the splits {sorted(splits)}; it must have a split 'train'.")
+    splits = drop_splits_without_labels(name, splits, found_label_column)
     labelled = encode_labels(name, splits, image_column, found_label_column)
     if entry is not None and label_column == entry.label_column:
         check_classes(name, entry, labelled["train"])

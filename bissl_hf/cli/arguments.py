@@ -46,7 +46,7 @@ class _Parser(HfArgumentParser):
     def _get_value(self, action: Action, arg_string: str) -> Any:
         # Defaults that are text pass here, too.
         text = arg_string if arg_string == action.default else checked_value(action, arg_string)
-        return super()._get_value(action, text)  # type: ignore[misc]
+        return super()._get_value(action, text)
 
 
 def parse_arguments(
@@ -71,8 +71,12 @@ def parse_arguments(
     config, rest = _take_config(arguments)
     with refusing_bad_input():
         from_file = _arguments_of_yaml(expand_path(config, field="config"), fields) if config is not None else []
+        given = [*from_file, *rest]
+        # argparse takes such a value for the end of the options, and makes an empty list of it.
+        if lost := next((text for text in given if text.startswith("--") and text.endswith("=--")), None):
+            raise ValueError(f"{lost[2:-3]} is '--', which is no value.")
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
-            [*from_file, *rest], return_remaining_strings=True, look_for_args_file=False
+            given, return_remaining_strings=True, look_for_args_file=False
         )
     if unknown:
         refuse(f"Unknown argument {unknown[0]}{close_matches(unknown[0].lstrip('-').split('=')[0], known)}")

@@ -93,9 +93,9 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         _check_tag(node)
-        if isinstance(node, yaml.SequenceNode):
-            return [self._typed(item, depth + 1) for item in node.value]
-        return {name: self._typed(value, depth + 1) for name, value in self.fields(node)}
+        if isinstance(node, yaml.MappingNode):
+            return {name: self._typed(value, depth + 1) for name, value in self.fields(node)}
+        return [self._typed(item, depth + 1) for item in node.value]
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         _check_tag(node)

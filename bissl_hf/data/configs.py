@@ -6,6 +6,8 @@ from typing import Any
 import yaml
 from datasets import Dataset, load_dataset
 
+from .pixel_file import refuse_cache
+
 _FENCE = "---"
 
 
@@ -53,6 +55,7 @@ def load_config(folder: Path, configs: dict[str, bool], name: str | None) -> dic
         return dict(load_dataset(str(folder), chosen))
     # The builders raise errors of their own, which differ between versions.
     except Exception as error:
+        refuse_cache(error)
         reason = (str(error.__cause__ or error).strip().splitlines() or ["no reason was given"])[0]
         raise ValueError(
             f"The configuration {chosen!r} of the data set in {str(folder)!r} cannot be loaded: {reason} Correct its "

@@ -16,6 +16,7 @@ from .configs import load_config, read_configs
 from .folders import is_image_file, read_image_folder
 from .idx import has_idx_files, read_idx_folder
 from .paths import parquet_files, walk_files
+from .pixel_file import refuse_cache
 from .schema import split_in_name
 from .subsets import stratified_rows
 
@@ -116,5 +117,6 @@ def _read_parquet(paths: list[str]) -> Dataset:
     try:
         return load_dataset("parquet", data_files=paths, split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
+        refuse_cache(error)
         reason = (str(error.__cause__ or error).strip().splitlines() or ["no reason was given"])[0]
         raise ValueError(f"The Parquet files {', '.join(paths)} are empty or cannot be read: {reason}") from error

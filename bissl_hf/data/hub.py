@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from .catalogue import CatalogueEntry
+from .pixel_file import refuse_cache
 from .schema import class_names, is_multi_label
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def load_repository(name: str, *, revision: str | None, load_kwargs: Mapping[str
         return dict(load_dataset(name, revision=revision, **load_kwargs))
     # The Hub's client, the builders and the network each raise errors of their own, which differ between versions.
     except Exception as error:
+        refuse_cache(error)
         raise ValueError(_explain(name, revision, error)) from error
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import datasets
+import huggingface_hub.constants
 import numpy as np
 
 _PREFIX = "incomplete-"
@@ -37,6 +39,17 @@ def explain_cache_error(error: BaseException | None, folder: Path, need: int | N
             return f"The cache folder {str(folder)!r} cannot be written: {error.strerror}; {_HOW_TO_MOVE}."
         error = error.__cause__ or error.__context__
     return None
+
+
+def refuse_cache(error: BaseException) -> None:
+    """Raises what is behind an error of `datasets` if that is its cache, rather than the data.
+
+    Raises:
+        `ValueError`: see [`explain_cache_error`].
+    """
+    for folder in (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE):
+        if sentence := explain_cache_error(error, Path(folder)):
+            raise ValueError(sentence) from error
 
 
 def write_pixels(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:

@@ -155,9 +155,9 @@ class ImageReader:
             yield start, self._rows[start : start + _BLOCK_ROWS]["image"]
 
     def _decode(self, file: IO[bytes]) -> tuple[PIL.Image.Image, str | None]:
-        with PIL.Image.open(file) as image:
-            image.load()
-            image = _upright(image)
+        with PIL.Image.open(file) as opened:
+            opened.load()
+            image = _upright(opened)
             return to_rgb(image.convert(self._mode) if self._mode and image.mode != self._mode else image)
 
     def _try(self, row: int, value: dict[str, Any] | None, read: Callable[[IO[bytes]], _T]) -> _T | UnreadableImage:

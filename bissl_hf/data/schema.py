@@ -252,9 +252,7 @@ def _label_kind(feature: Any, values: Iterable[Any]) -> tuple[str | list[str], s
     return kind, f"{'lists of ' if _is_list(feature) else ''}{kind}"
 
 
-def _class_names(
-    name: str, splits: dict[str, Dataset], values: dict[str, Iterable[Any]], label_column: str
-) -> list[str]:
+def _class_names(name: str, splits: dict[str, Dataset], values: dict[str, list[Any]], label_column: str) -> list[str]:
     kinds = {split: _label_kind(dataset.features[label_column], values[split]) for split, dataset in splits.items()}
     kind, described = kinds["train"]
     for split, (_, other) in kinds.items():

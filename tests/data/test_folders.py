@@ -1,5 +1,6 @@
 """Folders as other people make them: splits, classes, metadata, and what is left out."""
 
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import pandas as pd
 import PIL.Image
 import pytest
 from datasets import Dataset, Image
+from datasets.exceptions import DatasetGenerationError
 
 from bissl_hf.data.paths import count_endings
 from bissl_hf.data.sources import load_image_dataset
@@ -320,6 +322,34 @@ class TestConfigurations:
         write(tmp_path, {"a": 3, "b": 3})
         with pytest.raises(ValueError, match=r"The configuration 'x' is asked for, and .* has none"):
             load_image_dataset(tmp_path, dataset_config="x")
+
+
+class TestCache:
+    def test_a_cache_that_cannot_be_written_is_not_the_fault_of_the_data(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("no folder")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+        (tmp_path / "data").mkdir()
+        table().to_parquet(tmp_path / "data" / "train.parquet")
+        with pytest.raises(
+            ValueError, match=r"The cache folder '.*file/cache' cannot be written: .* set HF_DATASETS_"
+        ):
+            load_image_dataset(tmp_path / "data")
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+    @pytest.mark.parametrize("source", ["parquet", "hub"])
+    def test_a_full_cache_neither(self, tmp_path, monkeypatch, number, source):
+        def full(*args: object, **options: object) -> None:
+            try:
+                raise OSError(number, os.strerror(number))
+            except OSError as error:
+                raise DatasetGenerationError("An error occurred while generating the dataset") from error
+
+        monkeypatch.setattr(f"bissl_hf.data.{'files' if source == 'parquet' else 'hub'}.load_dataset", full)
+        table().to_parquet(tmp_path / "train.parquet")
+        with pytest.raises(
+            ValueError, match=r"The cache folder .* has no room: [0-9,]+ are free; set HF_DATASETS_CACHE"
+        ):
+            load_image_dataset(tmp_path / "train.parquet" if source == "parquet" else "user/name")
 
 
 class TestPaths:

@@ -45,6 +45,8 @@ def checked_value(action: Action, text: str) -> str:
 def _check_number(name: str, kind: Any, text: str) -> None:
     if len(text) > _LONGEST_NUMBER:
         raise ValueError(f"{name} is a text of {len(text)} characters ({text[:20]}...); it must be a number.")
+    if text.lower().lstrip("+-") == "nan":
+        raise ValueError(f"{name} is {text!r}; it must be a number.")
     if not text.isascii() or (_NUMBER.fullmatch(text) and not _PLAIN_NUMBER.fullmatch(text)):
         raise ValueError(
             f"{name} is {text!r}, which can be read in more than one way; write it in decimal digits, without leading "

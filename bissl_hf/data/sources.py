@@ -106,8 +106,10 @@ def load_image_dataset(
         image_column, label_column = image_column or entry.image_column, label_column or entry.label_column
     splits = canonical_splits(name, _load_source(name, revision, load_kwargs))
     image_column = find_image_column(name, splits, image_column)
-    found_label_column = find_label_column(name, splits, label_column)
     train = splits.get("train")
+    # Where no labels are needed, those of other splits do not matter.
+    consulted = {"train": train} if train is not None and not require_labels else splits
+    found_label_column = find_label_column(name, consulted, label_column)
     if not require_labels and train is not None and found_label_column is not None:
         # Otherwise the images of what are no classes would go into a test split.
         found_label_column = found_label_column if tells_classes(train, found_label_column) else None

@@ -241,6 +241,7 @@ def test_other_errors_keep_their_traceback() -> None:
         (["--seed", "\uff11"], "seed is '\uff11', which can be read in more than one way"),
         (["--seed", "9" * 5000], "seed is a text of 5000 characters (99999999999999999999...); it must be a number."),
         (["--seed", str(2**63)], f"seed is {2**63}; it must be below 2^63."),
+        (["--rate", "NaN"], "rate is 'NaN'; it must be a number."),
         (["--rate", "1:30"], "argument --rate: invalid float value: '1:30'"),
         (["--name=--"], "name is '--', which is no value."),
         (["--output_dir", "$NOT_SET/x"], "output_dir is '$NOT_SET/x'; the environment variable $NOT_SET is not set"),

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
@@ -344,6 +346,17 @@ class TestFile:
             names = {path.name for path in tmp_path.iterdir()}
             assert {name for name in names if name.startswith("incomplete")} == {"incomplete-1.npy"}
             assert len(names) == 2
+
+    def test_what_a_killed_process_was_writing_is_removed(self, tmp_path):
+        command = (
+            "import os, pathlib, signal, sys; from bissl_hf.data.pixel_file import write_pixels; "
+            "write_pixels(pathlib.Path(sys.argv[1]) / 'x.npy', (4, 3, 8, 8), lambda _: os.kill(os.getpid(), 9))"
+        )
+        killed = subprocess.run([sys.executable, "-c", command, str(tmp_path)], check=False)
+        assert killed.returncode == -9
+        assert [path.name.startswith("incomplete-") for path in tmp_path.iterdir()] == [True]
+        DecodedImages.from_dataset(make_split([random_image(8, 8)]), image_size=8, cache_dir=tmp_path)
+        assert [path.name.startswith("incomplete-") for path in tmp_path.iterdir()] == [False]
 
     def test_processes_that_write_the_same_file(self, tmp_path):
         """They are threads here; the locks are of open files."""

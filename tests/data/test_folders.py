@@ -352,6 +352,11 @@ class TestCache:
             load_image_dataset(tmp_path / "train.parquet" if source == "parquet" else "user/name")
 
 
+def test_no_labels_are_needed_though_another_split_has_some(tmp_path):
+    write(tmp_path, {"train": 4, "test/a": 1})
+    assert len(load_image_dataset(tmp_path, require_labels=False)["unlabeled"]) == 4
+
+
 class TestPaths:
     def test_home_and_variables(self, tmp_path, monkeypatch):
         write(tmp_path, {"data/a": 5, "data/b": 5})

@@ -238,6 +238,32 @@ class TestHub:
         load_image_dataset("user/name", revision="v1", data_files="x")
         assert calls == [("user/name", {"revision": "v1", "data_files": "x"})]
 
+    def test_a_configuration_is_passed_on(self, monkeypatch):
+        calls = []
+
+        def fake(path, name=None, **options):
+            calls.append((path, name, options))
+            return DatasetDict(train=make_split([0, 1] * 10, ClassLabel(names=["a", "b"])))
+
+        monkeypatch.setattr(hub_module, "load_dataset", fake)
+        load_image_dataset("user/name", dataset_config="mini")
+        assert calls == [("user/name", "mini", {"revision": None})]
+
+    @pytest.mark.parametrize(
+        "message",
+        [
+            "Config name is missing.\nPlease pick one among the available configs: ['full', 'mini']\nExample of usage:",
+            "BuilderConfig 'x' not found. Available: ['full', 'mini']",
+        ],
+    )
+    def test_a_configuration_is_asked_for(self, monkeypatch, message):
+        def failing(path, **options):
+            raise ValueError(message)
+
+        monkeypatch.setattr(hub_module, "load_dataset", failing)
+        with pytest.raises(ValueError, match=r"of 'user/name' with `dataset_config`, one of \['full', 'mini'\]\."):
+            load_image_dataset("user/name")
+
     def test_column_candidates(self, hub):
         train = make_split([0, 1] * 10, ClassLabel(names=["a", "b"]), "img", "fine_label")
         hub(train=train)

@@ -252,7 +252,7 @@ class TestHub:
     @pytest.mark.parametrize(
         "message",
         [
-            "Config name is missing.\nPlease pick one among the available configs: ['full', 'mini']\nExample of usage:",
+            "Config name is missing.\nPlease pick one among the available configs: ['full', 'mini']\nExample:",
             "BuilderConfig 'x' not found. Available: ['full', 'mini']",
         ],
     )

@@ -9,6 +9,7 @@ import datasets
 from ..data.augment import TrainTransform, TwoViewTransform
 from ..data.decoded import UNREADABLE, DecodedImages
 from ..data.duplicates import drop_duplicates
+from ..data.reading import UNREADABLE_ADVICE, UnreadableImagesError
 from ..data.schema import class_names
 from ..data.sources import load_image_dataset
 from ..data.subsets import take_examples
@@ -119,13 +120,21 @@ def decode_labelled(
     splits: Mapping[str, datasets.Dataset], image_size: int, *, unreadable: str = "stop"
 ) -> LabelledImages:
     """Decodes the three labelled splits; training images keep their size where they are square and of one size. For
-    `unreadable` see [`DecodedImages.from_dataset`]."""
-    return LabelledImages(
-        train=_decode(splits["train"], image_size, "train", native_size=True, unreadable=unreadable),
-        validation=_decode(splits["validation"], image_size, "validation", native_size=False, unreadable=unreadable),
-        test=_decode(splits["test"], image_size, "test", native_size=False, unreadable=unreadable),
-        class_names=class_names(splits["train"]),
-    )
+    `unreadable` see [`DecodedImages.from_dataset`].
+
+    Raises:
+        `ValueError`: after all splits have been tried, with all their images that cannot be read.
+    """
+    decoded, failures = {}, []
+    for name in ("train", "validation", "test"):
+        try:
+            decoded[name] = _decode(splits[name], image_size, name, native_size=name == "train", unreadable=unreadable)
+        except UnreadableImagesError as error:
+            failures.append(error)
+    if failures:
+        told = " ".join(failure.description for failure in failures)
+        raise ValueError(f"{told} {UNREADABLE_ADVICE}") from failures[0]
+    return LabelledImages(**decoded, class_names=class_names(splits["train"]))
 
 
 def decode_unlabelled(
@@ -157,6 +166,7 @@ def _decode(
         image_size=image_size,
         native_size=native_size,
         unreadable=unreadable,
+        split=name,
         description=f"Decoding {name}",
     )
 

@@ -128,6 +128,7 @@ class DecodedImages(torch.utils.data.Dataset):
         native_size: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         unreadable: str = "stop",
+        split: str | None = None,
         description: str = "Decoding images",
     ) -> "DecodedImages":
         """Decodes every image of a split to RGB, once.
@@ -148,6 +149,7 @@ class DecodedImages(torch.utils.data.Dataset):
                 on its disk is taken before the first image is decoded; a damaged file is made anew.
             unreadable (`str`, *optional*, defaults to `"stop"`): what happens to images that cannot be read: `"stop"`
                 for an error, `"skip"` to leave them out with a warning. Both name all of them.
+            split (`str`, *optional*): its name in messages. Defaults to what the data set says.
             description (`str`, *optional*): name of the progress bar, which is shown above 2,000 images.
 
         Returns:
@@ -167,7 +169,9 @@ class DecodedImages(torch.utils.data.Dataset):
         if unreadable not in UNREADABLE:
             raise ValueError(f"`unreadable` is {unreadable!r}; it must be one of {UNREADABLE}.")
         folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "bissl_hf")
-        decode = partial(_pixels_of, image_size=image_size, native_size=native_size, folder=folder, text=description)
+        decode = partial(
+            _pixels_of, image_size=image_size, native_size=native_size, folder=folder, split=split, text=description
+        )
         if unreadable == "stop":
             return cls._labelled(decode(dataset), dataset)
         known = folder / f"{_cache_key(dataset, ImageReader(dataset))}-unreadable.json"
@@ -235,11 +239,11 @@ def _without(dataset: datasets.Dataset, rows: Sequence[int]) -> datasets.Dataset
 
 
 def _pixels_of(
-    dataset: datasets.Dataset, *, image_size: int, native_size: bool, folder: Path, text: str
+    dataset: datasets.Dataset, *, image_size: int, native_size: bool, folder: Path, split: str | None, text: str
 ) -> np.ndarray | Path:
     """Returns the decoded images, or the file that holds them: found, or written now."""
     side = resize_side(image_size)
-    reader = ImageReader(dataset)
+    reader = ImageReader(dataset, split)
     name = _cache_key(dataset, reader)
     # Found before a header is read: of images by the hundred thousand that alone takes many seconds.
     for stored in folder.glob(f"{name}-native-*.npy") if native_size else ():

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+UNREADABLE_ADVICE = "Replace or remove what cannot be read, or leave it out: unreadable='skip'."
+
 _PROGRESS_ROWS = 2000
 _BLOCK_ROWS = 256
 _ARROW_ROWS = 1024
@@ -72,7 +74,7 @@ class UnreadableImagesError(ValueError):
     def __init__(self, images: Sequence[UnreadableImage], total: int, split: str) -> None:
         self.rows = [image.row for image in images]
         self.description = describe_unreadable(images, total, split)
-        super().__init__(f"{self.description} Replace or remove it, or leave such images out: unreadable='skip'.")
+        super().__init__(f"{self.description} {UNREADABLE_ADVICE}")
 
 
 def describe_unreadable(images: Sequence[UnreadableImage], total: int, split: str) -> str:
@@ -95,13 +97,14 @@ class ImageReader:
 
     Args:
         dataset (`datasets.Dataset`): with a column `image`.
+        split (`str`, *optional*): its name in messages. Defaults to what the data set says.
     """
 
-    def __init__(self, dataset: datasets.Dataset) -> None:
+    def __init__(self, dataset: datasets.Dataset, split: str | None = None) -> None:
         self._mode = replace(dataset.features["image"]).mode
         raw = dataset.with_format(None).select_columns(["image"])
         self._rows = raw.cast_column("image", datasets.Image(decode=False))
-        self.split = str(dataset.split or "given")
+        self.split = split or str(dataset.split or "given")
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -50,16 +50,7 @@ def read_image_folder(root: Path) -> dict[str, Dataset]:
     special = [path for path in everything if is_special(path, root)]
     files = [path for path in everything if not is_special(path, root)] if special else everything
     images = [path for path in files if is_image_file(path)]
-    for path in images:
-        if not _is_unicode(path):
-            raise ValueError(
-                f"The name of the image {os.fsencode(path)!r} is not UTF-8, so that no table can hold it: rename it."
-            )
-        if not path.exists():
-            raise ValueError(
-                f"The image {str(path)!r} is a link to {os.readlink(path)!r}, which is not there: restore that file, "
-                "or remove the link."
-            )
+    _check_images(images)
     if not images:
         raise ValueError(
             f"There are no images in {str(root)!r}{_instead(files)}; give a folder of images or of Parquet files."
@@ -83,6 +74,19 @@ def read_image_folder(root: Path) -> dict[str, Dataset]:
         read |= set(part) if listed is None else listed.paths
     _tell_what_is_left_out(root, [path for path in everything if path not in read], read)
     return splits
+
+
+def _check_images(images: list[Path]) -> None:
+    for path in images:
+        if not _is_unicode(path):
+            raise ValueError(
+                f"The name of the image {os.fsencode(path)!r} is not UTF-8, so that no table can hold it: rename it."
+            )
+        if not path.exists():
+            raise ValueError(
+                f"The image {str(path)!r} is a link to {os.readlink(path)!r}, which is not there: restore that file, "
+                "or remove the link."
+            )
 
 
 def _is_unicode(path: Path) -> bool:

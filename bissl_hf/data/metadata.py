@@ -55,12 +55,14 @@ def list_metadata(folder: Path, files: Sequence[Path], images: Sequence[Path]) -
     found = table["image"].map({os.path.abspath(path): str(path) for path in images})
     if not inside:
         # One file for all splits lists the images of the others too.
-        table, found = table[found.notna()], found[found.notna()]
+        mine = found.notna() | ~table["image"].map(os.path.exists)
+        table, found = table[mine], found[mine]
     missing = table["image"][found.isna()].tolist()
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(table)} images that {str(chosen[0])!r} lists are not images in {str(folder)!r}, "
-            f"such as {', '.join(map(repr, missing[:_NAMES_TOLD]))}: correct 'file_name', or remove these rows."
+            f"{len(missing)} images that {str(chosen[0])!r} lists are not there, or are no images: "
+            f"{', '.join(map(repr, missing[:_NAMES_TOLD]))}{' ...' if len(missing) > _NAMES_TOLD else ''}: correct "
+            "'file_name', or remove these rows."
         )
     return ListedImages(table.assign(image=found).reset_index(drop=True))
 

@@ -206,6 +206,12 @@ class TestMetadata:
         self.store(self.rows(names), tmp_path / "metadata.csv")
         assert read(tmp_path)[0] == {"train": 8, "validation": 2, "test": 4}
 
+    def test_one_file_for_all_splits_lists_a_lost_image(self, tmp_path):
+        write(tmp_path, {"train": 10, "test": 4})
+        self.store(self.rows(["train/00.png", "train/lost.png"]), tmp_path / "metadata.csv")
+        with pytest.raises(ValueError, match=r"1 images that .* lists are not there, .*train/lost.png"):
+            load_image_dataset(tmp_path)
+
     def test_a_file_in_each_split(self, tmp_path):
         write(tmp_path, {"train": 10, "test": 4})
         for split, count in (("train", 10), ("test", 4)):
@@ -217,7 +223,7 @@ class TestMetadata:
         [
             (
                 "file_name,label\n00.png,a\nlost.png,b\n",
-                r"1 of 2 images that .*metadata.csv' lists are not .*lost.png",
+                r"1 images that .*metadata.csv' lists are not there, .*lost.png",
             ),
             ("name,label\n00.png,a\n", r"has the columns \['name', 'label'\]; one of them must be 'file_name'"),
             ("file_name,label\n,a\n", "has no 'file_name' in row 0"),

@@ -198,7 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
         check_arguments(options)
         open_output_dir(options.output_dir, None)
         backbones = load_backbones(options)
-        images = decode_labelled(load_labelled(data, seed=options.seed), data.image_size)
+        splits = load_labelled(data, seed=options.seed)
+        images = decode_labelled(splits, data.image_size, unreadable=data.unreadable)
         analysis = Analysis(options, images, data.image_size)
     reports, test = {}, {}
     for name, backbone in backbones.items():

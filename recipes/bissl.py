@@ -112,9 +112,10 @@ def load_images(data: DataArguments, lower_data: LowerDataArguments, seed: int) 
     splits = lower = load_labelled(data, seed=seed)
     if lower_data.lower_dataset:
         lower = load_image_dataset(lower_data.lower_dataset, seed=seed, require_labels=False)
-    labelled = decode_labelled(splits, data.image_size)
+    labelled = decode_labelled(splits, data.image_size, unreadable=data.unreadable)
     without = splits["test"] if lower_data.drop_test_duplicates else None
-    return Images(**vars(labelled), lower=decode_unlabelled(lower, data.image_size, without=without))
+    unlabelled = decode_unlabelled(lower, data.image_size, without=without, unreadable=data.unreadable)
+    return Images(**vars(labelled), lower=unlabelled)
 
 
 def build_upper(arguments: ModelArguments, lower: SimCLRForPreTraining, images: Images) -> PreTrainedModel:

@@ -79,7 +79,8 @@ def build_finetuning(
     check_sources(start, "model")
     train_transform = build_train_transform(data.image_size, crops)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
-        images = decode_labelled(load_labelled(data, seed=args.seed), data.image_size)
+        splits = load_labelled(data, seed=args.seed)
+        images = decode_labelled(splits, data.image_size, unreadable=data.unreadable)
     return FineTuning(
         args=with_changes(args, push_to_hub=False),  # what is pushed is the outcome of all runs
         images=images,

@@ -75,7 +75,7 @@ def load_knn_images(data: PretextDataArguments, seed: int) -> LabelledImages | N
         label_column=data.label_column,
         image_size=data.image_size,
     )
-    images = decode_labelled(load_labelled(labelled, seed=seed), data.image_size)
+    images = decode_labelled(load_labelled(labelled, seed=seed), data.image_size, unreadable=data.unreadable)
     if images.train.labels is not None and images.train.labels.ndim > 1:
         raise ValueError(f"knn_dataset {data.knn_dataset} has several labels per image; the check needs one.")
     return images
@@ -111,9 +111,10 @@ def build_trainer(
             label_column=data.label_column,
             seed=args.seed,
             revision=data.dataset_revision,
+            dataset_config=data.dataset_config,
             require_labels=False,
         )
-        images = decode_unlabelled(splits, data.image_size)
+        images = decode_unlabelled(splits, data.image_size, unreadable=data.unreadable)
     return PretextTrainer(
         build_pretext_model(models),
         args,

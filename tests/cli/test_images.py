@@ -135,3 +135,17 @@ def test_the_kind_of_task_is_that_of_the_labels() -> None:
     images = decode_labelled(several, 14)
     assert images.problem_type == "multi_label_classification"
     assert images.class_names == ["dark", "light"]
+
+
+def test_unreadable_images_stop_or_are_left_out() -> None:
+    good = split(range(10), [0, 1] * 5)
+    broken = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"no image", "path": None}], "label": [0]}, features=good.features
+    )
+    some = datasets.concatenate_datasets([good, broken])
+    splits = {"train": some, "validation": good, "test": some}
+    with pytest.raises(ValueError, match=r"'train' cannot be read: .*row 10 of the split 'test' cannot be read"):
+        decode_labelled(splits, 8)
+    images = decode_labelled(splits, 8, unreadable="skip")
+    assert (len(images.train), len(images.validation), len(images.test)) == (10, 10, 10)
+    assert len(decode_unlabelled(splits, 8, unreadable="skip")) == 10

@@ -1,7 +1,7 @@
 """Mixed precision: weights that stay in float32, and the loss scale of fp16, for gradients written by hand as well."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch

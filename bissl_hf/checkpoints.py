@@ -9,6 +9,9 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .paths import is_inner_name, is_own_file
+from .text import for_terminal
+
 MANIFEST_NAME = "manifest.json"
 # Trainer looks for folders called checkpoint-*; this name is none of them.
 STAGING_FOLDER = ".unfinished"
@@ -47,17 +50,22 @@ def find_defect(folder: str | os.PathLike[str]) -> str | None:
     if not folder.is_dir():
         return "it is not a folder"
     try:
-        files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+        files = dict(json.loads((folder / MANIFEST_NAME).read_text())["files"])
     except FileNotFoundError:
         return f"it has no {MANIFEST_NAME}, which is written last"
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+    except (KeyError, TypeError, ValueError):
         return f"its {MANIFEST_NAME} cannot be read"
     for name, size in files.items():
+        shown = for_terminal(name)
+        if not is_inner_name(name):
+            return f"its {MANIFEST_NAME} names {shown}, which is outside of it"
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{shown} is missing"
+        if not is_own_file(folder, name):
+            return f"{shown} is reached through a symbolic link"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            return f"{shown} has {path.stat().st_size} bytes instead of {size}"
     return None
 
 

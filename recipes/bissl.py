@@ -349,11 +349,11 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = open_run(args, leaves=("checkpoint-*", PRETRAINING_NAME))
         images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
-        trainer.resume_files = (
+        trainer.publisher.resume_files = (
             BEFORE_NAME,
             *(f"{PRETRAINING_NAME}/{name}" for name in (FINISHED_NAME, SETTINGS_NAME)),
         )
-        trainer.pushes_outputs_later = True
+        trainer.publisher.outputs_follow = True
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
         keep_pretraining_settings(pretrainer, models)

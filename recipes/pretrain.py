@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
             base_models=models.loaded_models(),
             settings={"Data": data, "Views": views, "Model": models},
         )
-        trainer.pushes_outputs_later = True
+        trainer.publisher.outputs_follow = True
         with args.main_process_first(desc="reading labelled images"):
             knn_images = load_knn_images(data, args.seed)
         if knn_images is not None:

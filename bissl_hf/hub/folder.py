@@ -130,7 +130,9 @@ def fetch_last_checkpoint(
     step = json.loads((fetched / TRAINER_STATE_NAME).read_text()).get("global_step")
     if not isinstance(step, int) or step < 0:
         shutil.rmtree(staging)
-        raise ValueError(f"The {LAST_CHECKPOINT}/ of {result.repo_id} is of step {step!r}, which is no number of steps.")
+        raise ValueError(
+            f"The {LAST_CHECKPOINT}/ of {result.repo_id} is of step {step!r}, which is no number of steps."
+        )
     listed = {*json.loads((fetched / MANIFEST_NAME).read_text())["files"], MANIFEST_NAME}
     for name in list(own_files(fetched)):
         if name not in listed:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
 from ..bilevel.recycling import Directions
-from ..cards.text import Description, describe_aligned
+from ..cards.record import RunRecord
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
 from ..data.streams import level_sources
 from ..distributed import average_flat
@@ -30,6 +30,7 @@ from ..optim.two_level import TwoLevelOptimizer, two_level_scheduler
 from ..tensors import Vector, fill_missing, norm, subtract
 from .level_steps import LevelSteps
 from .resumable_trainer import Transform
+from .run_record import record_run, size_of
 from .training_args import BiSSLTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -344,9 +345,11 @@ class BiSSLTrainer(LevelSteps):
             "upper/learning_rate": rates["upper"],
         }
 
-    def describe(self, folder: Path) -> Description:
-        """Returns what a card says of the aligned model."""
-        return describe_aligned(self, has_both_levels=(folder / "bilevel" / "config.json").is_file())
+    def record(self) -> RunRecord:
+        """Returns what a card says of the run and the aligned model."""
+        return record_run(
+            self, "aligned", examples={"train": size_of(self.train_dataset), "lower": size_of(self.lower_dataset)}
+        )
 
     def run_state(self) -> dict[str, Any]:
         """Adds the pull so far, and how the curvature fits the device."""

@@ -1,6 +1,6 @@
 """What the cards of this package's models say: one description per kind of run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..text import markdown_code
@@ -9,11 +9,11 @@ from .record import ModelRecord, RunRecord
 MAX_CLASSES_NAMED = 20
 
 _BISSL = (
-    "Self-supervised pre-training and fine-tuning are usually two stages, of which the first does not know the second. "
-    "[BiSSL](https://arxiv.org/abs/2410.02387) is a stage between them: a bilevel problem whose lower level keeps "
+    "Self-supervised pre-training and fine-tuning are usually two stages, of which the first does not know the "
+    "second. [BiSSL](https://arxiv.org/abs/2410.02387) is a stage between them: a bilevel problem whose lower level keeps "
     "solving the pretext task while its backbone is drawn towards that of the upper level, and whose upper level "
-    "minimises the downstream loss at the lower level's solution, through which it is differentiated implicitly. What "
-    "is here is the lower level's backbone with the head trained on it, ready for fine-tuning."
+    "minimises the downstream loss at the lower level's solution, through which it is differentiated implicitly. This "
+    "is the lower level's backbone with the head trained on it, ready for fine-tuning."
 )
 _SIMCLR = (
     "It was pre-trained by [SimCLR](https://arxiv.org/abs/2002.05709), without labels: it learned to find the other "
@@ -26,8 +26,7 @@ _CONVERTED = (
 )
 _JOINT = (
     "One backbone was trained on both tasks at once: each step took the gradient of the pretext loss plus that of the "
-    "downstream loss. It is the model that [BiSSL](https://arxiv.org/abs/2410.02387) is compared with, trained without "
-    "a bilevel problem."
+    "downstream loss. [BiSSL](https://arxiv.org/abs/2410.02387), a bilevel problem of both tasks, is compared with it."
 )
 BISSL_CITATION = """@article{zakarias2024bissl,
   title   = {BiSSL: Enhancing the Alignment Between Self-Supervised Pre-Training
@@ -251,7 +250,7 @@ def _level_progress(record: RunRecord) -> str:
         f"{numbers['num_alternations']:,} alternations of {numbers['lower_steps']:,} lower steps and "
         f"{numbers['upper_steps']:,} upper steps."
     ]
-    last = next((log for log in reversed(record.log_history) if "levels/moved" in log), {})
+    last: Mapping[str, float] = next((log for log in reversed(record.log_history) if "levels/moved" in log), {})
     sentences = {
         "levels/pull": "The pull of the upper level on the lower one, summed over the run, is {:.3g}.",
         "levels/moved": "The aligned backbone has moved by {:.3g} of its norm,",

@@ -14,6 +14,8 @@ import yaml
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
+from ..text import for_terminal
+
 EXIT_BAD_INPUT = 2
 _BOOL = "tag:yaml.org,2002:bool"
 
@@ -66,7 +68,9 @@ def parse_arguments(
             [*from_file, *rest], return_remaining_strings=True, look_for_args_file=False
         )
     if unknown:
-        refuse(f"Unknown argument {unknown[0]}{close_matches(unknown[0].lstrip('-').split('=')[0], known)}")
+        # Without its value, which may be a password.
+        name = for_terminal(unknown[0].split("=")[0]) if unknown[0].startswith("-") else "beside the options"
+        refuse(f"Unknown argument {name}{close_matches(name.lstrip('-'), known)}")
     return tuple(parsed)
 
 

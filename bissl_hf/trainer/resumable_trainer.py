@@ -47,6 +47,7 @@ from .callbacks import Seconds, ShortProgressCallback, TrainingClock
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
+from .state_files import find_refused_file
 from .training_args import ResumableTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -434,6 +435,8 @@ class ResumableTrainer(Trainer):
             whole, _ = find_last_checkpoint(checkpoint.parent)
             advice = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
             raise ValueError(f"The checkpoint {checkpoint} is not whole: {defect}; {advice}.")
+        if refused := find_refused_file(checkpoint):
+            raise ValueError(f"The checkpoint {checkpoint} cannot be resumed: {refused}. Resume from one of your own.")
         state = json.loads((checkpoint / RUN_STATE_NAME).read_text())
         then = state["settings"]
         changed = [

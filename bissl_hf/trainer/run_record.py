@@ -68,9 +68,8 @@ def settings_by_part(args: TrainingArguments) -> dict[str, Settings]:
     names = _computing_fields(args)
     two_levels = hasattr(args, "num_alternations")
     order = ("Both levels", "Lower level", "Upper level") if two_levels else ("Training",)
-    parts = {
-        part: settings_of(args, lambda name, part=part: name in names and _part(name, args) == part) for part in order
-    }
+    fields_of = {part: {name for name in names if _part(name, args) == part} for part in order}
+    parts = {part: settings_of(args, included.__contains__) for part, included in fields_of.items()}
     return {part: _with_schedule_defaults(settings, args) for part, settings in parts.items()}
 
 

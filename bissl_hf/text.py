@@ -11,10 +11,10 @@ _JOINERS = "\u200c\u200d"
 _MARKDOWN = re.compile(
     r"[\\`*\[\]~$!]"  # code, emphasis, links, images, strikethrough, mathematics
     r"|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word is no emphasis
-    r"|(?<=:)/(?=/)"  # a bare URL becomes a link
+    r"|(?<=:/)/"  # a bare URL becomes a link
     r"|(?<=\bwww)\."
     r"|@"  # a mention, or an address of mail
-    r"|^\s*(?:[#+=-]|\d+(?=[.)]))",  # a heading, a list, a rule
+    r"|^\s*(?:[#+=-]|\d+(?=[.)](?:\s|$)))",  # a heading, a list, a rule
     re.IGNORECASE,
 )
 

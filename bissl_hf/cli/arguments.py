@@ -68,10 +68,17 @@ def parse_arguments(
             [*from_file, *rest], return_remaining_strings=True, look_for_args_file=False
         )
     if unknown:
-        # Without its value, which may be a password.
-        name = for_terminal(unknown[0].split("=")[0]) if unknown[0].startswith("-") else "beside the options"
+        name = _without_secret(unknown[0])
         refuse(f"Unknown argument {name}{close_matches(name.lstrip('-'), known)}")
     return tuple(parsed)
+
+
+def _without_secret(argument: str) -> str:
+    """Returns an unknown argument as it may be shown: an option without its value, and no word that looks like a
+    token."""
+    name, _, _ = argument.partition("=")
+    looks_like_token = name.startswith("hf_") or (len(name) >= 20 and any(map(str.isdigit, name)))
+    return "(a word like a token)" if looks_like_token else for_terminal(name)
 
 
 def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -4,7 +4,7 @@ import pickle
 from pathlib import Path
 
 import torch
-from transformers.trainer import safe_globals
+from transformers.trainer_pt_utils import safe_globals
 
 _SUFFIXES = (".pt", ".pth", ".bin")
 

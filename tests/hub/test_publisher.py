@@ -323,7 +323,7 @@ def test_code_in_a_checkpoint_of_others_is_not_run(hub, tmp_path, name):
     files["last-checkpoint/manifest.json"] = json.dumps(manifest).encode()
     checkpoint = fetch_last_checkpoint("user/run", tmp_path / "again")
     second = make_pretext_trainer(tmp_path / "again", max_steps=6, push_to_hub=False)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=f"{name} holds more than tensors and numbers; it is not read"):
         second.train(resume_from_checkpoint=str(checkpoint))
     assert not (tmp_path / "witness").exists()
 

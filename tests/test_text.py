@@ -16,7 +16,7 @@ from bissl_hf.text import for_html, for_markdown, for_terminal, markdown_code
         ("\u202egnp.exe", "\\u202egnp.exe"),
         ("\udcff\x9b\u2028", "\\udcff\\x9b\\u2028"),
         ("tag\U000e0041", "tag\\U000e0041"),
-        ("Käse 猫 می\u200cخواهم 👩\u200d🚀", "Käse 猫 می\u200cخواهم 👩\u200d🚀"),
+        ("Käse 猫 क्\u200dष", "Käse 猫 क्\u200dष"),
     ],
 )
 def test_a_terminal_gets_no_control_characters(text, shown):

@@ -182,7 +182,7 @@ def _results(
                     dataset_name=for_terminal(data.title),
                     dataset_config=config or data.config,
                     dataset_revision=data.revision,
-                    dataset_split=split,
+                    dataset_split=for_terminal(split),
                     metric_type=for_terminal(metric),
                     metric_name=for_terminal(metric.replace("_", " ").capitalize()),
                     metric_value=value,

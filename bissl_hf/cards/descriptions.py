@@ -9,8 +9,8 @@ from .record import ModelRecord, RunRecord
 MAX_CLASSES_NAMED = 20
 
 _BISSL = (
-    "Self-supervised pre-training and fine-tuning are usually two stages, of which the first does not know "
-    "the second. [BiSSL](https://arxiv.org/abs/2410.02387) is a stage between them: a bilevel problem whose lower level keeps "
+    "Self-supervised pre-training and fine-tuning are usually two stages, and the first does not know the second. "
+    "[BiSSL](https://arxiv.org/abs/2410.02387) is a stage between them: a bilevel problem whose lower level keeps "
     "solving the pretext task while its backbone is drawn towards that of the upper level, and whose upper level "
     "minimises the downstream loss at the lower level's solution, through which it is differentiated implicitly. This "
     "is the lower level's backbone with the head trained on it, ready for fine-tuning."

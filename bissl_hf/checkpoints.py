@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .paths import is_inner_name, is_own_file
+from .text import for_terminal
+
 MANIFEST_NAME = "manifest.json"
 RUN_STATE_NAME = "run_state.json"
 RUN_TENSORS_NAME = "run_tensors.safetensors"
@@ -77,15 +80,17 @@ def find_defect(folder: str | os.PathLike[str], *, contents: bool = True) -> str
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST_NAME} cannot be read"
     for name, size, checksum in listed:
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"its {MANIFEST_NAME} names {name!r}, which is outside of it"
-        if path.is_symlink() or not path.is_file():
-            return f"{name} is missing"
+        shown, path = for_terminal(name), folder / name
+        if not is_inner_name(name):
+            return f"its {MANIFEST_NAME} names {shown}, which is outside of it"
+        if not path.is_file():
+            return f"{shown} is missing"
+        if not is_own_file(folder, name):
+            return f"{shown} is reached through a symbolic link"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            return f"{shown} has {path.stat().st_size} bytes instead of {size}"
         if contents and _checksum(path) != checksum:
-            return f"{name} is damaged: its checksum is not that with which it was written"
+            return f"{shown} is damaged: its checksum is not that with which it was written"
     return None
 
 

@@ -256,7 +256,7 @@ def write_outputs(
     trainer: BiSSLTrainer, before: dict[str, Any], after: dict[str, Any], test: DecodedImages, class_names: list[str]
 ) -> None:
     output = Path(str(trainer.args.output_dir))
-    trainer.write_model(output)
+    trainer.save_model(output)
     plot_run(trainer.state.log_history, output / "figures" / "training.png")
     layouts = []
     for title, prefix, stage in (("Before BiSSL", "before", before), ("After BiSSL", "test", after)):
@@ -349,11 +349,11 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = open_run(args, leaves=("checkpoint-*", PRETRAINING_NAME))
         images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
-        trainer.resume_files = (
+        trainer.publisher.resume_files = (
             BEFORE_NAME,
             *(f"{PRETRAINING_NAME}/{name}" for name in (FINISHED_NAME, SETTINGS_NAME)),
         )
-        trainer.pushes_outputs_later = True
+        trainer.publisher.outputs_follow = True
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
         keep_pretraining_settings(pretrainer, models)

@@ -126,7 +126,7 @@ def build_trainer(
 
 def write_outputs(trainer: PretextTrainer) -> None:
     output = Path(str(trainer.args.output_dir))
-    trainer.write_model(output)
+    trainer.save_model(output)
     history = [row for row in trainer.state.log_history if "step" in row]
     panels = [("Pretext loss", [("loss", "NT-Xent")]), ("kNN accuracy", [("knn_accuracy", "validation")])]
     plot_curves(history, panels, output / "figures" / "pretraining.png")
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
             base_models=models.loaded_models(),
             settings={"Data": data, "Views": views, "Model": models},
         )
-        trainer.pushes_outputs_later = True
+        trainer.publisher.outputs_follow = True
         with args.main_process_first(desc="reading labelled images"):
             knn_images = load_knn_images(data, args.seed)
         if knn_images is not None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from ..data.paths import expand_path
+from ..text import for_terminal
 from .configuration import read_configuration
 from .values import checked_value
 
@@ -79,8 +80,17 @@ def parse_arguments(
             given, return_remaining_strings=True, look_for_args_file=False
         )
     if unknown:
-        refuse(f"Unknown argument {unknown[0]}{close_matches(unknown[0].lstrip('-').split('=')[0], known)}")
+        name = _without_secret(unknown[0])
+        refuse(f"Unknown argument {name}{close_matches(name.lstrip('-'), known)}")
     return tuple(parsed)
+
+
+def _without_secret(argument: str) -> str:
+    """Returns an unknown argument as it may be shown: an option without its value, and no word that looks like a
+    token."""
+    name, _, _ = argument.partition("=")
+    looks_like_token = name.startswith("hf_") or (len(name) >= 20 and any(map(str.isdigit, name)))
+    return "(a word like a token)" if looks_like_token else for_terminal(name)
 
 
 def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

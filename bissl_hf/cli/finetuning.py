@@ -115,7 +115,7 @@ class FineTuning:
         metrics = trainer.evaluate()
         history = [row for row in trainer.state.log_history if "step" in row]
         if trainer.is_world_process_zero():
-            trainer.write_model(folder / "model")
+            trainer.save_model(folder / "model")
         losses = [row["loss"] for row in history if "loss" in row]
         result = part.finish(
             {

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +21,7 @@ from ..bilevel.head_warmup import warm_up_head
 from ..bilevel.level_losses import LevelLosses, LossModel
 from ..bilevel.linear_solve import SolveStatus
 from ..bilevel.upper_phase import Solve, SolveSettings, UpperPhase
-from ..cards.text import Description, describe_aligned
+from ..cards.record import RunRecord
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
@@ -32,6 +31,7 @@ from ..optim.pull import Pull, clip_factor, estimate_pull, has_step_length, warn
 from ..optim.two_level import LEVELS, TwoLevelOptimizer, two_level_scheduler
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
 from .resumable_trainer import ResumableTrainer
+from .run_record import record_run, size_of
 from .training_args import BiSSLTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -492,15 +492,17 @@ class BiSSLTrainer(ResumableTrainer):
             "upper/learning_rate": rates["upper"],
         }
 
-    def write_model(self, folder: str | os.PathLike[str]) -> None:
+    def write_final_model(self, folder: str) -> None:
         """Writes the aligned model as a native checkpoint, and both levels in `bilevel/` for going on."""
         batches = list(self.recalibration_batches()) if self.train_dataset is not None else []
         self.model.export(folder, processing_class=self.processing_class, recalibrate_on=batches or None)
         self.model.save_pretrained(Path(folder) / "bilevel")
 
-    def describe(self, folder: Path) -> Description:
-        """Returns what a card says of the aligned model."""
-        return describe_aligned(self, has_both_levels=(folder / "bilevel" / "config.json").is_file())
+    def record(self) -> RunRecord:
+        """Returns what a card says of the run and the aligned model."""
+        return record_run(
+            self, "aligned", examples={"train": size_of(self.train_dataset), "lower": size_of(self.lower_dataset)}
+        )
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what each stream reads, and the other optimizer."""

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers import default_data_collator
 
+from ..cards.record import RunRecord
 from ..data.alternation import KeyedSource, StepKey, Stream
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.modeling_bissl import BiSSLModel
+from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import JointTrainingArguments
 
@@ -119,3 +121,8 @@ class JointTrainer(SingleLevelTrainer):
     def resume_settings(self) -> dict[str, Any]:
         """Adds what the labelled stream reads."""
         return {**super().resume_settings(), "downstream": self.streams.sources[Stream.UPPER].describe()}
+
+    def record(self) -> RunRecord:
+        """Returns what a card says of the run and of the model of both tasks."""
+        labelled = self.streams.sources[Stream.UPPER].dataset
+        return record_run(self, "joint", examples={"train": size_of(labelled), "lower": size_of(self.train_dataset)})

@@ -1,13 +1,13 @@
 """Self-supervised pre-training of the lower model alone."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..cards.text import Description, describe_pretext
+from ..cards.record import RunRecord
 from ..data.alternation import Stream
 from ..data.streams import check_pretext_batch
+from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import PretextTrainingArguments
 
@@ -44,6 +44,6 @@ class PretextTrainer(SingleLevelTrainer):
             **trainer_kwargs,
         )
 
-    def describe(self, folder: Path) -> Description:
-        """Returns what a card says of a pretext model."""
-        return describe_pretext(self)
+    def record(self) -> RunRecord:
+        """Returns what a card says of the run and the pretext model."""
+        return record_run(self, "pretext", examples={"train": size_of(self.train_dataset)})

@@ -1,6 +1,7 @@
 """What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without
 waiting."""
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..cards.card import build_model_card
 from ..cards.facts import ModelFacts
-from ..cards.text import Description, describe_classifier
+from ..cards.record import RunRecord
 from ..cards.writing import write_model_card
 from ..checkpoints import (
     STAGING_FOLDER,
@@ -33,15 +34,18 @@ from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream, keyed
 from ..data.batches import batch_rows, split_rows
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
-from ..hub.publisher import HubTrainer
+from ..hub.publisher import Progress, Publisher
+from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
 from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, TrainingClock
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 from .metrics_buffer import MetricsBuffer
+from .run_record import record_run, size_of
+from .state_files import find_refused_file
 from .training_args import ResumableTrainingArguments
 
 
-class ResumableTrainer(HubTrainer):
+class ResumableTrainer(Trainer):
     """A `transformers.Trainer` whose runs can be interrupted anywhere.
 
     Which rows a step reads, how they are augmented and which units dropout takes out follow from the step's key, not
@@ -57,6 +61,7 @@ class ResumableTrainer(HubTrainer):
         streams ([`Streams`]): where batches come from. Subclasses add theirs.
         checkpoints ([`CheckpointStore`]): what a resume needs registers with it.
         facts ([`ModelFacts`]): what the model card should say and the trainer cannot know.
+        publisher ([`Publisher`]): what pushes to the Hub.
 
     Raises:
         `ValueError`: if several GPUs would be driven by one process, or optimizers are passed in.
@@ -66,6 +71,7 @@ class ResumableTrainer(HubTrainer):
     model: PreTrainedModel
     train_dataset: Any
     data_collator: Callable[[list[Any]], dict[str, Any]]
+    hub_model_id: str | None  # type: ignore[assignment] # Trainer's annotation is that of its first value
 
     def __init__(
         self, *, args: ResumableTrainingArguments, eval_transform: Transform | None = None, **trainer_kwargs: Any
@@ -80,6 +86,17 @@ class ResumableTrainer(HubTrainer):
             raise ValueError("optimizers is not supported: name them in the arguments, or override create_optimizer.")
         check_master_weights(trainer_kwargs.get("model"))
         self.facts = ModelFacts()
+        self.publisher = Publisher(
+            Path(str(args.output_dir)),
+            write_model=self.save_model,
+            write_card=self.write_card,
+            progress=self._progress,
+            repo_id=args.hub_model_id,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            strategy=args.hub_strategy,
+            always_push=args.hub_always_push,
+        )
         self.metrics_buffer = MetricsBuffer(average_flat)
         self._clock, self._best = TrainingClock(), BestCheckpoint()
         self._staging: Path | None = None
@@ -220,11 +237,100 @@ class ResumableTrainer(HubTrainer):
             key = self.streams.key(Stream.EVALUATION, step=position)._replace(rank=0)
             yield self.streams.prepare(source.read(key), key)
 
+    # Hub. The overrides of Trainer's methods with a leading underscore: 2026-11, transformers 5.23.
+
+    def save_model(self, output_dir: str | os.PathLike[str] | None = None, _internal_call: bool = False) -> None:
+        """Writes the model that users load, which is also the root of its repository; Trainer's own calls write what a
+        checkpoint holds. It pushes nothing.
+
+        Args:
+            output_dir (`str` or `os.PathLike`, *optional*): the output folder of the run if not given.
+        """
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        if _internal_call:
+            super().save_model(folder, _internal_call=True)
+        elif self.args.should_save:
+            self.write_final_model(folder)
+
+    def write_final_model(self, folder: str) -> None:
+        """Writes what [`~ResumableTrainer.save_model`] is asked for. Called on one process. Subclasses write another
+        model, or more."""
+        save_model(self.model, folder, self.processing_class)
+
+    def _progress(self) -> Progress:
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return Progress(self.state.global_step, Path(best).name if best else None)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Checks the token and creates the repository; unlike Trainer's own, goes on when the Hub does not answer.
+
+        Raises:
+            `ValueError`: if the Hub refuses the token or the repository's name.
+        """
+        self.push_in_progress = None
+        if self.is_world_process_zero():
+            self.publisher.prepare(token=token, private=private)
+            self.hub_model_id = self.publisher.repo_id
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Leaves out the pickle of the arguments that Trainer writes beside the weights; nothing reads it."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer calls this before the checkpoint is whole, and would push its files as the model."""
+
+    def _finish_current_push(self) -> None:
+        """Ends the training with everything at the Hub that is to be there, or a message on what is not."""
+        self.publisher.finish()
+
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Starts to push a whole checkpoint that was saved, as `hub_strategy` says."""
+        if self.publisher.pushes_saves:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.publisher.push_checkpoint(checkpoint)
+
+    def push_outputs(self, commit_message: str = "End of training") -> None:
+        """Pushes the files of the run in the output folder, and prints what did not get there. Called on each process,
+        it does nothing without `push_to_hub`."""
+        self.publisher.push_outputs(commit_message)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Writes the model into the output folder and pushes that folder, as `transformers.Trainer` does.
+
+        Args:
+            commit_message (`str`, *optional*)
+            blocking (`bool`, *optional*, defaults to `True`): whether to return only when it is done.
+            token, revision, private: in the place of `HF_TOKEN`, `hub_revision` and `hub_private_repo`.
+            **kwargs: arguments of `create_model_card`.
+
+        Returns:
+            `CommitInfo`, a `Future` of it if `blocking` is false, or `None` on processes that do not push.
+
+        Raises:
+            `RuntimeError`: if the push failed, with the command that pushes later.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.is_world_process_zero():
+            return None
+        self.save_model()
+        self.create_model_card(**kwargs)
+        message = commit_message or "End of training"
+        return self.publisher.push_now(message, blocking=blocking, token=token, revision=revision, private=private)
+
     # Model card
 
-    def describe(self, folder: Path) -> Description:
-        """Returns what a card in `folder` says of this kind of model."""
-        return describe_classifier(self)
+    def record(self) -> RunRecord:
+        """Returns what a card says of this run. Subclasses say of which kind it is, and which data it has read."""
+        return record_run(self, "classifier", examples={"train": size_of(self.train_dataset)})
 
     def create_model_card(
         self,
@@ -253,7 +359,7 @@ class ResumableTrainer(HubTrainer):
         self._write_card(folder, self.facts)
 
     def _write_card(self, folder: Path, facts: ModelFacts, model_name: str | None = None) -> None:
-        card = build_model_card(self, self.describe(folder), facts, folder=folder, model_name=model_name)
+        card = build_model_card(self.record(), facts, folder=folder, model_name=model_name)
         write_model_card(card, folder)
 
     # Checkpoints
@@ -289,6 +395,8 @@ class ResumableTrainer(HubTrainer):
             whole, _ = find_last_checkpoint(checkpoint.parent)
             advice = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
             raise ValueError(f"The checkpoint {checkpoint} is not whole: {defect}; {advice}.")
+        if refused := find_refused_file(checkpoint):
+            raise ValueError(f"The checkpoint {checkpoint} cannot be resumed: {refused}. Resume from one of your own.")
         content = read_run_state(checkpoint)
         then = content["settings"]
         changed = [

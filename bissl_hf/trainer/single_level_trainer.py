@@ -1,7 +1,6 @@
 """What the stages before and after BiSSL share: one model, one data set, one optimizer."""
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +132,6 @@ class SingleLevelTrainer(ResumableTrainer):
         """Returns the model to keep, in evaluation mode."""
         return self.model.eval()
 
-    def write_model(self, folder: str | os.PathLike[str]) -> None:
+    def write_final_model(self, folder: str) -> None:
         """Writes the final model, and the processing class beside it."""
         save_model(self.final_model(), folder, self.processing_class)

@@ -145,7 +145,9 @@ def test_help_names_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["--stepz", "3"], "Unknown argument --stepz; did you mean steps?"),
-        (["--stepz=3"], "Unknown argument --stepz=3; did you mean steps?"),
+        (["--stepz=3"], "Unknown argument --stepz; did you mean steps?"),
+        (["--hub_tokn=SECRET"], "Unknown argument --hub_tokn; see --help for those that exist."),
+        (["hf_abcdefgh"], "Unknown argument (a word like a token); see --help for those that exist."),
         (["--qqqq"], "Unknown argument --qqqq; see --help for those that exist."),
         (["stray"], "Unknown argument stray; see --help for those that exist."),
         (["--seed", "-1"], "seed is -1; it must be at least 0."),

@@ -101,7 +101,7 @@ def test_a_run_goes_on_from_the_hub_in_an_empty_folder_to_the_bit(
 
     def kill(self, checkpoint: Path) -> None:
         push(self, checkpoint)
-        self.pushes.wait()
+        self.publisher.queue.wait()
         raise KilledError
 
     push = bissl.BiSSLTrainer.push_checkpoint

@@ -93,6 +93,13 @@ class StudyArguments:
     search_trials: int = field(
         default=8, metadata={"help": "Pairs of learning rate and weight decay that each run tries; 0 for no search."}
     )
+    search_once: bool = field(
+        default=False,
+        metadata={
+            "help": "Choose learning rate and weight decay of each arm once per set and number of labels, on the "
+            "choice_seeds, instead of anew for each seed."
+        },
+    )
     search_learning_rate: list[float] = field(
         default_factory=lambda: [1e-4, 1.0], metadata={"help": "Range of learning rates, drawn log-uniformly."}
     )
@@ -118,6 +125,8 @@ class StudyArguments:
         )
         for name, kind, own in stages:
             setattr(self, name, checked_fields(kind, name, as_mapping(getattr(self, name) or {}, name), own=own))
+        if self.search_once and not self.search_trials:
+            raise ValueError("search_once is true and search_trials is 0; there is no search to make once.")
         searched = sorted({"learning_rate", "weight_decay"} & set(self.finetune or ()))
         if self.search_trials and searched:
             raise ValueError(
@@ -229,9 +238,13 @@ class Plan:
 
     @property
     def choice_seeds(self) -> range:
-        """The seeds on which the settings of arms are chosen; none if no arm has a search."""
-        count = self.study.choice_seeds if any(arm.search for arm in self.study.compared) else 0
+        """The seeds on which settings are chosen; none if no arm has any."""
+        count = self.study.choice_seeds if any(self.chooses(arm) for arm in self.study.compared) else 0
         return range(CHOICE_SEED, CHOICE_SEED + count)
+
+    def chooses(self, arm: Arm) -> bool:
+        """Whether something of an arm is chosen before the runs that are compared."""
+        return bool(arm.search) or (self.study.search_once and arm.match != "wall_clock")
 
     def timed(self, arm: Arm, pace: Arm) -> Arm:
         """Returns an arm that is matched to the time of another with the setting chosen for the arm of its pace."""
@@ -344,7 +357,7 @@ class Plan:
         """Returns what the result of an arm on a set depends on."""
         names = (
             *("validation_examples", "search_trials", "search_learning_rate", "search_weight_decay"),
-            *("curve_every", "own_statistics"),
+            *("search_once", "curve_every", "own_statistics"),
         )
         settings = {
             **self.arm_settings(arm, seed),

@@ -21,8 +21,9 @@ STUDY_RESULTS = "results.json"
 WIDTH = 100  # of what is shown in a terminal
 _COMMON = (
     "Same pre-training per seed, same labelled images per seed, same search space and number of trials for all arms. "
-    "Hyperparameters were chosen on the validation split; nothing was chosen on the test split."
+    "Hyperparameters were chosen on the validation split{once}; nothing was chosen on the test split."
 )
+_ONCE = ", once for each arm, set and number of labels, on seeds that are not compared"
 
 
 def build_results(
@@ -109,7 +110,7 @@ def _score_notes(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
         f"{seeds} seed{'s' if seeds > 1 else ''}. The difference to {results['baseline']} is paired by seed, with a "
         f"{100 * CONFIDENCE:.0f} % t interval and the p-value of the paired t-test, as it is and corrected by Holm "
         "for all comparisons of the table; '-' where it is undefined.",
-        _COMMON,
+        _COMMON.format(once=_ONCE if results["settings"].get("search_once") else ""),
         *(f"{arm['arm']}: {arm['how']}." for arm in results["matching"]),
     ]
 

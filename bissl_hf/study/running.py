@@ -27,6 +27,8 @@ from .fields import naming
 from .images import StudyImages
 from .plan import Plan
 
+TUNED = ("learning_rate", "weight_decay")
+
 
 @dataclass(frozen=True)
 class StudyPart:
@@ -139,9 +141,11 @@ class Study:
             yield self._common_step(seed)
         for dataset, examples in self._places() if self.plan.choice_seeds else ():
             for arm in self.plan.ordered_arms:
-                for variant in arm.variants if arm.search else ():
+                for variant in arm.variants if self.plan.chooses(arm) else ():
                     for seed in self.plan.choice_seeds:
-                        title = f"{variant.name} of {len(arm.search)} on {dataset} with {examples} labels, seed {seed}"
+                        title = (
+                            f"{variant.name} of {len(arm.variants)} on {dataset} with {examples} labels, seed {seed}"
+                        )
                         part = train.run_part(variant, dataset, examples, seed)
                         yield StudyPart(title, part, partial(self._try, variant, dataset, examples, seed))
         for seed in range(self.plan.study.seeds):
@@ -168,6 +172,15 @@ class Study:
             return arm
         tries = self._tries(arm, dataset, examples)
         return arm.variants[choose(tries, tries[0][0]["metric"])]
+
+    def _pair(self, arm: Arm, dataset: str, examples: int) -> dict[str, Any]:
+        """The best run on the validation split of those that chose the setting of an arm; of an arm that gets the time
+        of another those of the arm that sets its pace."""
+        if arm.match == "wall_clock":
+            arm = self.plan.pace_arm(arm)
+        tries = self._tries(arm, dataset, examples)
+        metric = tries[0][0]["metric"]
+        return max(tries[choose(tries, metric)], key=lambda run: (run[f"eval_{metric}"], -run["eval_loss"]))
 
     def choices(self) -> list[dict[str, Any]]:
         """Returns for each set, number of labels and arm with a search what was tried and chosen, see
@@ -236,17 +249,22 @@ class Study:
         """Runs a setting of a search; the test split has no part in it."""
         part = self.backbones.run_part(variant, dataset, examples, seed)
         backbone, tuning = self._start(variant, variant, dataset, examples, seed)
-        found = self._fine_tune(tuning, part.folder) or tuning.train(part.folder / "finetuning")
+        pair = self._fine_tune(tuning, part.folder)
+        found = pair or tuning.train(part.folder / "finetuning")
         figures = {name: value for name, value in found.items() if name.startswith("eval_")}
-        part.finish({"metric": tuning.metric, **figures, **_cost(backbone)})
+        chosen = {name: pair[name] for name in TUNED if pair}
+        part.finish({"metric": tuning.metric, **figures, **chosen, **_cost(backbone)})
         PartialState().wait_for_everyone()
 
     def _run(self, arm: Arm, dataset: str, examples: int, seed: int) -> None:
         part = self.backbones.run_part(arm, dataset, examples, seed)
         backbone, tuning = self._start(arm, self.chosen(arm, dataset, examples), dataset, examples, seed)
         features = {"features": measure_alignment(tuning, output_dir=str(part.folder))}
-        found = self._fine_tune(tuning, part.folder)
-        chosen = {name: found[name] for name in ("learning_rate", "weight_decay") if found}
+        if self.plan.study.search_once:
+            found = self._pair(arm, dataset, examples)
+        else:
+            found = self._fine_tune(tuning, part.folder)
+        chosen = {name: found[name] for name in TUNED if found}
         folder = part.folder / "finetuning"
         run, curve = train_with_curve(tuning, folder, every=self.plan.study.curve_every, **chosen)
         test = tuning.test(folder)

@@ -112,6 +112,35 @@ def test_a_search_is_found_again(
     assert trained == [], "the search of fine-tuning was finished"
 
 
+def test_the_search_of_fine_tuning_can_be_made_once(
+    finished: tuple[Path, Path, list[dict[str, Any]], list[int]],
+    tmp_path: Path,
+    trained: list[str],  # noqa: F811
+) -> None:
+    images, _, _, _ = finished
+    arms = [
+        ARMS[0],
+        {**ARMS[3], "match": "steps"},
+        ARMS[4],
+        {"name": "ours", "kind": "bissl", "search": ARMS[2]["search"]},
+    ]
+    options = {"arms": arms, "seeds": 2, "choice_seeds": 2, "search_trials": 2, "search_once": True}
+    made = study(images, tmp_path, **options)
+    runs = made.run()
+    pairs = {arm["name"]: {(run["learning_rate"], run["weight_decay"]) for run in runs if run["arm"] == arm["name"]}
+             for arm in arms}  # fmt: skip
+    assert all(len(found) == 1 for found in pairs.values()), "the same for all seeds"
+    assert pairs["both-longer"] == pairs["both"]
+    (pair,) = pairs["plain"]
+    tried = [(run["learning_rate"], run["weight_decay"]) for run in results_of(tmp_path, "plain-seed100?")]
+    assert pair in tried
+    searched = {folder.split("/")[1] for folder in trained if folder.endswith("/search") or "/search/" in folder}
+    assert all(name.endswith(("seed1000", "seed1001")) for name in searched)
+    assert "once for each arm" in write_report(build_results(made.plan, runs, made.choices()), tmp_path).replace(
+        "\n", " "
+    )
+
+
 def test_other_settings_to_try_are_refused(finished: tuple[Path, Path, list[dict[str, Any]], list[int]]) -> None:
     images, output, _, _ = finished
     changed = [*ARMS[:2], {**ARMS[2], "search": {"upper_steps": [1, 3]}}, *ARMS[3:]]

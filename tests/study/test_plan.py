@@ -82,6 +82,7 @@ def plan(**changes) -> Plan:
         ),
         ({"rival": "other"}, "rival is 'other'; it must be one of the arms plain, ours"),
         ({"seeds": 1001}, "seeds is 1001; it must be at most 1000, where choice_seeds begin"),
+        ({"search_once": True, "search_trials": 0}, "search_once is true and search_trials is 0; there is no search"),
         ({"choice_seeds": 0}, "choice_seeds is 0; it must be at least 1"),
         ({"curve_every": -1}, "curve_every is -1; it must be at least 0"),
         ({"pretrain": {"max_steps": 5}}, "pretrain sets max_steps, which the study sets by itself"),

@@ -1,6 +1,6 @@
 """Makes a set of small colour pictures with few labels: emoji by four designers, from packages of npm.
 
-    python recipes/make_emoji.py --output_dir datasets/emoji
+    python recipes/make_emoji.py --output_dir outputs/emoji
 
 Any recipe then takes the folder as its data set.
 """

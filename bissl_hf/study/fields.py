@@ -42,8 +42,8 @@ def as_field(kind: type, name: str, value: Any, *, origin: str) -> Any:
 
 
 def _as_number(value: Any, types: list[Any]) -> Any:
-    """YAML reads 1e-3 as text."""
-    if isinstance(value, str) and str not in types and {int, float} & set(types):
+    """YAML reads 1e-3 as text; text that is no number is for the check of types."""
+    if isinstance(value, str) and {int, float} & set(types):
         try:
             value = float(value)
         except ValueError:

@@ -11,6 +11,7 @@ from ..cli.outputs import format_table
 from ..evaluation.figures import Panel, plot_differences, plot_lines
 from .arms import Arm
 from .curves import mean_curve, settled_at
+from .factorial import factorial_panels
 from .plan import Plan
 from .sensitivity import points, sensitivity_panels
 from .statistics import CONFIDENCE, compare
@@ -74,7 +75,8 @@ def _describe(arm: Arm, plan: Plan) -> str:
 
 def write_report(results: Mapping[str, Any], output: Path) -> str:
     """Writes results.json, table.md and the figures: `study.png`, the scores; `alignment.png`, the features before
-    fine-tuning; `sensitivity.png` where arms of BiSSL differ in one setting; and `curves.png` where the test score was
+    fine-tuning; `sensitivity.png` where arms of BiSSL differ in one setting; `factorial.png` where they combine
+    settings; and `curves.png` where the test score was
     recorded in fine-tuning.
 
     Args:
@@ -193,6 +195,8 @@ def _write_figures(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     if curves := [run for run in results["runs"] if "curve" in run]:
         _plot_curves(curves, {row["dataset"]: row["set"] for row in rows}, folder / "curves.png")
     first = [row for row in rows if place(row) | {"arm": ""} == place(rows[0]) | {"arm": ""}]
+    if factorial := factorial_panels(results["settings"], first):
+        plot_differences(factorial[1], folder / "factorial.png", label=label, unit=factorial[0])
     if panels := sensitivity_panels(results["settings"], first):
         plot_differences(panels, folder / "sensitivity.png", label=label, unit="Value")
 

@@ -16,21 +16,21 @@ from bissl_hf.cli.images import ViewArguments
 from bissl_hf.cli.outputs import open_output_dir
 from bissl_hf.cli.parts import read_mapping
 from bissl_hf.study.plan import Plan, StudyArguments
-from bissl_hf.study.report import RESULTS_NAME, build_results, write_report
+from bissl_hf.study.report import STUDY_RESULTS, build_results, write_report
 from bissl_hf.study.running import Study
 
 
 def print_summary(report: str, output: Path) -> None:
     print(f"\n{report}\n")
     print(
-        f"The table lies in {output}/table.md, raw results in {output}/{RESULTS_NAME}, the figure in {output}/figures."
+        f"The table is in {output}/table.md, raw results in {output}/{STUDY_RESULTS}, the figure in {output}/figures."
     )
 
 
 def report_anew(output: Path) -> str:
-    file = output / RESULTS_NAME
+    file = output / STUDY_RESULTS
     if not file.is_file():
-        raise ValueError(f"{output} has no {RESULTS_NAME}; run the study first, without report_only.")
+        raise ValueError(f"{output} has no {STUDY_RESULTS}; run the study first, without report_only.")
     results = read_mapping(file)
     try:
         return write_report(results, output)
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         study.try_out()
     runs = study.run()
     if study.writes:
-        print_summary(write_report(build_results(plan, runs), output), output)
+        print_summary(write_report(build_results(plan, runs, study.choices()), output), output)
 
 
 if __name__ == "__main__":

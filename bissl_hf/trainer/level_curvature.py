@@ -214,6 +214,6 @@ class LevelCurvature(LevelLosses):
             max_iterations=args.solver_max_iterations,
             tolerance=args.solver_tolerance,
             solver=args.solver,
-            directions=directions,
+            memory=directions if args.solver == "recycled" else None,
         )
         return solution, info, cosine(curvature.gradient, rhs)

@@ -4,6 +4,7 @@ with the restated algorithm (`test_the_trainer_follows_the_algorithm`) notices."
 import inspect
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 
@@ -14,10 +15,6 @@ from ..trainer.restatement import Settings
 from ..trainer.test_restatement import check_against_restatement
 
 MUTANTS = {
-    "identity for the inverse": [(hypergradient, "implicit_gradient", 'if solver == "identity":', "if True:")],
-    "damping dropped": [
-        (hypergradient, "implicit_gradient", "1.0 / (proximal_weight + damping)", "1.0 / proximal_weight")
-    ],
     "gamma dropped": [(BiSSLTrainer, "_upper_step", "if at_theta_d:", "if False:")],
     "theta_D for theta_P in the right-hand side": [
         (
@@ -91,6 +88,22 @@ MUTANTS = {
 }
 
 
+def identity_for_the_inverse(monkeypatch):
+    monkeypatch.setitem(hypergradient.SOLVERS, "cg", hypergradient.SOLVERS["identity"])
+
+
+def damping_dropped(monkeypatch):
+    solver = hypergradient.SOLVERS["cg"]
+
+    def without_damping(system):
+        return solver.solve(replace(system, shift=Settings().proximal_weight))
+
+    monkeypatch.setitem(hypergradient.SOLVERS, "cg", replace(solver, solve=without_damping))
+
+
+SOLVER_MUTANTS = [identity_for_the_inverse, damping_dropped]
+
+
 def mutate(monkeypatch, owner, name: str, old: str, new: str, sources: dict) -> None:
     """Replaces `old` by `new` in the text of a function or method and puts the result in its place."""
     function = getattr(owner, name)
@@ -119,6 +132,13 @@ def test_the_restatement_notices(name, monkeypatch, tmp_path):
     solver = "recycled" if name == "directions of another phase" else "cg"
     with pytest.raises(AssertionError, match="largest_difference"):
         check_against_restatement(Settings(), tmp_path, curvature_mode=mode, solver=solver)
+
+
+@pytest.mark.parametrize("mutant", SOLVER_MUTANTS)
+def test_the_restatement_notices_another_solver(mutant, monkeypatch, tmp_path):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError, match="largest_difference"):
+        check_against_restatement(Settings(), tmp_path)
 
 
 def test_the_code_itself_passes(tmp_path):

@@ -68,7 +68,7 @@ def _nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 
 
 def _unit_rows(embeddings: Tensor, smallest: float = 1e-12) -> Tensor:
-    """Returns x / max(||x||, smallest) for each row x, as `F.normalize`. Its norm has no second derivative at zero; the
-    square does, and below `smallest` the result is linear in x with second derivatives of zero."""
+    """Returns x / max(||x||, smallest) for each row x, as `F.normalize`. Its norm has no second derivative at zero;
+    the square does, and below `smallest` the result is linear in x with second derivatives of zero."""
     squares = embeddings.square().sum(dim=1, keepdim=True)  # (batch, 1)
     return embeddings / squares.clamp_min(smallest**2).sqrt()

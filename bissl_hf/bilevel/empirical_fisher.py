@@ -91,7 +91,7 @@ class EmpiricalFisher:
         blocks = self._blocks(rhs)
         if self._gram is None or len(self._gram) != len(blocks):
             self._gram = torch.stack([_gram(rows[:, block]) for block in blocks])  # (blocks, size, size)
-        m = self._count.clamp_min(1)
+        m = self._count.clamp_min(1).double()
         system = self._gram + m * shift * torch.eye(self.size, dtype=torch.float64, device=rows.device)
         projected = torch.stack([rows[:, block] @ x[block] for block in blocks])  # (blocks, size)
         factor, _ = torch.linalg.cholesky_ex(system)  # positive definite: no check, which would wait for the device

@@ -66,8 +66,8 @@ class Solver:
     Args:
         solve (`Callable`): from a [`LinearSystem`] to the solution and a [`SolveInfo`].
         second_order (`bool`): whether it takes products with the curvature.
-        memory (`type`, *optional*): makes what it remembers, with the number of vectors to keep as an optional argument.
-        lasts_a_phase (`bool`, *optional*, defaults to `False`): whether that is forgotten at the end of an upper phase,
+        memory (`type`, *optional*): makes what it remembers, given the number of vectors to keep.
+        lasts_a_phase (`bool`, *optional*, defaults to `False`): whether it is forgotten at the end of an upper phase,
             since it belongs to one curvature, rather than kept over the run.
     """
 
@@ -160,9 +160,9 @@ def implicit_gradient(
         damping (`float`): delta, at least 0.
         max_iterations (`int`): largest number of products.
         tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which to stop.
-        solver (`str`, *optional*, defaults to `"cg"`): a name of the table `SOLVERS`. Those that take no product report
-            no residual.
-        memory (`Memory`, *optional*): what the solver remembers, made by `SOLVERS[solver].memory`: a [`Directions`] for
+        solver (`str`, *optional*, defaults to `"cg"`): a name of the table `SOLVERS`. Those without products
+            report no residual.
+        memory (`Memory`, *optional*): what the solver remembers, made by `SOLVERS[solver].memory`: [`Directions`] for
             `"recycled"`, one for all solves with a curvature, or an [`EmpiricalFisher`] for `"mfac"`.
 
     Returns:
@@ -183,6 +183,8 @@ def implicit_gradient(
     rhs = tuple(rhs)
     check_solve_arguments(rhs, max_iterations, tolerance)
     chosen = SOLVERS[solver]
+    if chosen.second_order and curvature is None:
+        raise ValueError(f"curvature is None and solver {solver!r} takes products with it; pass a Curvature.")
     if chosen.memory is None and memory is not None:
         raise ValueError(f"memory is a {type(memory).__name__} and solver {solver!r} remembers nothing; leave it out.")
     return chosen.solve(LinearSystem(curvature, rhs, proximal_weight + damping, max_iterations, tolerance, memory))

@@ -167,7 +167,7 @@ def recycled_conjugate_gradient(
     Without directions it is conjugate gradient with full reorthogonalisation. A direction is divided by only if its
     curvature is above eps times the largest `||A d||` seen for a direction d of length 1, which is the rounding error
     of a curvature. On a breakdown with inherited directions those are given up, and the solve starts anew from zero
-    with the iterations left. Of its iterates and `x = rhs` it returns the one of the smallest residual, and a breakdown
+    with the iterations left. Of its iterates and `x = rhs` the one of the smallest residual is returned; a breakdown
     before the first iterate returns `x = rhs`, as by [`conjugate_gradient`]; the info says so.
 
     Args:
@@ -246,13 +246,13 @@ class _Recursion:
         direction.div_(torch.where(exhausted, 1.0, length))
         image = apply(self.matvec, direction, self.like)
         # From zero the first direction is b itself.
-        self.rhs_size = torch.where(self.is_zero, scaled_norm(self.rhs - length * image), self.rhs_size)
+        running = self.status == ITERATION_LIMIT
+        self.rhs_size = torch.where(running & self.is_zero, scaled_norm(self.rhs - length * image), self.rhs_size)
         curvature = direction @ image
         step = (direction @ self.residual) / curvature
         self.residual.addcmul_(image, step, value=-1)
         new_size = self.residual.norm()
 
-        running = self.status == ITERATION_LIMIT
         image_size = torch.where(running & ~exhausted, scaled_norm(image), 0.0)
         largest = torch.maximum(self.directions.largest_image, image_size)
         self.directions.largest_image = torch.where(torch.isfinite(largest), largest, self.directions.largest_image)

@@ -12,7 +12,7 @@ from bissl_hf.bilevel.recycling import Directions, recycled_conjugate_gradient
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 definite = st.lists(st.floats(0.5, 50.0), min_size=1, max_size=8)
-indefinite = st.lists(st.floats(-5.0, 5.0), min_size=2, max_size=8)
+indefinite = st.lists(st.floats(-5.0, 5.0).filter(lambda value: abs(value) > 1e-2), min_size=2, max_size=8)
 seeds = st.integers(0, 10_000)
 
 
@@ -83,8 +83,8 @@ def test_the_damping_named_is_enough_along_the_direction(rho, proximal_weight, d
 
 
 def test_the_damping_named_lets_a_broken_solve_go_through():
-    hessian = torch.diag(torch.tensor([-3.0, 1.0, 2.0], dtype=torch.float64))
-    rhs, options = (torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64),), {"proximal_weight": 1.0, "max_iterations": 3}
+    hessian = torch.diag(torch.tensor([-2.0, 0.1, 0.1], dtype=torch.float64))
+    rhs, options = (torch.tensor([3.0, 1.0, 1.0], dtype=torch.float64),), {"proximal_weight": 1.0, "max_iterations": 3}
     solution, info = implicit_gradient(lambda v: (hessian @ v[0],), rhs, damping=0.0, **options)
     assert (info.status, info.iterations, info.returned_rhs) == (SolveStatus.NEGATIVE_CURVATURE, 0, True)
     assert torch.equal(solution[0], rhs[0])

@@ -122,8 +122,8 @@ class EmpiricalFisher:
             return
         if int(state["size"]) != self.size:
             raise ValueError(
-                f"The saved gradients belong to a memory of {int(state['size'])} and this one has size {self.size}; go "
-                "on with the same solver_memory."
+                f"The saved gradients belong to a memory of {int(state['size'])} and this one has size {self.size}; "
+                "go on with the same solver_memory."
             )
         gradients = state["gradients"] if self.device is None else state["gradients"].to(self.device)
         self._allocate(gradients[0])[: len(gradients)] = gradients

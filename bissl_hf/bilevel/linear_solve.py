@@ -159,8 +159,8 @@ def sufficient_damping(
 ) -> float:
     """Returns a damping with which a solve would not have stopped at the direction at which it stopped.
 
-    The matrix of a solve is A = I + H / (lambda + delta). Along a direction v with h = v'Hv / v'v its Rayleigh quotient
-    is rho = 1 + h / (lambda + delta), so that h = (rho - 1) (lambda + delta). With another damping delta' the quotient
+    The matrix of a solve is A = I + H / (lambda + delta). Along a direction v with h = v'Hv / v'v its Rayleigh
+    quotient is rho = 1 + h / (lambda + delta), so that h = (rho - 1) (lambda + delta). With another damping delta' the quotient
     along v is 1 + h / (lambda + delta'), which is q for
 
         lambda + delta' = (1 - rho) (lambda + delta) / (1 - q).
@@ -201,7 +201,7 @@ def check_solve_arguments(rhs: Vector, max_iterations: int, tolerance: float) ->
             raise ValueError(f"Tensor {index} of rhs is of type {tensor.dtype}; it must be of a floating-point type.")
         if tensor.device != rhs[0].device:
             raise ValueError(
-                f"Tensor {index} of rhs is on {tensor.device} and tensor 0 on {rhs[0].device}; move them to one device."
+                f"Tensor {index} of rhs is on {tensor.device} and tensor 0 on {rhs[0].device}; they must agree."
             )
     if max_iterations < 1:
         raise ValueError(f"max_iterations is {max_iterations}; it must be at least 1.")
@@ -212,8 +212,8 @@ def check_solve_arguments(rhs: Vector, max_iterations: int, tolerance: float) ->
 def _iterate(
     matvec: MatVec, rhs: Vector, max_iterations: int, tolerance: float, *, blockwise: bool
 ) -> tuple[Vector, SolveInfo]:
-    """The recursion on flat vectors of n entries. Its scalars have shape `()` in plain conjugate gradient and one entry
-    per tensor, shape `(tensors,)`, in the blockwise variant."""
+    """The recursion on flat vectors of n entries. Its scalars have shape `()` in plain conjugate gradient and one
+    entry per tensor, shape `(tensors,)`, in the blockwise variant."""
     sizes = [tensor.numel() for tensor in rhs]
 
     def products(x: Tensor, y: Tensor) -> Tensor:

@@ -124,5 +124,5 @@ def test_a_right_hand_side_of_another_type_is_refused():
         conjugate_gradient(lambda v: v, (torch.ones(2, dtype=torch.long),), max_iterations=1)
     with pytest.raises(ValueError, match="rhs is empty"):
         conjugate_gradient(lambda v: v, (torch.ones(0),), max_iterations=1)
-    with pytest.raises(ValueError, match="move them to one device"):
+    with pytest.raises(ValueError, match="they must agree"):
         conjugate_gradient(lambda v: v, (torch.ones(2), torch.ones(2, device="meta")), max_iterations=1)

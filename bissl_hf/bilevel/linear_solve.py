@@ -160,8 +160,8 @@ def sufficient_damping(
     """Returns a damping with which a solve would not have stopped at the direction at which it stopped.
 
     The matrix of a solve is A = I + H / (lambda + delta). Along a direction v with h = v'Hv / v'v its Rayleigh
-    quotient is rho = 1 + h / (lambda + delta), so that h = (rho - 1) (lambda + delta). With another damping delta' the quotient
-    along v is 1 + h / (lambda + delta'), which is q for
+    quotient is rho = 1 + h / (lambda + delta), so that h = (rho - 1) (lambda + delta). With another damping delta'
+    the quotient along v is 1 + h / (lambda + delta'), which is q for
 
         lambda + delta' = (1 - rho) (lambda + delta) / (1 - q).
 

@@ -52,7 +52,7 @@ def nt_xent_loss(first: Tensor, second: Tensor, *, temperature: float) -> Tensor
 def _nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     # The loss compares many close numbers; half precision is for the network.
     first, second = at_least_float32(first), at_least_float32(second)
-    first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
+    first, second = _unit_rows(first), _unit_rows(second)
     all_first, all_second = gather_rows(torch.stack([first, second], dim=1)).unbind(1)
     pairs, own_pairs = len(all_first), len(first)
     if pairs < 2:
@@ -65,3 +65,10 @@ def _nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     similarities = torch.cat([first, second]) @ keys.T / temperature  # (2 own_pairs, 2 pairs)
     is_itself = torch.zeros_like(similarities, dtype=torch.bool).scatter(1, own_columns[:, None], True)
     return F.cross_entropy(similarities.masked_fill(is_itself, float("-inf")), positives)
+
+
+def _unit_rows(embeddings: Tensor, smallest: float = 1e-12) -> Tensor:
+    """Returns x / max(||x||, smallest) for each row x, as `F.normalize`. Its norm has no second derivative at zero;
+    the square does, and below `smallest` the result is linear in x with second derivatives of zero."""
+    squares = embeddings.square().sum(dim=1, keepdim=True)  # (batch, 1)
+    return embeddings / squares.clamp_min(smallest**2).sqrt()

@@ -168,7 +168,7 @@ class BareLoop(PlainLoop):
             max_iterations=self.args.solver_max_iterations,
             tolerance=self.args.solver_tolerance,
             solver=self.args.solver,
-            directions=self._directions,
+            memory=self._directions if self.args.solver == "recycled" else None,
         )
         self.solves.append(info)
         return solution

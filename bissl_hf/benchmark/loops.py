@@ -56,6 +56,7 @@ class PlainLoop(ABC):
         self.upper_optimizer = torch.optim.SGD(
             self.upper_parameters, lr=SMALL_RATE, momentum=0.9, weight_decay=self.args.weight_decay
         )
+        self.proximal_weight, self.damping = float(self.args.proximal_weight or 0), float(self.args.damping or 0)
         self.alternations = 0
         # Seconds spent waiting for workers so far.
         self.waited = 0.0
@@ -98,7 +99,7 @@ class PlainLoop(ABC):
         """One step on the pretext loss and the proximal term."""
         loss, gradient = self.forward_backward(batch)
         pull = subtract([p.detach() for p in self.theta_p], [p.detach() for p in self.theta_d])
-        shared = add_scaled(gradient[: len(pull)], pull, self.args.proximal_weight)
+        shared = add_scaled(gradient[: len(pull)], pull, self.proximal_weight)
         self.move(self.lower_optimizer, (*shared, *gradient[len(pull) :]))
         if self.reads_losses:
             loss.item()
@@ -163,8 +164,8 @@ class BareLoop(PlainLoop):
         solution, info = implicit_gradient(
             self._curvature,
             rhs,
-            proximal_weight=self.args.proximal_weight,
-            damping=self.args.damping,
+            proximal_weight=self.proximal_weight,
+            damping=self.damping,
             max_iterations=self.args.solver_max_iterations,
             tolerance=self.args.solver_tolerance,
             solver=self.args.solver,
@@ -237,7 +238,7 @@ class Baseline(PlainLoop):
 
     def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
         """Conjugate gradient on  (I + H / (lambda + delta)) x = rhs."""
-        scale = 1.0 / (self.args.proximal_weight + self.args.damping)
+        scale = 1.0 / (self.proximal_weight + self.damping)
 
         def matvec(vector: Vector) -> Vector:
             return add_scaled(vector, self.product(batch, vector), scale)

@@ -18,11 +18,11 @@ from ..data.streams import Inputs, Streams, model_randomness
 from ..distributed import average_flat, world_size
 from ..tensors import Vector, cosine
 from .curvature import Curvature
+from .empirical_fisher import EmpiricalFisher
 from .gradient_cache import EmbeddingCurvature
-from .hypergradient import implicit_gradient
+from .hypergradient import SOLVERS, Memory, implicit_gradient
 from .level_losses import LevelLosses, LossOfEmbeddingsError, in_full_precision
 from .linear_solve import SolveInfo
-from .recycling import Directions
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +36,8 @@ class SolveSettings:
 
     Args:
         solver, max_iterations, tolerance: see [`implicit_gradient`].
+        memory_size (`int`): gradients that `"mfac"` keeps.
+        per_tensor (`bool`): whether `"mfac"` solves a system of its own for each tensor.
         curvature_mode (`str`): `"cached"`, `"recompute"`, or `"auto"`: cached, and in parts once memory runs out.
         full_precision (`bool`): take second derivatives in float32 whatever surrounds them (under fp16).
     """
@@ -44,6 +46,8 @@ class SolveSettings:
     max_iterations: int
     tolerance: float
     curvature_mode: str
+    memory_size: int = 20
+    per_tensor: bool = False
     full_precision: bool = False
 
 
@@ -76,10 +80,33 @@ class UpperPhase:
         # How often the part of the curvature batch that is held at once was halved. Saved, so that a resume takes the
         # same products.
         self.halvings = 0
+        self.takes_products = SOLVERS[settings.solver].second_order
+        self.damps = settings.solver not in ("identity", "none")
+        self._memory = self._new_memory()
+        # Of the last lower step, for solvers that take no products: they have no gradient on a curvature batch.
+        self._lower_gradient: Vector | None = None
         self._loss_has_parts = losses.has_loss_of_embeddings
         self._alternation: int | None = None
         self._curvature: Curvature | None = None
-        self._directions = Directions()
+
+    def _new_memory(self) -> Memory | None:
+        kind = SOLVERS[self.settings.solver].memory
+        if kind is EmpiricalFisher:
+            return EmpiricalFisher(self.settings.memory_size, per_tensor=self.settings.per_tensor)
+        return None if kind is None else kind()
+
+    def record(self, gradient: Vector, *, is_last: bool) -> None:
+        """Takes note of the pretext gradient of a lower step, for solvers that take no products.
+
+        Args:
+            gradient (`tuple[torch.Tensor, ...]`): in theta_P, without the proximal term and the loss scale, averaged
+                over processes.
+            is_last (`bool`): whether it is the last lower step of its alternation.
+        """
+        if isinstance(self._memory, EmpiricalFisher):
+            self._memory.record(gradient)
+        if is_last:
+            self._lower_gradient = gradient
 
     def solve(self, key: StepKey, rhs: Vector, *, proximal_weight: float, damping: float) -> Solve:
         """Solves  (I + H / (lambda + delta)) x = grad_theta L_D(theta_P, phi_D).
@@ -118,7 +145,7 @@ class UpperPhase:
             self._warn_about_parts()
 
     def _solve(self, alternation: int, rhs: Vector, proximal_weight: float, damping: float) -> Solve:
-        curvature = self.curvature(alternation)
+        curvature = self.curvature(alternation) if self.takes_products else None
         solution, info = implicit_gradient(
             curvature,
             rhs,
@@ -127,18 +154,20 @@ class UpperPhase:
             max_iterations=self.settings.max_iterations,
             tolerance=self.settings.tolerance,
             solver=self.settings.solver,
-            directions=self._directions,
+            memory=self._memory,
         )
-        return Solve(solution, info, cosine(curvature.gradient, rhs))
+        pretext = self._lower_gradient if curvature is None else curvature.gradient
+        return Solve(solution, info, None if pretext is None else cosine(pretext, rhs))
 
     def leave(self) -> None:
         """Forgets what belongs to the lower model as it was."""
-        self._alternation = None
+        self._alternation = self._lower_gradient = None
         self._forget()
 
     def _forget(self) -> None:
-        # What a solver remembers belongs to products with one curvature.
-        self._curvature, self._directions = None, Directions()
+        self._curvature = None
+        if SOLVERS[self.settings.solver].lasts_a_phase:
+            self._memory = self._new_memory()
 
     # The curvature
 
@@ -214,9 +243,11 @@ class UpperPhase:
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resume inside an upper phase needs: how the curvature fits the device, and what the solver
         remembers."""
-        state: dict[str, Any] = {"halvings": self.halvings}
-        if self._alternation is not None and len(self._directions):
-            state |= {"alternation": self._alternation, "memory": self._directions.state_dict()}
+        state: dict[str, Any] = {"halvings": self.halvings, "alternation": self._alternation}
+        if self._memory is not None and len(self._memory):
+            state["memory"] = self._memory.state_dict()
+        if self._lower_gradient is not None:
+            state["lower_gradient"] = {str(index): part for index, part in enumerate(self._lower_gradient)}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,6 +255,9 @@ class UpperPhase:
         self._forget()
         if self.settings.curvature_mode == "auto":
             self.halvings = state["halvings"]
-        if "memory" in state:
-            self._alternation = state["alternation"]
-            self._directions.load_state_dict(state["memory"])
+        self._alternation = state["alternation"]
+        if self._memory is not None and "memory" in state:
+            self._memory.load_state_dict(state["memory"])
+        if "lower_gradient" in state:
+            parts = state["lower_gradient"]
+            self._lower_gradient = tuple(parts[str(index)] for index in range(len(parts)))

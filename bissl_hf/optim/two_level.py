@@ -62,8 +62,15 @@ class LevelSettings:
 
     def total_learning_rate(self) -> float:
         """Returns the sum of the learning rates of all steps."""
+        return sum(self.learning_rates_by(self.num_steps))
+
+    def learning_rates_by(self, steps: int) -> list[float]:
+        """Returns the sums of the learning rates of each `steps` steps in a row."""
         factor = self.build_schedule()
-        return self.learning_rate * sum(factor(step) for step in range(self.num_steps))
+        return [
+            self.learning_rate * sum(factor(step) for step in range(start, start + steps))
+            for start in range(0, self.num_steps, steps)
+        ]
 
 
 LEVELS = ("lower", "upper")

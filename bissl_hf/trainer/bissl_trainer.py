@@ -19,7 +19,7 @@ from transformers.utils.generic import find_labels
 
 from ..bilevel.head_warmup import warm_up_head
 from ..bilevel.level_losses import LevelLosses, LossModel
-from ..bilevel.linear_solve import SolveStatus
+from ..bilevel.linear_solve import SolveStatus, sufficient_damping
 from ..bilevel.upper_phase import Solve, SolveSettings, UpperPhase
 from ..cards.record import RunRecord
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
@@ -27,7 +27,15 @@ from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batc
 from ..distributed import average_flat
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
-from ..optim.pull import Pull, clip_factor, estimate_pull, has_step_length, warn_about_pull
+from ..optim.pull import (
+    ProximalWeight,
+    Pull,
+    clip_factor,
+    estimate_pull,
+    has_step_length,
+    horizon_damping,
+    warn_about_pull,
+)
 from ..optim.two_level import LEVELS, TwoLevelOptimizer, two_level_scheduler
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
 from .resumable_trainer import ResumableTrainer
@@ -140,14 +148,20 @@ class BiSSLTrainer(ResumableTrainer):
                 max_iterations=args.solver_max_iterations,
                 tolerance=args.solver_tolerance,
                 curvature_mode=args.curvature_mode,
+                memory_size=args.solver_memory,
+                per_tensor=args.solver_per_tensor,
                 full_precision=args.fp16,
             ),
         )
-        self.pull = Pull()
+        self.pull, self.weight = Pull(), ProximalWeight(args.proximal_weight, args.target_pull)
         self.checkpoints.register("pull", self.pull)
+        self.checkpoints.register("proximal_weight", self.weight)
         self.checkpoints.register("upper_phase", self.upper_phase)
         self._level = "lower"
+        self._damping: float | None = None
         self._start: Vector | None = None
+        # Of the matrices met so far, and whether a warning has named a damping that would have been enough.
+        self._lowest_quotient, self._has_warned = torch.zeros((), dtype=torch.float64), False
         self._head_is_warm = False
 
     # What to override for another pair of tasks
@@ -233,8 +247,9 @@ class BiSSLTrainer(ResumableTrainer):
         self.count_samples(batch)
         if self._level == "lower":
             self.upper_phase.leave()
+            self._damping = None
             if key.step == 0:
-                self._adapt_upper(key.alternation)
+                self._begin_alternation(key.alternation)
             with model_randomness(key):
                 return self._lower_step(model, batch, key)
         with model_randomness(key):
@@ -254,10 +269,13 @@ class BiSSLTrainer(ResumableTrainer):
             loss = loss + part_loss.detach()
 
         average_flat([], in_place=running_statistics(self.model.lower))
-        proximal_weight = self.args.proximal_weight
+        proximal_weight = self.proximal_weight
         theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
         offset = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
         gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
+        if not self.upper_phase.takes_products:
+            is_last = key.step == self.args.lower_steps - 1
+            self.upper_phase.record(self.loss_scale.remove(gradients), is_last=is_last)
         force = [self.loss_scale(part) for part in offset]
         for parameter, gradient in zip(theta_p, add_scaled(gradients, force, proximal_weight), strict=True):
             parameter.grad = gradient
@@ -307,22 +325,49 @@ class BiSSLTrainer(ResumableTrainer):
         comes back as it is, for the optimizer to skip the step."""
         if self.loss_scale.overflowed(rhs):
             return Solve(rhs)
-        solve = self.upper_phase.solve(key, rhs, proximal_weight=self.args.proximal_weight, damping=self.args.damping)
+        solve = self.upper_phase.solve(key, rhs, proximal_weight=self.proximal_weight, damping=self.damping)
         info, add = solve.info, self.metrics_buffer.add
         if solve.alignment is not None:
             add("alignment/cosine", solve.alignment)
-        if info is not None and self.args.solver != "identity":
+        if self.args.solver == "mfac":
+            add("solver/cosine", cosine(solve.solution, rhs))
+        if info is not None and self.upper_phase.takes_products:
             add("solver/iterations", info.iterations_tensor)
             add("solver/residual", info.residual_tensor)
+            self._lowest_quotient = torch.minimum(
+                self._lowest_quotient.to(info.rayleigh_quotient_tensor.device), info.rayleigh_quotient_tensor.double()
+            )
             add("solver/cosine", cosine(solve.solution, rhs))
             for position, status in enumerate(SolveStatus):
                 if status in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.NON_FINITE):
                     add(f"solver/{status}", info.status_tensor == position)
         return solve
 
+    @property
+    def proximal_weight(self) -> float:
+        """lambda of the present alternation."""
+        if self.weight.value is None:
+            self.weight.start(self.estimate_pull(proximal_weight=1.0))
+        return float(self.weight.value or 0.0)
+
+    @property
+    def damping(self) -> float:
+        """delta of the present alternation. With `damping="auto"` it follows from the pull of its lower steps, and is
+        read from the device once per upper phase."""
+        if self.args.damping != "auto":
+            return float(self.args.damping or 0.0)
+        if self._damping is None:
+            self._damping = horizon_damping(self.proximal_weight, self.pull.of_alternation())
+        return self._damping
+
     @torch.no_grad()
-    def _adapt_upper(self, alternation: int) -> None:
-        """theta_D <- (1 - s) theta_D + s theta_P at the start of every so many alternations (off by default)."""
+    def _begin_alternation(self, alternation: int) -> None:
+        """Corrects lambda where the run departs from `target_pull`, and moves theta_D towards theta_P every so many
+        alternations (off by default): theta_D <- (1 - s) theta_D + s theta_P."""
+        if alternation and self.args.target_pull is not None:
+            rates = self.args.level("lower").learning_rates_by(self.args.lower_steps)
+            self.weight.correct(self.pull, past_rates=rates[alternation - 1], coming_rates=sum(rates[alternation:]))
+        self.pull.begin_alternation()
         every = self.args.upper_adaptation_every
         if every and alternation and alternation % every == 0:
             theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
@@ -341,6 +386,14 @@ class BiSSLTrainer(ResumableTrainer):
             self.optimizer = self.two_level_optimizer = TwoLevelOptimizer(
                 **{level: self.args.level(level).build_optimizer(self._level_parameters(level)) for level in LEVELS}
             )
+            for name in ("target_pull", "damping"):
+                wanted = self.args.damping == "auto" if name == "damping" else self.args.target_pull is not None
+                if wanted and not has_step_length(self.two_level_optimizer.lower):
+                    raise ValueError(
+                        f"{name} is {getattr(self.args, name)!r}, which needs the step length of the lower optimizer; "
+                        f"it is not known for lower_optim={self.args.lower_optim!r}. Set proximal_weight and a number "
+                        "for damping, or take lars, sgd, adam, adamw or nadam."
+                    )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
@@ -372,7 +425,7 @@ class BiSSLTrainer(ResumableTrainer):
                 self.two_level_optimizer.lower,
                 self.model.lower_shared_parameters(),
                 clip_factor(size, bound),
-                proximal_weight=self.args.proximal_weight,
+                proximal_weight=self.proximal_weight,
             )
         return size
 
@@ -431,19 +484,26 @@ class BiSSLTrainer(ResumableTrainer):
                 gradients = [b if a is None else a if b is None else a + b for a, b in pairs]
         return gradients
 
-    def estimate_pull(self) -> float:
+    def estimate_pull(self, proximal_weight: float | None = None) -> float:
         """Estimates the pull of the whole run from the gradient at the present weights on the first lower batch. NaN
-        for a lower optimizer of unknown step length."""
+        for a lower optimizer of unknown step length.
+
+        Args:
+            proximal_weight (`float`, *optional*): lambda; that of the run if not given.
+        """
         self.create_optimizer()
         settings = self.args.level("lower")
         gradient = fill_missing(self.first_gradients(), self._level_parameters("lower"))
-        return self.args.proximal_weight * estimate_pull(
+        pull_at_one = estimate_pull(
             self.two_level_optimizer.lower,
             self.model.lower_shared_parameters(),
             average_flat(self.loss_scale.remove(gradient)),
             bound=settings.max_grad_norm,
             learning_rates=settings.total_learning_rate(),
         )
+        if proximal_weight is None and self.weight.value is None:
+            self.weight.start(pull_at_one)
+        return pull_at_one * (self.proximal_weight if proximal_weight is None else proximal_weight)
 
     # Evaluation, logs and what users take away
 
@@ -478,14 +538,21 @@ class BiSSLTrainer(ResumableTrainer):
         size = norm(theta_p)
         rates = {group["level"]: group["lr"] for group in self.two_level_optimizer.param_groups}
         collected = super().collect_logs()
-        if collected.get("solver/negative_curvature", 0.0) >= 0.5:
-            logger.warning_once(
+        if collected.get("solver/negative_curvature", 0.0) >= 0.5 and not self._has_warned:
+            self._has_warned = True
+            enough = sufficient_damping(
+                float(self._lowest_quotient), proximal_weight=self.proximal_weight, damping=self.damping
+            )
+            logger.warning(
                 "Half or more of the linear solves of an alternation met negative curvature and stopped early: I + H "
-                f"/ (lambda + delta) is not definite. Raise damping, which is {self.args.damping}."
+                f"/ (lambda + delta) is not definite. Raise damping, which is {self.damping:.4g}: {enough:.2g} would "
+                "have been enough along the direction at which a solve stopped."
             )
         return {
             **collected,
             **({"levels/pull": float(self.pull.total)} if has_step_length(self.two_level_optimizer.lower) else {}),
+            **({"levels/proximal_weight": self.proximal_weight} if self.args.target_pull is not None else {}),
+            **({"solver/damping": self.damping} if self.args.damping == "auto" and self.upper_phase.damps else {}),
             "levels/distance": float(norm(subtract(theta_p, self.model.upper_shared_parameters())).detach() / size),
             "levels/moved": float(norm(subtract(theta_p, self._start or theta_p)) / size),
             "lower/learning_rate": rates["lower"],
@@ -520,4 +587,5 @@ class _BeforeFirstAlternation(TrainerCallback):
         if state.global_step == 0:
             self.trainer.remember_start()
             self.trainer.warm_up_head()
-            warn_about_pull(self.trainer.estimate_pull(), args.proximal_weight)
+            pull = self.trainer.estimate_pull()
+            warn_about_pull(pull, self.trainer.proximal_weight)

@@ -13,10 +13,12 @@ from transformers.training_args import OptimizerNames
 from ..bilevel.curvature import CURVATURE_MODES as FIXED_CURVATURE_MODES
 from ..bilevel.hypergradient import SOLVERS
 from ..optim.optimizers import parse_optimizer_options, resolve_optimizer, takes_momentum
+from ..optim.pull import TYPICAL_PULL
 from ..optim.schedule import level_schedule
 from ..optim.two_level import LevelSettings
 from .data_parallel import refuse_other_parallelism
 
+PAPER_DAMPING = 10.0
 CURVATURE_MODES = ("auto", *FIXED_CURVATURE_MODES)
 
 # Smallest values allowed, for each trainer and for BiSSL.
@@ -26,10 +28,10 @@ _AT_LEAST = {
     **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers", "num_train_epochs"), 0),
 }
 _BISSL_AT_LEAST = {
-    **dict.fromkeys(("num_alternations", "lower_steps", "upper_steps", "solver_max_iterations"), 1),
+    **dict.fromkeys(("num_alternations", "lower_steps", "upper_steps", "solver_max_iterations", "solver_memory"), 1),
     **dict.fromkeys(("per_device_lower_batch_size", "curvature_batch_size"), 1),
     **dict.fromkeys(("lower_micro_batch_size", "upper_micro_batch_size"), 1),
-    **dict.fromkeys(("damping", "direct_weight", "solver_tolerance", "lower_weight_decay"), 0),
+    **dict.fromkeys(("direct_weight", "solver_tolerance", "lower_weight_decay"), 0),
     **dict.fromkeys(("head_warmup_epochs", "bn_recalibration_images", "upper_adaptation_every"), 0),
     **dict.fromkeys(("lower_warmup_steps", "lower_max_grad_norm"), 0),
 }
@@ -278,10 +280,20 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
         num_alternations (`int`, *optional*, defaults to 500): T.
         lower_steps (`int`, *optional*, defaults to 20): N_L, lower steps per alternation.
         upper_steps (`int`, *optional*, defaults to 8): N_U, upper steps per alternation.
-        proximal_weight (`float`, *optional*, defaults to 0.001): lambda, the pull of theta_P towards theta_D.
-        damping (`float`, *optional*, defaults to 10.0): delta, added to lambda in the linear solve only.
+        target_pull (`float`, *optional*, defaults to 10 unless `proximal_weight` is given): the pull of theta_P
+            towards theta_D over the whole run, for which lambda is found before the first alternation and corrected
+            between alternations. Below 1 theta_P hardly feels theta_D.
+        proximal_weight (`float`, *optional*): lambda itself (the paper's 0.001), in place of `target_pull`.
+        damping (`float` or `"auto"`, *optional*): delta, added to lambda in the linear solve only; `"auto"` is the
+            horizon of the lower steps of an alternation (see [`~optim.pull.horizon_damping`]). Defaults to `"auto"`
+            with `target_pull`, and to the paper's 10 with `proximal_weight`.
         direct_weight (`float`, *optional*, defaults to 0.01): gamma, weight of the upper loss at theta_D itself.
-        solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"recycled"`, `"blockwise_cg"` or `"identity"`.
+        solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"recycled"` or `"blockwise_cg"`, which take products
+            with the curvature; `"mfac"`, `"identity"` (x = rhs) or `"none"` (x = 0), which build no second-order
+            graph.
+        solver_memory (`int`, *optional*, defaults to 20): pretext gradients that `"mfac"` keeps.
+        solver_per_tensor (`bool`, *optional*, defaults to `False`): whether `"mfac"` solves a system of its own for
+            each tensor.
         solver_max_iterations (`int`, *optional*, defaults to 5): Hessian-vector products per upper step, at most.
         solver_tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which a solve stops.
         curvature_mode (`str`, *optional*, defaults to `"auto"`): `"cached"` keeps the graph of the lower gradient for
@@ -321,10 +333,20 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
     num_alternations: int = field(default=500, metadata={"help": "Alternations of lower and upper phases (T)."})
     lower_steps: int = field(default=20, metadata={"help": "Lower steps per alternation (N_L)."})
     upper_steps: int = field(default=8, metadata={"help": "Upper steps per alternation (N_U)."})
-    proximal_weight: float = field(default=0.001, metadata={"help": "Pull of theta_P towards theta_D (lambda)."})
-    damping: float = field(default=10.0, metadata={"help": "Added to lambda in the linear solve only (delta)."})
+    target_pull: float | None = field(
+        default=None, metadata={"help": "Pull of the run, from which lambda is found; 10 without proximal_weight."}
+    )
+    proximal_weight: float | None = field(
+        default=None, metadata={"help": "Pull of theta_P towards theta_D in a step (lambda), in place of target_pull."}
+    )
+    damping: float | str | None = field(
+        default=None,
+        metadata={"help": "Added to lambda in the linear solve only (delta): a number, or auto (with target_pull)."},
+    )
     direct_weight: float = field(default=0.01, metadata={"help": "Weight of the upper loss at theta_D (gamma)."})
     solver: str = field(default="cg", metadata={"help": f"Linear solver: {', '.join(SOLVERS)}."})
+    solver_memory: int = field(default=20, metadata={"help": "Pretext gradients that solver mfac keeps."})
+    solver_per_tensor: bool = field(default=False, metadata={"help": "Solver mfac: a system for each tensor."})
     solver_max_iterations: int = field(default=5, metadata={"help": "Hessian-vector products per upper step at most."})
     solver_tolerance: float = field(default=0.0, metadata={"help": "Relative residual at which a solve stops."})
     curvature_mode: str = field(
@@ -375,10 +397,15 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
         super().__post_init__()
 
     def _check_ranges(self) -> None:
+        self._set_coupling()
         check_at_least(self, **_BISSL_AT_LEAST)
-        for name in ("proximal_weight", "learning_rate", "lower_learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number above 0.")
+        for name in ("target_pull", "proximal_weight", "learning_rate", "lower_learning_rate"):
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be a finite number above 0.")
+        if self.solver == "none" and self.direct_weight == 0:
+            raise ValueError(
+                "solver is 'none' and direct_weight 0, so that nothing would move theta_D. Set direct_weight above 0."
+            )
         for name in ("lower_momentum", "upper_adaptation_strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
@@ -394,6 +421,25 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
                 f"solver_tolerance is {self.solver_tolerance}, and solver 'blockwise_cg' has no stopping rule: its "
                 "recursion does not follow the residual. Set solver_tolerance to 0 or solver to 'cg'."
             )
+
+    def _set_coupling(self) -> None:
+        """Fills in what couples the levels: exactly one of `target_pull` and `proximal_weight`, and the damping."""
+        if self.target_pull is not None and self.proximal_weight is not None:
+            raise ValueError(
+                f"target_pull is {self.target_pull} and proximal_weight {self.proximal_weight}; the first finds the "
+                "second. Leave one of them out."
+            )
+        if self.target_pull is None and self.proximal_weight is None:
+            self.target_pull = TYPICAL_PULL
+        if self.damping is None:
+            self.damping = "auto" if self.proximal_weight is None else PAPER_DAMPING
+        if isinstance(self.damping, str) and self.damping != "auto":
+            try:
+                self.damping = float(self.damping)
+            except ValueError as error:
+                raise ValueError(f"damping is {self.damping!r}; it must be a number or 'auto'.") from error
+        if self.damping != "auto":
+            check_at_least(self, damping=0)
 
     def _set_epochs(self) -> None:
         if self.num_train_epochs is not None and self.num_train_epochs != self.num_alternations:

@@ -178,9 +178,10 @@ def warn_about_pull(pull: float, proximal_weight: float) -> None:
         return
     effect = "will hardly feel" if pull < WEAK_PULL else "will feel weakly"
     bound = WEAK_PULL if pull < WEAK_PULL else GOOD_PULL
+    weight = GOOD_PULL * proximal_weight / max(pull, 1e-30)
     logger.warning(
         f"The lower level {effect} the upper one: the pull of the whole run is estimated at {pull:.2g}, below "
-        f"{bound}. proximal_weight={GOOD_PULL * proximal_weight / max(pull, 1e-30):.2g} would give about {GOOD_PULL:.0f}; "
+        f"{bound}. proximal_weight={weight:.2g} would give about {GOOD_PULL:.0f}; "
         f"target_pull={TYPICAL_PULL:.0f} in place of proximal_weight finds a weight by itself."
     )
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..data.naming import PublicName, hub_repository, public_name
 from .facts import ModelFacts, as_list, check_license
-from .tables import Evaluation, evaluation_table, markdown_table, metrics_of, settings_table
+from .tables import Evaluation, evaluation_table, markdown_table, metrics_under, settings_table
 from .text import Description, describe_converted
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def logged_evaluations(trainer: "ResumableTrainer") -> list[Evaluation]:
         return []
     rows: Any = trainer.eval_dataset
     size = len(rows) if rows is not None else None
-    evaluations = [Evaluation("This model", "validation", metrics_of(chosen, "eval"), size)]
-    if upper := metrics_of(chosen, "eval_upper"):
+    evaluations = [Evaluation("This model", "validation", metrics_under(chosen, "eval"), size)]
+    if upper := metrics_under(chosen, "eval_upper"):
         evaluations.append(Evaluation("The upper level's model", "validation", upper, size, described=False))
     return evaluations
 

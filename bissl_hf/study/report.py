@@ -12,7 +12,7 @@ from .plan import Arm, Plan
 from .sensitivity import points, sensitivity_panels
 from .statistics import CONFIDENCE, compare
 
-RESULTS_NAME = "results.json"
+STUDY_RESULTS = "results.json"
 _COMMON = (
     "Same pre-training per seed, same labelled images per seed, same search space and number of trials for all arms. "
     "Hyperparameters were chosen on the validation split; nothing was chosen on the test split."
@@ -81,7 +81,7 @@ def write_report(results: Mapping[str, Any], output: Path) -> str:
         "solution and the right-hand side, at 1 the identity would do; products. Steps: on the pretext task, the "
         "common ones included.",
     ]
-    write_json(output / RESULTS_NAME, results)
+    write_json(output / STUDY_RESULTS, results)
     parts = (("Scores", scores, score_notes), ("Features", features, feature_notes))
     text = "\n\n".join(f"## {title}\n\n{_markdown(cells)}\n\n{_list(notes)}" for title, cells, notes in parts)
     write_text(output / "table.md", f"{text}\n")

@@ -15,7 +15,7 @@ from ..checkpoints import find_last_checkpoint
 from ..cli.finetuning import FineTuning
 from ..cli.images import LabelledImages, build_train_transform, build_view_transform
 from ..cli.models import StartArguments, classifier_builder, new_classifier
-from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Part, read_mapping
+from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Stage, read_mapping
 from ..data.augment import image_processor
 from ..evaluation.metrics import SINGLE_LABEL, classification_metrics
 from ..models.modeling_bissl import BiSSLModel
@@ -43,12 +43,12 @@ class StudyPart:
 
     Args:
         title (`str`): for users.
-        part ([`Part`]): its folder, settings and result.
+        part ([`Stage`]): its folder, settings and result.
         run (`Callable[[], None]`): runs it, after which it has a result.
     """
 
     title: str
-    part: Part
+    part: Stage
     run: Callable[[], None]
 
 
@@ -155,19 +155,19 @@ class Study:
                         part = self._run_part(arm, dataset, examples, seed)
                         yield StudyPart(title, part, partial(self._run, arm, dataset, examples, seed))
 
-    def _common_part(self, seed: int) -> Part:
+    def _common_part(self, seed: int) -> Stage:
         return self._part(f"{COMMON_NAME}-seed{seed}", self.plan.common_settings(seed))
 
-    def _shared_part(self, arm: Arm, seed: int) -> Part:
+    def _shared_part(self, arm: Arm, seed: int) -> Stage:
         """The backbone of an arm that is matched by steps, the same for all downstream sets."""
         return self._part(f"{arm.name}-seed{seed}", self.plan.arm_settings(arm, seed))
 
-    def _run_part(self, arm: Arm, dataset: str, examples: int, seed: int) -> Part:
+    def _run_part(self, arm: Arm, dataset: str, examples: int, seed: int) -> Stage:
         settings = self.plan.run_settings(arm, dataset, examples, seed)
         return self._part(f"{folder_name(dataset)}-{examples}/{arm.name}-seed{seed}", settings)
 
-    def _part(self, name: str, settings: Mapping[str, Any]) -> Part:
-        return Part(self.folder / name, settings, writes=self.writes, begins=False)
+    def _part(self, name: str, settings: Mapping[str, Any]) -> Stage:
+        return Stage(self.folder / name, settings, writes=self.writes, begins=False)
 
     # Pretext training
 
@@ -238,12 +238,12 @@ class Study:
 
     # One arm on one set
 
-    def _backbone(self, arm: Arm, dataset: str, examples: int, seed: int, images: LabelledImages) -> Part:
+    def _backbone(self, arm: Arm, dataset: str, examples: int, seed: int, images: LabelledImages) -> Stage:
         """The finished part that holds the backbone of a run."""
         if arm.is_step_matched:
             return self._shared_part(arm, seed)
         folder = self._run_part(arm, dataset, examples, seed).folder / "backbone"
-        part = Part(folder, self.plan.arm_settings(arm, seed), writes=self.writes)
+        part = Stage(folder, self.plan.arm_settings(arm, seed), writes=self.writes)
         if part.result is None:
             steps = None
             if arm.match == "wall_clock":
@@ -318,7 +318,7 @@ def metric_names(images: LabelledImages) -> list[str]:
     return ["loss", *metrics(EvalPrediction(np.eye(classes), labels))]
 
 
-def _train(trainer: BiSSLTrainer | JointTrainer | PretextTrainer, part: Part) -> None:
+def _train(trainer: BiSSLTrainer | JointTrainer | PretextTrainer, part: Stage) -> None:
     """Trains from the newest checkpoint in the folder of a part, and finishes the part: the model with its batch-norm
     statistics as training has left them, and what it took."""
     checkpoint, _ = find_last_checkpoint(part.folder)
@@ -343,7 +343,7 @@ def _train(trainer: BiSSLTrainer | JointTrainer | PretextTrainer, part: Part) ->
     trainer.accelerator.wait_for_everyone()
 
 
-def _result_of(part: Part) -> dict[str, Any]:
+def _result_of(part: Stage) -> dict[str, Any]:
     if part.result is None:
         raise RuntimeError(f"{part.folder} is not finished, and another part needs its result; start the study anew.")
     return part.result

@@ -24,7 +24,7 @@ COMMON = {
 NOTING = """
 import json, os, sys
 from bissl_hf.cli.finetuning import FineTuning
-from recipes import finetune
+from bissl_hf.cli import finetune
 
 found = {"search": [], "train": [], "test": []}
 

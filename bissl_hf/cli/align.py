@@ -16,62 +16,37 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments, SimCLRForPreTraining, load_image_dataset
+from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from ..cards.facts import ModelFacts
 from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
 from ..data.alternation import StepKey, Stream
-from ..data.augment import EvalTransform, image_processor
+from ..data.augment import TwoViewTransform
 from ..data.decoded import DecodedImages
 from ..evaluation.features import extract_features, tsne_layout, with_one_class
 from ..evaluation.figures import plot_layouts, plot_run
-from ..evaluation.metrics import classification_metrics
 from ..optim.optimizers import resolve_optimizer
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
-from .images import (
-    DataArguments,
-    LabelledImages,
-    ViewArguments,
-    build_train_transform,
-    build_view_transform,
-    decode_labelled,
-    decode_unlabelled,
-    load_labelled,
-)
+from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
+from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
-from .models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
+from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, format_table, name_metrics, open_run
 from .pairs import check_pairs
 from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
+from .tasks import DownstreamTask
 
 TSNE_ROWS = 1000
 BEFORE_NAME = "before.json"
 PRETRAINING_NAME = "pretraining"
-
-
-@dataclass
-class LowerDataArguments:
-    """What the lower level learns from."""
-
-    lower_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Unlabelled images: a known name, a folder (also without folders of classes), a Parquet file or a "
-            "Hub id; else the `unlabeled` split or training images of --dataset."
-        },
-    )
-    drop_test_duplicates: bool = field(
-        default=False,
-        metadata={"help": "Leave out unlabelled images that are test images of --dataset, pixel by pixel."},
-    )
 
 
 @dataclass
@@ -101,31 +76,12 @@ class PlanArguments:
     )
 
 
-@dataclass
-class Images(LabelledImages):
-    """The decoded data of both levels."""
-
-    lower: DecodedImages
-
-
-def load_images(data: DataArguments, lower_data: LowerDataArguments, seed: int) -> Images:
-    splits = lower = load_labelled(data, seed=seed)
-    if lower_data.lower_dataset:
-        lower = load_image_dataset(lower_data.lower_dataset, seed=seed, require_labels=False)
-    labelled = decode_labelled(splits, data.image_size)
-    without = splits["test"] if lower_data.drop_test_duplicates else None
-    return Images(**vars(labelled), lower=decode_unlabelled(lower, data.image_size, without=without))
-
-
-def build_upper(arguments: ModelArguments, lower: SimCLRForPreTraining, images: Images) -> PreTrainedModel:
-    names, problem_type = images.class_names, images.problem_type
-    if arguments.upper_model:
-        return load_classifier(arguments.upper_model, names, field="upper_model", problem_type=problem_type)
-    return new_classifier(lower.config.backbone_config, names, problem_type=problem_type)
-
-
 def build_trainer(
-    data: DataArguments, views: ViewArguments, args: BiSSLTrainingArguments, model: BiSSLModel, images: Images
+    view_transform: TwoViewTransform,
+    args: BiSSLTrainingArguments,
+    model: BiSSLModel,
+    images: Images,
+    task: DownstreamTask,
 ) -> BiSSLTrainer:
     check_pairs(args)
     return BiSSLTrainer(
@@ -134,11 +90,8 @@ def build_trainer(
         train_dataset=images.train,
         lower_dataset=images.lower,
         eval_dataset=images.validation,
-        train_transform=build_train_transform(data.image_size, views),
-        eval_transform=EvalTransform(data.image_size),
-        lower_transform=build_view_transform(data.image_size, views),
-        processing_class=image_processor(data.image_size),
-        compute_metrics=classification_metrics(images.problem_type, num_labels=len(images.class_names)),
+        lower_transform=view_transform,
+        **task.trainer_arguments(),
     )
 
 
@@ -157,11 +110,16 @@ def check_pretraining(arguments: ModelArguments, steps: int, batch: int, rows_pe
     resolve_optimizer(arguments.pretrain_optim, field="pretrain_optim")
 
 
+def num_pretrain_steps(arguments: ModelArguments) -> int:
+    """The steps before BiSSL; by default none for a model that is pre-trained already."""
+    if arguments.pretrain_steps is not None:
+        return arguments.pretrain_steps
+    return 0 if arguments.lower_model else 1000
+
+
 def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, trainer: BiSSLTrainer) -> PretextTrainer:
     """The trainer of the stage before BiSSL; it trains the lower model in place."""
-    steps, batch = arguments.pretrain_steps, arguments.pretrain_batch_size
-    if steps is None:
-        steps = 0 if arguments.lower_model else 1000
+    steps, batch = num_pretrain_steps(arguments), arguments.pretrain_batch_size
     if batch is None:
         batch = args.per_device_lower_batch_size
     check_pretraining(arguments, steps, batch, len(trainer.lower_dataset) // args.world_size)
@@ -220,13 +178,15 @@ def tell_pull(trainer: BiSSLTrainer) -> None:
         )
 
 
-def evaluate_on_test(trainer: BiSSLTrainer, test: DecodedImages, prefix: str) -> dict[str, Any]:
+def evaluate_on_test(trainer: BiSSLTrainer, task: DownstreamTask, test: DecodedImages, prefix: str) -> dict[str, Any]:
     """The aligned model's metrics on the test split, and a layout of its features."""
     metrics = trainer.evaluate(test, metric_key_prefix=prefix)
+    predicted = trainer.predict(test)  # type: ignore[arg-type]
+    per_class = task.per_class(predicted.predictions, predicted.label_ids)
     rows: Dataset = Subset(test, range(min(len(test), TSNE_ROWS)))
     features, labels = with_one_class(*extract_features(trainer.aligned_model(), batches_of(trainer, rows)))
     layout = tsne_layout(features, seed=trainer.args.seed) if len(features) >= 4 else np.zeros((len(features), 2))
-    return {"metrics": metrics, "layout": layout.tolist(), "labels": labels.tolist()}
+    return {"metrics": metrics, "per_class": per_class, "layout": layout.tolist(), "labels": labels.tolist()}
 
 
 def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]:
@@ -270,7 +230,8 @@ def write_outputs(
         output / "figures" / "tsne.png",
     )
     history = [row for row in trainer.state.log_history if "step" in row]
-    write_json(output / RUN_RESULTS, {**before["metrics"], **after["metrics"], "log_history": history})
+    per_class = {"before_per_class": before.get("per_class", {}), "test_per_class": after["per_class"]}
+    write_json(output / RUN_RESULTS, {**before["metrics"], **after["metrics"], **per_class, "log_history": history})
     head = metrics_under(before["metrics"], "before")
     trainer.facts.evaluations = [
         Evaluation("Linear head on the pre-trained backbone", "test", head, len(test), described=False),
@@ -288,7 +249,7 @@ def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -
         row("aligned model, after BiSSL", after["metrics"], "test"),
     ]
     print(f"\n{format_table(rows)}\n")
-    print(f"The aligned model lies in {output}, both levels in {output}/bilevel, figures in {output}/figures.")
+    print(f"The aligned model is in {output}, both levels in {output}/bilevel, figures in {output}/figures.")
     print("It is a plain transformers checkpoint, ready for fine-tuning:\n")
     print("    from transformers import AutoModelForImageClassification, pipeline")
     print(f'    model = AutoModelForImageClassification.from_pretrained("{output}")')
@@ -302,17 +263,18 @@ def build_run(
     views: ViewArguments,
     models: ModelArguments,
     args: BiSSLTrainingArguments,
-) -> tuple[Images, BiSSLTrainer, PretextTrainer]:
+) -> tuple[Images, DownstreamTask, BiSSLTrainer, PretextTrainer]:
     set_seed(args.seed)
     check_sources(models, "lower_model", "backbone", "upper_model")
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
     lower = build_pretext_model(models)
-    model = BiSSLModel.from_models(lower, build_upper(models, lower, images))
-    trainer = build_trainer(data, views, args, model, images)
+    task = DownstreamTask.from_images(images, data.image_size, views)
+    model = BiSSLModel.from_models(lower, build_upper(models.upper_model, lower, task))
+    trainer = build_trainer(build_view_transform(data.image_size, views), args, model, images, task)
     pretrainer = build_pretrainer(models, args, trainer)
     try_out(trainer, pretrainer)
-    return images, trainer, pretrainer
+    return images, task, trainer, pretrainer
 
 
 def print_plan(trainer: BiSSLTrainer, pretrainer: PretextTrainer, images: Images) -> None:
@@ -321,6 +283,17 @@ def print_plan(trainer: BiSSLTrainer, pretrainer: PretextTrainer, images: Images
     plan = make_plan(trainer, pretrainer, test_rows=len(images.test))
     if trainer.is_world_process_zero():
         print(f"\n{format_plan(plan)}\nNothing of this is kept: start the run without --plan.")
+
+
+def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
+    """What the command would do with these arguments, as a sentence."""
+    steps = num_pretrain_steps(models)
+    before = f"pre-trains with SimCLR for {steps:,} steps, " if steps else ""
+    return (
+        f"This command {before}trains a head on the frozen backbone, takes {args.num_alternations} alternations of "
+        f"{args.lower_steps} lower and {args.upper_steps} upper steps, and writes the aligned model into "
+        f"{args.output_dir}."
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -338,16 +311,18 @@ def main(arguments: list[str] | None = None) -> None:
         description=str(__doc__).split("\n\n")[-1],
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
+    with refusing_bad_input():
+        check_dataset(data, describe_run(models, args))
     if look_ahead.plan:
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir, args.report_to, args.disable_tqdm, args.push_to_hub = folder, [], True, False
             with refusing_bad_input():
-                images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
+                images, _, trainer, pretrainer = build_run(data, lower_data, views, models, args)
             print_plan(trainer, pretrainer, images)
         return
     with refusing_bad_input():
         checkpoint = open_run(args, leaves=("checkpoint-*", PRETRAINING_NAME))
-        images, trainer, pretrainer = build_run(data, lower_data, views, models, args)
+        images, task, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
         trainer.resume_files = (
             BEFORE_NAME,
@@ -358,13 +333,15 @@ def main(arguments: list[str] | None = None) -> None:
             trainer.check_checkpoint(checkpoint)
         keep_pretraining_settings(pretrainer, models)
 
+    if trainer.is_world_process_zero():
+        print(task.describe_splits(images))
     pretrain(pretrainer)
     trainer.model.start_upper_from_lower()
     output = Path(str(args.output_dir))
     before_file = output / BEFORE_NAME
     if checkpoint is None or not before_file.is_file():
         trainer.warm_up_head()
-        before = evaluate_on_test(trainer, images.test, "before")
+        before = evaluate_on_test(trainer, task, images.test, "before")
         if trainer.is_world_process_zero():
             write_json(before_file, before)
     else:
@@ -374,7 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
     if checkpoint is None:
         tell_pull(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = evaluate_on_test(trainer, images.test, "test")
+    after = evaluate_on_test(trainer, task, images.test, "test")
     if trainer.is_world_process_zero():
         write_outputs(trainer, before, after, images.test, images.class_names)
         print_summary(output, before, after)

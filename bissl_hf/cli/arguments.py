@@ -14,6 +14,8 @@ import yaml
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
+from .help import HELP_FLAGS, HelpFormatter, format_grouped_help, group_fields
+
 EXIT_BAD_INPUT = 2
 _BOOL = "tag:yaml.org,2002:bool"
 
@@ -54,10 +56,18 @@ def parse_arguments(
         `tuple`: one object per dataclass.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    usage = "accelerate launch %(prog)s [--config FILE.yaml] [--field value ...]"
-    parser = _Parser(dataclass_types, description=description, usage=usage, allow_abbrev=False)
+    usage = "%(prog)s [--config FILE.yaml] [--field value ...] [--help [all]]"
+    parser = _Parser(
+        dataclass_types,
+        description=description,
+        usage=usage,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=HelpFormatter,
+    )
     parser.add_argument("--config", help="YAML file with any of these arguments; the command line wins.")
-    fields = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    _show_help(parser, dataclass_types, arguments)
+    fields = {action.dest: action for action in parser._actions if action.dest != "config"}
     known = sorted(fields)
     config, rest = _take_config(arguments)
     from_file = _arguments_of_yaml(config, fields) if config is not None else []
@@ -68,6 +78,16 @@ def parse_arguments(
     if unknown:
         refuse(f"Unknown argument {unknown[0]}{close_matches(unknown[0].lstrip('-').split('=')[0], known)}")
     return tuple(parsed)
+
+
+def _show_help(parser: _Parser, dataclass_types: Sequence[Any], arguments: Sequence[str]) -> None:
+    """Prints the help and ends the process where the arguments ask for it: `--help`, or `--help all`."""
+    asked = [number for number, argument in enumerate(arguments) if argument in HELP_FLAGS]
+    if asked:
+        shows_all = "all" in arguments[asked[0] + 1 : asked[0] + 2]
+        groups = group_fields(dataclass_types, show_all=shows_all)
+        print(format_grouped_help(parser, groups, shows_all=shows_all))
+        sys.exit(0)
 
 
 def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -25,7 +25,7 @@ from ..trainer.training_args import FineTuningArguments, with_changes
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .finetuning import FineTuning, summarise
-from .images import CropArguments, DataArguments, build_train_transform, decode_labelled, load_labelled
+from .images import CropArguments, DataArguments, build_train_transform, check_dataset, decode_labelled, load_labelled
 from .loading import check_sources
 from .models import StartArguments, classifier_builder
 from .outputs import RUN_RESULTS, format_table, open_run
@@ -91,7 +91,11 @@ def build_finetuning(
 
 
 def write_outputs(
-    tuning: FineTuning, runs: dict[int, dict[str, Any]], tests: dict[int, dict[str, float]], found: SearchResult | None
+    tuning: FineTuning,
+    runs: dict[int, dict[str, Any]],
+    tests: dict[int, dict[str, float]],
+    found: SearchResult | None,
+    per_class: dict[int, dict[str, float]],
 ) -> dict[str, Any]:
     """Writes the best model, figures and results; returns the results."""
     output, metric = Path(str(tuning.args.output_dir)), tuning.metric
@@ -104,6 +108,7 @@ def write_outputs(
     results = {
         **{name: summarise([tests[seed][name] for seed in runs]) for name in tests[best]},
         f"eval_{metric}": summarise([run[f"eval_{metric}"] for run in runs.values()]),
+        "test_per_class": per_class[best],
         "seeds": list(runs),
         "best_seed": best,
         "learning_rate": found.best["learning_rate"] if found else tuning.args.learning_rate,
@@ -152,7 +157,7 @@ def seed_folder(output: Path, seed: int) -> Path:
 def print_summary(tuning: FineTuning, results: dict[str, Any]) -> None:
     output, rows = tuning.args.output_dir, []
     for name, summary in results.items():
-        if isinstance(summary, dict):
+        if isinstance(summary, dict) and "mean" in summary:
             split, _, metric = name.partition("_")
             factor, unit = (1, "") if metric == "loss" else (100, " %")
             deviation = "" if summary["std"] is None else f"{factor * summary['std']:.2f}{unit}"
@@ -168,7 +173,7 @@ def print_summary(tuning: FineTuning, results: dict[str, Any]) -> None:
     print(f"\n{format_table(rows)}\n")
     how = f"chosen among {len(results['search'])} pairs on the validation split" if results["search"] else "as given"
     print(f"Learning rate {results['learning_rate']:.3g}, weight decay {results['weight_decay']:.3g} ({how}).")
-    print(f"The model of seed {results['best_seed']}, best on the validation split, lies in {output}:\n")
+    print(f"The model of seed {results['best_seed']}, best on the validation split, is in {output}:\n")
     print("    from transformers import pipeline")
     print(f'    classify = pipeline("image-classification", model="{output}")\n')
 
@@ -181,6 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
+        check_dataset(data, f"This command fine-tunes a classifier for {args.num_train_epochs:g} epochs.")
         check_run(args)
         open_run(args, leaves=("seed-*", "search"))  # what it goes on from are the finished parts in there
         if repetition.search_trials:
@@ -201,6 +207,8 @@ def main(arguments: list[str] | None = None) -> None:
             settings={"Data": data, "Views": crops, "Model": start},
         )
 
+    if trainer.is_world_process_zero():
+        print(tuning.task.describe_splits(tuning.images))
     found, chosen = None, {}
     if repetition.search_trials:
         found = tuning.search(
@@ -216,8 +224,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"Fine-tuning with seed {seed}")
         runs[seed] = tuning.train(seed_folder(output, seed), seed=seed, **chosen)
     tests = {seed: tuning.test(seed_folder(output, seed)) for seed in runs}
+    per_class = {seed: tuning.test_per_class(seed_folder(output, seed)) for seed in runs}
     if trainer.is_world_process_zero():
-        results = write_outputs(tuning, runs, tests, found)
+        results = write_outputs(tuning, runs, tests, found, per_class)
         best = results["best_seed"]
         write_card(trainer, results, runs[best], tests[best], len(tuning.images.test))
         print_summary(tuning, results)

@@ -11,13 +11,13 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..checkpoints import find_last_checkpoint
-from ..data.augment import EvalTransform, TrainTransform, image_processor
-from ..evaluation.metrics import MAIN_METRIC, classification_metrics
+from ..data.augment import TrainTransform
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, search
 from ..trainer.training_args import FineTuningArguments, with_changes
 from .images import LabelledImages
 from .parts import Stage
+from .tasks import DownstreamTask
 
 _DECISIVE = (
     *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm"),
@@ -50,7 +50,12 @@ class FineTuning:
     @property
     def metric(self) -> str:
         """Name of the metric by which models are compared."""
-        return MAIN_METRIC[self.images.problem_type]
+        return self.task.metric
+
+    @property
+    def task(self) -> DownstreamTask:
+        """What is learned."""
+        return DownstreamTask(self.images.problem_type, self.images.class_names, self.image_size, self.train_transform)
 
     @property
     def _writes(self) -> bool:
@@ -69,10 +74,7 @@ class FineTuning:
             args=with_changes(self.args, **changes),
             train_dataset=self.images.train,
             eval_dataset=self.images.validation,
-            train_transform=self.train_transform,
-            eval_transform=EvalTransform(self.image_size),
-            processing_class=image_processor(self.image_size),
-            compute_metrics=classification_metrics(self.images.problem_type, num_labels=len(self.images.class_names)),
+            **self.task.trainer_arguments(),
         )
 
     def search_part(self, folder: Path, space: SearchSpace, *, begins: bool = True) -> Stage:
@@ -138,6 +140,13 @@ class FineTuning:
         trainer = self.build_trainer(self.load(folder), output_dir=str(folder))
         found = trainer.evaluate(self.images.test if dataset is None else dataset, metric_key_prefix="test")
         return without_times(found, "test")
+
+    def test_per_class(self, folder: Path) -> dict[str, float]:
+        """Returns the accuracy of each class (see [`DownstreamTask.per_class`]) on the test split, of the model that
+        `train` has left in `folder`."""
+        trainer = self.build_trainer(self.load(folder), output_dir=str(folder))
+        found = trainer.predict(self.images.test)  # type: ignore[arg-type]
+        return self.task.per_class(found.predictions, found.label_ids)
 
     def load(self, folder: str | os.PathLike[str]) -> PreTrainedModel:
         """Loads the model that `train` has left in `folder`."""

@@ -29,6 +29,7 @@ from .images import (
     LabelledImages,
     ViewArguments,
     build_view_transform,
+    check_dataset,
     decode_labelled,
     decode_unlabelled,
     load_labelled,
@@ -44,7 +45,7 @@ class PretextDataArguments(DataArguments):
     """What the backbone learns from, and on what it is watched."""
 
     dataset: str = field(
-        default="digits",
+        default="",
         metadata={
             "help": "Images to learn from, by name, folder, Parquet file or Hub id: the `unlabeled` split where there "
             "is one, else the training images. Labels are not used."
@@ -154,7 +155,7 @@ def print_summary(trainer: PretextTrainer) -> None:
             rows.append({"": title, "first": form.format(values[0]), "last": form.format(values[-1])})
     output = trainer.args.output_dir
     print(f"\n{format_table(rows)}\n")
-    print(f"The SimCLR model lies in {output}, its curves in {output}/figures. To go on with it:\n")
+    print(f"The SimCLR model is in {output}, its curves in {output}/figures. To go on with it:\n")
     print(f"    accelerate launch recipes/bissl.py --lower_model {output} ...    aligns it with a downstream task")
     print(f"    accelerate launch recipes/finetune.py --model {output} ...       fine-tunes it\n")
 
@@ -167,6 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
+        check_dataset(data, f"This command pre-trains with SimCLR for {args.num_train_epochs:g} epochs.")
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)

@@ -181,7 +181,7 @@ def tell_pull(trainer: BiSSLTrainer) -> None:
 def evaluate_on_test(trainer: BiSSLTrainer, task: DownstreamTask, test: DecodedImages, prefix: str) -> dict[str, Any]:
     """The aligned model's metrics on the test split, and a layout of its features."""
     metrics = trainer.evaluate(test, metric_key_prefix=prefix)
-    predicted = trainer.predict(test)  # type: ignore[arg-type]
+    predicted = trainer.predict(test)
     per_class = task.per_class(predicted.predictions, predicted.label_ids)
     rows: Dataset = Subset(test, range(min(len(test), TSNE_ROWS)))
     features, labels = with_one_class(*extract_features(trainer.aligned_model(), batches_of(trainer, rows)))

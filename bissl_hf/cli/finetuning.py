@@ -145,7 +145,7 @@ class FineTuning:
         """Returns the accuracy of each class (see [`DownstreamTask.per_class`]) on the test split, of the model that
         `train` has left in `folder`."""
         trainer = self.build_trainer(self.load(folder), output_dir=str(folder))
-        found = trainer.predict(self.images.test)  # type: ignore[arg-type]
+        found = trainer.predict(self.images.test)
         return self.task.per_class(found.predictions, found.label_ids)
 
     def load(self, folder: str | os.PathLike[str]) -> PreTrainedModel:

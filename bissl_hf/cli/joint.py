@@ -45,7 +45,7 @@ class JointModelArguments(PretextModelArguments):
     bn_recalibration_images: int = field(
         default=1024,
         metadata={
-            "help": "Training images for the batch-norm statistics of the exported model; 0 to keep those of the views."
+            "help": "Training images for the batch-norm statistics of the exported model; 0 for those of the views."
         },
     )
 
@@ -85,7 +85,8 @@ def build_run(
 def trained_model(trainer: JointTrainer, images: Images, num_images: int) -> PreTrainedModel:
     """Returns the native classifier, the shared backbone with the downstream head, with batch-norm statistics
     estimated on `num_images` training images."""
-    model: Any = trainer.model.aligned_model().to(trainer.args.device)
+    model: Any = trainer.model.aligned_model()
+    model.to(trainer.args.device)
     if num_images:
         recalibrate_batch_norm(model, _training_batches(trainer, images, num_images))
     return model.eval()
@@ -106,7 +107,7 @@ def evaluate(trainer: JointTrainer, task: DownstreamTask, model: PreTrainedModel
     with trainer.evaluating(model):
         found = trainer.evaluate(images.validation)
         found |= trainer.evaluate(images.test, metric_key_prefix="test")
-        predicted = trainer.predict(images.test)  # type: ignore[arg-type]
+        predicted = trainer.predict(images.test)
     return {**found, "test_per_class": task.per_class(predicted.predictions, predicted.label_ids)}
 
 
@@ -126,7 +127,7 @@ def write_outputs(trainer: JointTrainer, model: PreTrainedModel, metrics: dict[s
         },
     )
     trainer.facts.evaluations = [Evaluation("This model", "test", metrics_under(metrics, "test"), len(images.test))]
-    trainer.model = model  # the card describes what has been written
+    trainer.model = model  # type: ignore[assignment]  # the card describes what has been written
     trainer.create_model_card()
 
 

@@ -153,7 +153,9 @@ def write_predictions(
         `tuple`: the first rows, and the files that could not be read with the reasons.
     """
     top_k = min(top_k, classifier.model.config.num_labels)
-    header, shown, unreadable = classifier.header(top_k), [], {}
+    header = classifier.header(top_k)
+    shown: list[dict[str, str]] = []
+    unreadable: dict[Path, str] = {}
     staging = output.with_name(f".{output.name}.tmp")
     with staging.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)

@@ -134,9 +134,9 @@ def per_class_scores(
     """
     if problem_type == MULTI_LABEL:
         present = np.flatnonzero(labels.any(axis=0))
-        return {class_names[c]: _eleven_point_precision(scores[:, c], labels[:, c]) for c in present}
+        return {class_names[c]: _eleven_point_precision(scores[:, c], labels[:, c]) for c in present.tolist()}
     right = scores.argmax(-1) == labels
-    return {class_names[c]: float(right[labels == c].mean()) for c in np.unique(labels)}
+    return {class_names[c]: float(right[labels == c].mean()) for c in np.unique(labels).tolist()}
 
 
 def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -164,8 +164,8 @@ def classification_metrics(
 
     Args:
         problem_type (`str`, *optional*): as in the configuration of a model. `"single_label_classification"`:
-            `accuracy`, `mean_class_accuracy`, `macro_f1`, and `top5_accuracy` above 5 classes. `"multi_label_classification"`:
-            `map`, the 11-point mean average precision.
+            `accuracy`, `mean_class_accuracy`, `macro_f1`, and `top5_accuracy` above 5 classes.
+            `"multi_label_classification"`: `map`, the 11-point mean average precision.
         num_labels (`int`, *optional*): number of classes; without it there is no `top5_accuracy`.
 
     Raises:

@@ -69,6 +69,7 @@ def build_run(
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
     task = DownstreamTask.from_images(images, data.image_size, views)
+    args.remove_unused_columns = False  # forward of the model of both levels names none
     lower = build_pretext_model(models)
     trainer = JointTrainer(
         BiSSLModel.from_models(lower, build_upper(models.upper_model, lower, task)),

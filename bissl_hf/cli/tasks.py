@@ -101,6 +101,8 @@ class DownstreamTask:
             return f"Labelled images: {sizes}. {self.describe()}"
         counts = labels.sum(axis=0) if labels.ndim > 1 else np.bincount(labels, minlength=len(self.class_names))
         rarest, commonest = int(counts.argmin()), int(counts.argmax())
+        if counts[rarest] == counts[commonest]:
+            return f"Labelled images: {sizes}. {self.describe()}\nIn training {int(counts[rarest])} of each class."
         return (
             f"Labelled images: {sizes}. {self.describe()}\n"
             f"In training {int(counts[rarest])} of the rarest ({self.class_names[rarest]}) and "

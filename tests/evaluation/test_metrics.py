@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
+from bissl_hf.evaluation import metrics
 from bissl_hf.evaluation.metrics import (
     MAIN_METRIC,
     Accuracy,
@@ -171,3 +172,35 @@ def test_metrics_of_several_labels_are_the_mean_average_precision(random: np.ran
 def test_metrics_refuse_another_kind_of_task() -> None:
     with pytest.raises(ValueError, match="problem_type is 'regression'; it must be single_label"):
         classification_metrics("regression")
+
+
+def test_macro_f1_and_per_class_accuracy_are_those_of_a_loop(random: np.random.Generator) -> None:
+    scores, labels = random.normal(size=(60, 6)), random.integers(0, 4, 60)
+    predicted = scores.argmax(-1)
+    f1, accuracy = [], {}
+    for c in range(6):
+        hits = sum(p == c == y for p, y in zip(predicted, labels, strict=True))
+        f1.append(2 * hits / (sum(predicted == c) + sum(labels == c)))
+        if c < 4:
+            accuracy["abcdef"[c]] = pytest.approx(hits / sum(labels == c))
+    found = metrics.classification_metrics(num_labels=4)(EvalPrediction(scores, labels))
+    assert found["macro_f1"] == pytest.approx(np.mean(f1))
+    assert metrics.per_class_scores("single_label_classification", scores, labels, "abcdef") == accuracy
+
+
+def test_per_class_scores_of_several_labels_average_to_the_map(random: np.random.Generator) -> None:
+    scores, labels = random.normal(size=(40, 3)), random.integers(0, 2, (40, 3))
+    labels[:, 1] = 0
+    found = metrics.per_class_scores("multi_label_classification", scores, labels, "abc")
+    assert list(found) == ["a", "c"]
+    assert np.mean(list(found.values())) == pytest.approx(eleven_point_map(scores, labels))
+
+
+def test_regression_metrics_are_those_of_their_definitions(random: np.random.Generator) -> None:
+    labels = random.normal(size=30)
+    found = labels + random.normal(size=30)
+    computed = metrics.regression_metrics(EvalPrediction(found[:, None], labels))
+    residual = sum((a - b) ** 2 for a, b in zip(found, labels, strict=True))
+    assert computed["r2"] == pytest.approx(1 - residual / sum((y - labels.mean()) ** 2 for y in labels))
+    assert computed["rmse"] == pytest.approx((residual / 30) ** 0.5)
+    assert computed["mae"] == pytest.approx(sum(abs(found - labels)) / 30)

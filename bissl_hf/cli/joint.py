@@ -80,6 +80,7 @@ def build_run(
         lower_transform=view_transform,
         **task.trainer_arguments(),
     )
+    trainer.label_names = ["labels"]  # which Trainer finds in a forward that names them
     return images, task, trainer
 
 

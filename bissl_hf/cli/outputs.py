@@ -131,7 +131,6 @@ def name_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, str]:
         "map": "11-point mAP",
         "top5_accuracy": "top-5 accuracy",
         "mean_class_accuracy": "mean per class",
-        "macro_f1": "macro F1",
     }
     found = {name: metrics.get(f"{prefix}_{key}") for key, name in names.items()}
     return {name: f"{100 * value:.2f} %" for name, value in found.items() if value is not None}

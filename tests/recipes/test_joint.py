@@ -42,7 +42,7 @@ def test_predictions_are_those_of_the_pipeline_and_unreadable_files_are_listed(
     inputs = [str(images / "test"), str(tmp_path)]
     predict.main(["--model", str(finished), "--inputs", *inputs, "--output", str(output), "--use_cpu", "true"])
     assert "1 could not be read" in capsys.readouterr().err
-    rows = list(csv.DictReader(output.open()))
+    rows = list(csv.DictReader(output.read_text().splitlines()))
     classify = pipeline("image-classification", model=str(finished), device="cpu")
     assert len(rows) == 24
     right = [row["label"] == Path(row["file"]).parent.name for row in rows]

@@ -33,7 +33,7 @@ class Evaluation:
     described: bool = True
 
 
-def metrics_of(report: Mapping[str, Any], prefix: str) -> dict[str, float]:
+def metrics_under(report: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """Returns the metrics in what `Trainer.evaluate` returns or logs, by names without the prefix.
 
     Args:

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from ..data.paths import expand_path
 from ..text import for_terminal
 from .configuration import read_configuration
+from .help import HELP_FLAGS, HelpFormatter, format_grouped_help, group_fields
 from .values import checked_value
 
 EXIT_BAD_INPUT = 2
@@ -64,10 +65,18 @@ def parse_arguments(
         `tuple`: one object per dataclass.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    usage = "accelerate launch %(prog)s [--config FILE.yaml] [--field value ...]"
-    parser = _Parser(dataclass_types, description=description, usage=usage, allow_abbrev=False)
+    usage = "%(prog)s [--config FILE.yaml] [--field value ...] [--help [all]]"
+    parser = _Parser(
+        dataclass_types,
+        description=description,
+        usage=usage,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=HelpFormatter,
+    )
     parser.add_argument("--config", help="YAML file with any of these arguments; the command line wins.")
-    fields = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    _show_help(parser, dataclass_types, arguments)
+    fields = {action.dest: action for action in parser._actions if action.dest != "config"}
     known = sorted(fields)
     config, rest = _take_config(arguments)
     with refusing_bad_input():
@@ -91,6 +100,16 @@ def _without_secret(argument: str) -> str:
     name, _, _ = argument.partition("=")
     looks_like_token = name.startswith("hf_") or (len(name) >= 20 and any(map(str.isdigit, name)))
     return "(a word like a token)" if looks_like_token else for_terminal(name)
+
+
+def _show_help(parser: _Parser, dataclass_types: Sequence[Any], arguments: Sequence[str]) -> None:
+    """Prints the help and ends the process where the arguments ask for it: `--help`, or `--help all`."""
+    asked = [number for number, argument in enumerate(arguments) if argument in HELP_FLAGS]
+    if asked:
+        shows_all = "all" in arguments[asked[0] + 1 : asked[0] + 2]
+        groups = group_fields(dataclass_types, show_all=shows_all)
+        print(format_grouped_help(parser, groups, shows_all=shows_all))
+        sys.exit(0)
 
 
 def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import numpy as np
 
 from ..data.augment import TrainTransform, TwoViewTransform
 from ..data.decoded import UNREADABLE, DecodedImages
@@ -13,7 +14,7 @@ from ..data.reading import UNREADABLE_ADVICE, UnreadableImagesError
 from ..data.schema import class_names
 from ..data.sources import load_image_dataset
 from ..data.subsets import take_examples
-from ..evaluation.metrics import MULTI_LABEL, SINGLE_LABEL
+from ..evaluation.metrics import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 @dataclass
@@ -21,7 +22,7 @@ class DataArguments:
     """The labelled images of a recipe."""
 
     dataset: str = field(
-        default="digits",
+        default="",
         metadata={"help": "Labelled images: a known name (digits, stl10, ...), a folder, a Parquet file or a Hub id."},
     )
     dataset_revision: str | None = field(
@@ -88,8 +89,30 @@ class LabelledImages:
 
     @property
     def problem_type(self) -> str:
-        """Whether an image has one class or may have several, as the configuration of a model says it."""
-        return SINGLE_LABEL if self.train.labels is None or self.train.labels.ndim == 1 else MULTI_LABEL
+        """Whether an image has one class, may have several or has a number, as the configuration of a model says
+        it."""
+        labels = self.train.labels
+        if labels is None or labels.ndim == 1:
+            return REGRESSION if labels is not None and np.issubdtype(labels.dtype, np.floating) else SINGLE_LABEL
+        return MULTI_LABEL
+
+
+def check_dataset(arguments: DataArguments, would: str) -> None:
+    """Refuses to start without a data set.
+
+    Args:
+        arguments ([`DataArguments`])
+        would (`str`): what the command would do with one, as a sentence.
+
+    Raises:
+        `ValueError`: with what to write.
+    """
+    if not arguments.dataset:
+        raise ValueError(
+            f"No dataset is given. {would} Name the images: --dataset digits (which needs no network), another known "
+            "name, a folder with one folder per class, a Parquet file or a Hub id; or --config FILE.yaml. "
+            "`bissl-hf demo` shows a whole run."
+        )
 
 
 def load_labelled(arguments: DataArguments, *, seed: int) -> datasets.DatasetDict:

@@ -15,7 +15,7 @@ from ..hub.folder import fetch_last_checkpoint
 from ..text import for_terminal
 
 RESUME_FROM_HUB = "hub"
-RESULTS_NAME = "all_results.json"
+RUN_RESULTS = "all_results.json"
 
 
 def open_output_dir(
@@ -56,7 +56,7 @@ def open_output_dir(
         ) from error
     wants = resume if isinstance(resume, bool) else str(resume or "").lower()
     if wants in (False, "", "false", "none"):
-        finished, started = (folder / RESULTS_NAME).is_file(), bool(list_checkpoints(folder)) or any(folder.iterdir())
+        finished, started = (folder / RUN_RESULTS).is_file(), bool(list_checkpoints(folder)) or any(folder.iterdir())
         if finished or started:
             state = "a finished run" if finished else "files, maybe of an unfinished run"
             raise ValueError(

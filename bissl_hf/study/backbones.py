@@ -9,7 +9,7 @@ from transformers import set_seed
 from ..checkpoints import find_last_checkpoint
 from ..cli.images import LabelledImages, build_train_transform, build_view_transform
 from ..cli.models import new_classifier
-from ..cli.parts import Part
+from ..cli.parts import Stage
 from ..data.augment import image_processor
 from ..models.modeling_bissl import BiSSLModel
 from ..models.modeling_simclr import SimCLRForPreTraining
@@ -61,19 +61,19 @@ class Backbones:
 
     # Parts
 
-    def part(self, name: str, settings: Mapping[str, Any], *, begins: bool = False) -> Part:
+    def part(self, name: str, settings: Mapping[str, Any], *, begins: bool = False) -> Stage:
         """Returns a part of the study by the name of its folder."""
-        return Part(self.folder / name, settings, writes=self.writes, begins=begins)
+        return Stage(self.folder / name, settings, writes=self.writes, begins=begins)
 
-    def common_part(self, seed: int) -> Part:
+    def common_part(self, seed: int) -> Stage:
         """Returns the pretext steps that all arms have in common."""
         return self.part(f"{COMMON_NAME}-seed{seed}", self.plan.common_settings(seed))
 
-    def shared_part(self, arm: Arm, seed: int) -> Part:
+    def shared_part(self, arm: Arm, seed: int) -> Stage:
         """Returns the backbone of an arm that is the same for all downstream sets."""
         return self.part(f"{arm.name}-seed{seed}", self.plan.arm_settings(arm, seed))
 
-    def run_part(self, arm: Arm, dataset: str, examples: int, seed: int) -> Part:
+    def run_part(self, arm: Arm, dataset: str, examples: int, seed: int) -> Stage:
         """Returns the run of an arm on a set."""
         settings = self.plan.run_settings(arm, dataset, examples, seed)
         return self.part(f"{folder_name(dataset)}-{examples}/{arm.name}-seed{seed}", settings)
@@ -130,7 +130,7 @@ class Backbones:
             return BiSSLTrainer(model, args, **data)
         return JointTrainer(model, args, **data)  # type: ignore[arg-type]
 
-    def continue_shared(self, arm: Arm, seed: int) -> Part:
+    def continue_shared(self, arm: Arm, seed: int) -> Stage:
         """Returns the finished backbone of a conventional arm that is matched by steps."""
         part = self.shared_part(arm, seed)
         if part.result is None:
@@ -141,18 +141,18 @@ class Backbones:
     def _common_model(self, seed: int) -> SimCLRForPreTraining:
         return SimCLRForPreTraining.from_pretrained(self.common_part(seed).folder / "model")
 
-    def train(self, run: Part, arm: Arm, dataset: str, examples: int, seed: int, images: LabelledImages) -> Part:
+    def train(self, run: Stage, arm: Arm, dataset: str, examples: int, seed: int, images: LabelledImages) -> Stage:
         """Returns the finished backbone of a run.
 
         Args:
-            run ([`Part`]): the run, in whose folder the backbone is kept if it depends on the set.
+            run ([`Stage`]): the run, in whose folder the backbone is kept if it depends on the set.
             arm ([`Arm`]): without a search, or with the setting chosen.
             dataset, examples, seed: of the run.
             images ([`LabelledImages`]): likewise.
         """
         if arm.is_step_matched:
             return self.continue_shared(arm, seed)
-        part = Part(run.folder / "backbone", self.plan.arm_settings(arm, seed), writes=self.writes)
+        part = Stage(run.folder / "backbone", self.plan.arm_settings(arm, seed), writes=self.writes)
         if part.result is None:
             arm, steps = self._matched(arm, dataset, examples, seed, images)
             trainer = self.arm_trainer(part.folder, arm, seed, self._common_model(seed), images, steps)
@@ -194,7 +194,7 @@ class Backbones:
         return max(1, int(clock[name] / (paced[name] / paced["steps"] * batch / paced_batch)))
 
 
-def _train(trainer: ArmTrainer, part: Part, *, labelled: int = 0) -> None:
+def _train(trainer: ArmTrainer, part: Stage, *, labelled: int = 0) -> None:
     """Trains from the newest checkpoint in the folder of a part, and finishes the part: the model with its batch-norm
     statistics as training has left them, and what it took."""
     checkpoint, _ = find_last_checkpoint(part.folder)
@@ -244,7 +244,7 @@ def rows_read(args: ResumableTrainingArguments, *, labelled: int) -> tuple[int, 
     return pretext, 0
 
 
-def _result_of(part: Part) -> dict[str, Any]:
+def _result_of(part: Stage) -> dict[str, Any]:
     if part.result is None:
         raise RuntimeError(f"{part.folder} is not finished, and another part needs its result; start the study anew.")
     return part.result

@@ -15,7 +15,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from ..cli.finetuning import FineTuning
 from ..cli.images import LabelledImages
 from ..cli.models import StartArguments, classifier_builder, new_classifier
-from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Part, read_mapping
+from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Stage, read_mapping
 from ..evaluation.metrics import SINGLE_LABEL, classification_metrics
 from ..trainer.bissl_trainer import BiSSLTrainer
 from .alignment import measure_alignment
@@ -36,12 +36,12 @@ class StudyPart:
 
     Args:
         title (`str`): for users.
-        part ([`Part`]): its folder, settings and result.
+        part ([`Stage`]): its folder, settings and result.
         run (`Callable[[], Any]`): runs it, after which it has a result.
     """
 
     title: str
-    part: Part
+    part: Stage
     run: Callable[[], Any]
 
 
@@ -225,7 +225,7 @@ class Study:
             settings=settings,
         )
 
-    def _start(self, arm: Arm, setting: Arm, dataset: str, examples: int, seed: int) -> tuple[Part, FineTuning]:
+    def _start(self, arm: Arm, setting: Arm, dataset: str, examples: int, seed: int) -> tuple[Stage, FineTuning]:
         """Returns the finished backbone of an arm in a setting, and how to fine-tune it."""
         run = self.backbones.run_part(arm, dataset, examples, seed)
         images = self.images.take(dataset, examples, seed=seed)
@@ -295,7 +295,7 @@ class Study:
         return {"score_own_statistics": test[f"test_{tuning.metric}"], "features_own_statistics": features}
 
 
-def _cost(backbone: Part) -> dict[str, Any]:
+def _cost(backbone: Stage) -> dict[str, Any]:
     """What a backbone took after the common steps, and what is told of its solves."""
     learned = backbone.result or {}
     renamed = {"seconds": "backbone_seconds", "processor_seconds": "backbone_processor_seconds"}

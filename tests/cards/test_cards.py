@@ -17,7 +17,7 @@ from bissl_hf.cards.card import build_converted_card, build_model_card
 from bissl_hf.cards.descriptions import describe, native_usage
 from bissl_hf.cards.facts import LICENSES, ModelFacts, check_license
 from bissl_hf.cards.record import ModelRecord, RunRecord, Settings, loaded_from_hub, record_model, settings_of
-from bissl_hf.cards.tables import Evaluation, markdown_table, metrics_of, settings_table
+from bissl_hf.cards.tables import Evaluation, markdown_table, metrics_under, settings_table
 from bissl_hf.cards.writing import write_model_card
 
 # From the Hub's own messages about cards that it refuses.
@@ -379,8 +379,8 @@ def test_metrics_are_told_from_what_an_evaluation_says_of_itself():
         "eval_loss": 1, "eval_accuracy": np.float64(0.5), "eval_runtime": 3.0, "eval_samples_per_second": 2.0,
         "eval_upper_loss": 4.0, "test_loss": 5.0, "epoch": 2.0, "eval_note": "fine",
     }  # fmt: skip
-    assert metrics_of(report, "eval") == {"loss": 1.0, "accuracy": 0.5}
-    assert metrics_of(report, "eval_upper") == {"loss": 4.0}
+    assert metrics_under(report, "eval") == {"loss": 1.0, "accuracy": 0.5}
+    assert metrics_under(report, "eval_upper") == {"loss": 4.0}
 
 
 def test_a_table_has_a_cell_for_each_column():

@@ -1,10 +1,10 @@
 """Convolution and batch norm whose second derivatives use the kernels of their first.
 
 torch takes the second derivative of batch norm in about a hundred passes over the feature maps, and that of a
-convolution by one with a whole map as its filter. Here both are exact and cheaper. First derivatives are torch's own.
+convolution by one with a whole map as its filter. Here both are exact and cheaper; first derivatives are torch's own.
 
-**Convolution.** The backward (g, x, w) -> (gx, gw) is linear in g, and in (x, w) apart. For cotangents U of gx and A of
-gw: that of g is conv(U, w) + conv(x, A), that of x the input gradient with A as the weight, and that of w the weight
+**Convolution.** The backward (g, x, w) -> (gx, gw) is bilinear in (g, w) and in (g, x). For cotangents U of gx and A
+of gw: that of g is conv(U, w) + conv(x, A), that of x the input gradient with A as the weight, and that of w the weight
 gradient with U as the input.
 
 **Batch norm** in training, y = gamma x^ + beta with x^ = (x - mean) s, s = 1 / sqrt(var + eps), over the n values of a
@@ -252,8 +252,10 @@ class _BatchNorm(torch.autograd.Function):
 
 class _BatchNormBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, kernel: Any) -> Any:
-        index, reserve, eps = kernel
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, kernel: Any
+    ) -> Any:
+        index, reserve, eps = how
         g = _laid_out_like(g, x)
         gx, g_weight, g_bias = torch.ops.aten._batch_norm_impl_index_backward(
             index, x, g, weight, None, None, mean, scale, True, eps, [True, True, True], reserve
@@ -289,8 +291,8 @@ class _BatchNormBackward(torch.autograd.Function):
 
 
 def _sums(u: Tensor, y: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sums over each channel of  u  and  u (y - mean) scale, in the precision of `scale`: what the backward
-    kernel of batch norm computes for its parameters, in one pass and without a full-size tensor in between."""
+    """Returns the sums over each channel of  u  and  u (y - mean) scale, in the precision of `scale`: what the
+    backward kernel of batch norm computes for its parameters, in one pass and without a full-size tensor in between."""
     # The weight enters here as the dtype of the sums alone.
     _, u_y, total = torch.ops.aten.native_batch_norm_backward(
         u, y, scale, None, None, mean, scale, True, 1e-5, [False, True, True]

@@ -1,4 +1,4 @@
-"""Exchange between processes: a gather with first, second and forward derivatives, one flat average, a common start."""
+"""Exchange between processes: a gather with derivatives of either mode, one flat average, a common start."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -217,8 +217,8 @@ def _tangent_of(dual: Tensor) -> Tensor:
 
 
 def _in_one_precision(dual: Tensor) -> Tensor:
-    """Returns a number with its tangent in its own dtype. The forward rules of operators that mix dtypes (batch norm of
-    half precision with parameters in float32, torch 2.13) leave it in the wider one, which the next one refuses."""
+    """Returns a number with its tangent in its own dtype. The forward rules of operators that mix dtypes (batch norm
+    of half precision with parameters in float32, torch 2.13) leave it in the wider one, which the next one refuses."""
     primal, tangent = forward_ad.unpack_dual(dual)
     if tangent is None or tangent.dtype == primal.dtype:
         return dual

@@ -4,8 +4,8 @@ torch takes the second derivative of batch norm in about a hundred passes over t
 convolution by one with a whole map as its filter. Here both are exact and cheaper; first derivatives are torch's own.
 
 **Convolution.** The backward (g, x, w) -> (gx, gw) is bilinear in (g, w) and in (g, x). For cotangents U of gx and A
-of gw: that of g is conv(U, w) + conv(x, A), that of x the input gradient with A as the weight, and that of w the weight
-gradient with U as the input.
+of gw: that of g is conv(U, w) + conv(x, A), that of x the input gradient with A as the weight, and that of w the
+weight gradient with U as the input.
 
 **Batch norm** in training, y = gamma x^ + beta with x^ = (x - mean) s, s = 1 / sqrt(var + eps), over the n values of a
 channel. With m1 = mean(g) and m2 = mean(g x^), the first derivative is  gx = gamma s (g - m1 - x^ m2). For cotangents
@@ -255,7 +255,7 @@ class _BatchNormBackward(torch.autograd.Function):
     def forward(
         ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, kernel: Any
     ) -> Any:
-        index, reserve, eps = how
+        index, reserve, eps = kernel
         g = _laid_out_like(g, x)
         gx, g_weight, g_bias = torch.ops.aten._batch_norm_impl_index_backward(
             index, x, g, weight, None, None, mean, scale, True, eps, [True, True, True], reserve
@@ -292,7 +292,7 @@ class _BatchNormBackward(torch.autograd.Function):
 
 def _sums(u: Tensor, y: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the sums over each channel of  u  and  u (y - mean) scale, in the precision of `scale`: what the
-    backward kernel of batch norm computes for its parameters, in one pass and without a full-size tensor in between."""
+    backward kernel of batch norm computes for its parameters, in one pass and without full-size tensors in between."""
     # The weight enters here as the dtype of the sums alone.
     _, u_y, total = torch.ops.aten.native_batch_norm_backward(
         u, y, scale, None, None, mean, scale, True, 1e-5, [False, True, True]

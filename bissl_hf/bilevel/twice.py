@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -71,6 +70,14 @@ def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0  # the functions here have no forward rule
     )
+
+
+def _refuse_third_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "A third derivative was asked for (create_graph=True in a second one); the layers within "
+            "TwiceDifferentiable have two. Leave the mode out."
+        )
 
 
 # Convolution
@@ -173,8 +180,8 @@ class _ConvolutionBackward(torch.autograd.Function):
             return geometry.backward(g, x, weight, mask)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_gx: Tensor | None, of_gw: Tensor | None, of_bias: Tensor | None) -> Any:
+        _refuse_third_derivative()
         g, x, weight = ctx.saved_tensors
         geometry, needs = ctx.geometry, ctx.needs_input_grad
         mask = [needs[1] and of_gw is not None, needs[2] and of_gx is not None, False]
@@ -265,8 +272,8 @@ class _BatchNormBackward(torch.autograd.Function):
         return gx, g_weight if weight is not None else None, g_bias if weight is not None else None
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, u: Tensor | None, a: Tensor | None, b: Tensor | None) -> Any:
+        _refuse_third_derivative()
         g, x, weight, mean, scale, g_weight, g_bias = ctx.saved_tensors
         n = x.numel() // x.shape[1]
         m1, m2 = g_bias / n, g_weight / n

@@ -105,6 +105,8 @@ class GaussNewton(Curvature):
         """Whether  <J v, S J v> = <v, G v>  over all processes, as for any J and its transpose."""
         pair: Vector = (torch.stack([inner.double(), dot(product, vector).double()]),)
         ours, theirs = (self._reduce(pair) if self._reduce else pair)[0].tolist()
+        if ours == theirs == 0:  # no tangent at all, unless there is none to have
+            return not any(bool(part.any()) for part in vector)
         widest = all(part.dtype == torch.float64 for part in product)
         rounding = float(norm(product) * norm(vector)) * torch.finfo(product[0].dtype).eps
         return abs(ours - theirs) <= (1e-6 if widest else 0.02) * max(abs(ours), abs(theirs)) + rounding

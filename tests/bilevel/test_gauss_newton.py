@@ -58,7 +58,9 @@ def dense(
     rows = [flat(torch.autograd.grad(o, parameters, retain_graph=True)) for o in outputs[finite]]
     jacobian = torch.stack(rows)
     values = outputs.detach()
-    hessian = torch.func.hessian(lambda entries: loss_fn(values.masked_scatter(finite, entries)))(values[finite])
+    hessian = torch.autograd.functional.hessian(
+        lambda entries: loss_fn(values.masked_scatter(finite, entries)), values[finite]
+    )
     return jacobian.T @ hessian @ jacobian
 
 

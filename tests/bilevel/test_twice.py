@@ -172,7 +172,6 @@ def test_what_is_not_covered_stays_torchs() -> None:
     complex_x, complex_weight = x.to(torch.complex128), weight.to(torch.complex128)
     calls: list[Callable[[], Tensor]] = [
         lambda: F.batch_norm(x, *statistics, training=False),
-        lambda: F.batch_norm(x, statistics[0], None, training=True),
         lambda: F.batch_norm(x.bfloat16(), None, None, training=True),
         lambda: F.conv_transpose2d(x, images(3, 2, 3, 3)),
         lambda: F.conv2d(complex_x, complex_weight),
@@ -219,12 +218,10 @@ def test_bad_input_is_refused_as_torch_refuses_it(call: Callable[[Tensor, Tensor
 def test_a_third_derivative_is_refused() -> None:
     x = images(4, 3).requires_grad_()
     with TwiceDifferentiable():
-        (gradient,) = torch.autograd.grad(
-            F.batch_norm(x, None, None, training=True).pow(3).sum(), x, create_graph=True
-        )
-    (second,) = torch.autograd.grad(gradient.pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(second.sum(), x)
+        output = F.batch_norm(x, None, None, training=True).pow(3).sum()
+    (gradient,) = torch.autograd.grad(output, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="A third derivative was asked for"):
+        torch.autograd.grad(gradient.pow(2).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("build", ["cached", "recompute", "parts"])

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from ..losses import nt_xent_loss
+from ..losses import nt_xent_from_similarities, nt_xent_loss, pair_similarities
 from .backbone import build_backbone, load_backbone, pool_features
 from .configuration_simclr import SimCLRConfig
 
@@ -151,6 +151,19 @@ class SimCLRForPreTraining(PreTrainedModel):
         """Returns the NT-Xent loss of embeddings `(batch, 2, projection_dims[-1])`, shape `()`. A model with this
         method and `return_loss` can be trained in parts with the loss of the whole batch (`lower_gradient_cache`)."""
         return nt_xent_loss(*embeddings.unbind(1), temperature=self.config.temperature)
+
+    def outputs_for_loss(self, **inputs: Any) -> Tensor:
+        """Returns the outputs in which the loss is convex, the similarities of all pairs of embeddings. A model with
+        this method and `loss_from_outputs` has a Gauss-Newton matrix ([`bissl_hf.bilevel.gauss_newton`])."""
+        return self.outputs_from_embeddings(self(**inputs, return_loss=False).embeddings)
+
+    def outputs_from_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Returns the same from embeddings `(batch, 2, projection_dims[-1])`, which may be made in parts."""
+        return pair_similarities(*embeddings.unbind(1), temperature=self.config.temperature)
+
+    def loss_from_outputs(self, outputs: Tensor, **inputs: Any) -> Tensor:
+        """Returns the loss of `outputs_for_loss`, shape `()`."""
+        return nt_xent_from_similarities(outputs)
 
     def embed(self, images: Tensor) -> Tensor:
         """Returns the embeddings of images `(batch, channels, height, width)`, shape `(batch,

@@ -161,7 +161,7 @@ class SimCLRForPreTraining(PreTrainedModel):
         """Returns the same from embeddings `(batch, 2, projection_dims[-1])`, which may be made in parts."""
         return pair_similarities(*embeddings.unbind(1), temperature=self.config.temperature)
 
-    def loss_from_outputs(self, outputs: Tensor, **inputs: Any) -> Tensor:
+    def loss_from_outputs(self, outputs: Tensor) -> Tensor:
         """Returns the loss of `outputs_for_loss`, shape `()`."""
         return nt_xent_from_similarities(outputs)
 

@@ -148,6 +148,7 @@ class BiSSLTrainer(ResumableTrainer):
                 max_iterations=args.solver_max_iterations,
                 tolerance=args.solver_tolerance,
                 curvature_mode=args.curvature_mode,
+                curvature_kind=args.curvature_kind,
                 memory_size=args.solver_memory,
                 per_tensor=args.solver_per_tensor,
                 full_precision=args.fp16,

@@ -19,6 +19,7 @@ from ..optim.two_level import LevelSettings
 from .data_parallel import refuse_other_parallelism
 
 PAPER_DAMPING = 10.0
+CURVATURE_KINDS = ("hessian", "gauss_newton")
 CURVATURE_MODES = ("auto", *FIXED_CURVATURE_MODES)
 
 # Smallest values allowed, for each trainer and for BiSSL.
@@ -296,6 +297,9 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             each tensor.
         solver_max_iterations (`int`, *optional*, defaults to 5): Hessian-vector products per upper step, at most.
         solver_tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which a solve stops.
+        curvature_kind (`str`, *optional*, defaults to `"hessian"`): `"hessian"`, the paper's; or `"gauss_newton"`,
+            which is never indefinite and holds the memory of a first-order graph, for lower losses that are known as
+            convex functions of outputs (see [`convex_outputs`]).
         curvature_mode (`str`, *optional*, defaults to `"auto"`): `"cached"` keeps the graph of the lower gradient for
             an upper phase; `"recompute"` builds it for each product, slower, and holds none in between; `"auto"` keeps
             it while it fits the memory of the GPU, and otherwise, with a warning, takes the curvature batch in parts.
@@ -349,6 +353,9 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
     solver_per_tensor: bool = field(default=False, metadata={"help": "Solver mfac: a system for each tensor."})
     solver_max_iterations: int = field(default=5, metadata={"help": "Hessian-vector products per upper step at most."})
     solver_tolerance: float = field(default=0.0, metadata={"help": "Relative residual at which a solve stops."})
+    curvature_kind: str = field(
+        default="hessian", metadata={"help": f"Matrix of the linear systems: {', '.join(CURVATURE_KINDS)}."}
+    )
     curvature_mode: str = field(
         default="auto",
         metadata={"help": f"Graph of the curvature: {', '.join(CURVATURE_MODES)} (cached while it fits the GPU)."},
@@ -409,7 +416,11 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
         for name in ("lower_momentum", "upper_adaptation_strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
-        for name, allowed in (("solver", SOLVERS), ("curvature_mode", CURVATURE_MODES)):
+        for name, allowed in (
+            ("solver", SOLVERS),
+            ("curvature_mode", CURVATURE_MODES),
+            ("curvature_kind", CURVATURE_KINDS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if self.lower_gradient_cache and self.lower_micro_batch_size is None:

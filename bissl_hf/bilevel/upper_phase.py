@@ -132,9 +132,13 @@ class UpperPhase:
         Raises:
             `torch.OutOfMemoryError`: if a product does not fit the device, with the settings to change in a note.
         """
+        halvings = self.halvings
         while True:
             try:
-                return self._solve(key.alternation, rhs, proximal_weight, damping)
+                solve = self._solve(key.alternation, rhs, proximal_weight, damping)
+                if self.halvings > halvings:
+                    self._warn_about_parts()
+                return solve
             except torch.OutOfMemoryError as error:
                 # One process that tried again would leave the others waiting.
                 if world_size() > 1 or self.halvings >= self._most_halvings():
@@ -153,7 +157,6 @@ class UpperPhase:
             self._forget()
             torch.cuda.empty_cache()
             self.halvings += 1
-            self._warn_about_parts()
 
     def _solve(self, alternation: int, rhs: Vector, proximal_weight: float, damping: float) -> Solve:
         curvature = self.curvature(alternation) if self.takes_products else None

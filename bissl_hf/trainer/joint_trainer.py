@@ -1,16 +1,19 @@
 """Joint training of both tasks on one backbone: the rival of BiSSL that needs no linear solve."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import default_data_collator
+from transformers import PreTrainedModel, default_data_collator
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils.generic import find_labels
 
 from ..cards.record import RunRecord
 from ..data.alternation import KeyedSource, StepKey, Stream
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
-from ..models.batch_norm import running_statistics
+from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
@@ -73,6 +76,14 @@ class JointTrainer(SingleLevelTrainer):
             world_size=args.world_size,
         )
         self.streams.add(Stream.UPPER, labelled, train_transform)
+        if args.label_names is None:
+            self.label_names = find_labels(type(model.upper))
+        # Columns that the downstream model takes; Trainer would look at the signature of BiSSLModel.
+        self._signature_columns = [  # type: ignore[assignment]
+            *inspect.signature(model.upper.forward).parameters,
+            "label",
+            "label_ids",
+        ]
 
     def joint_loss(self, pretext: Inputs, key: StepKey) -> Tensor:
         """Returns the loss of a step, shape `()`.
@@ -122,7 +133,23 @@ class JointTrainer(SingleLevelTrainer):
         """Adds what the labelled stream reads."""
         return {**super().resume_settings(), "downstream": self.streams.sources[Stream.UPPER].describe()}
 
+    # Evaluation, and what users take away
+
+    def final_model(self) -> PreTrainedModel:
+        """Returns a native copy of the downstream model, the shared backbone with its head, its batch-norm statistics
+        estimated on labelled training images."""
+        model = self.model.aligned_model()
+        if has_batch_norm(model) and self.args.bn_recalibration_images:
+            source = self.streams.sources[Stream.UPPER]
+            recalibrate_batch_norm(model, self.calibration_batches(self.args.bn_recalibration_images, source))
+        return model.eval()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluates the final model."""
+        with self.evaluating(self.final_model()):
+            return super().evaluation_loop(*args, **kwargs)
+
     def record(self) -> RunRecord:
-        """Returns what a card says of the run and of the model of both tasks."""
+        """Returns what a card says of the run and of the downstream model."""
         labelled = self.streams.sources[Stream.UPPER].dataset
         return record_run(self, "joint", examples={"train": size_of(labelled), "lower": size_of(self.train_dataset)})

@@ -221,21 +221,25 @@ class ResumableTrainer(Trainer):
         finally:
             self._evaluated = None
 
-    def calibration_batches(self, num_images: int) -> Iterator[dict[str, Any]]:
+    def calibration_batches(self, num_images: int, source: KeyedSource | None = None) -> Iterator[dict[str, Any]]:
         """Yields the batches from which batch-norm statistics are estimated: the same training examples in each call
         and on each process, with the evaluation transform.
 
         Args:
             num_images (`int`): about how many; whole batches of at most `per_device_eval_batch_size`.
+            source ([`KeyedSource`], *optional*): of the labelled examples; `train_dataset` if not given.
         """
-        total = min(num_images, len(self.train_dataset))
+        dataset, collator = (
+            (self.train_dataset, self.data_collator) if source is None else (source.dataset, source.collator)
+        )
+        total = min(num_images, len(dataset))
         if total == 0:
             return
         batch = min(self.args.per_device_eval_batch_size, total)
-        source = KeyedSource(self.train_dataset, batch, self.data_collator, steps_per_alternation=total // batch)
+        ordered = KeyedSource(dataset, batch, collator, steps_per_alternation=total // batch)
         for position in range(total // batch):
             key = self.streams.key(Stream.EVALUATION, step=position)._replace(rank=0)
-            yield self.streams.prepare(source.read(key), key)
+            yield self.streams.prepare(ordered.read(key), key)
 
     # Hub. The overrides of Trainer's methods with a leading underscore: 2026-11, transformers 5.23.
 

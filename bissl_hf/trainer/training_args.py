@@ -194,9 +194,12 @@ class JointTrainingArguments(PretextTrainingArguments):
     per_device_labelled_batch_size: int = field(
         default=256, metadata={"help": "Labelled images per device and step, beside the pairs of views."}
     )
+    bn_recalibration_images: int = field(
+        default=1024, metadata={"help": "Labelled images for the batch-norm statistics of the model; 0 for none."}
+    )
 
     def __post_init__(self) -> None:
-        check_at_least(self, downstream_weight=0, per_device_labelled_batch_size=1)
+        check_at_least(self, downstream_weight=0, per_device_labelled_batch_size=1, bn_recalibration_images=0)
         super().__post_init__()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import xxhash
 from transformers import TrainingArguments
 
 from bissl_hf.checkpoints import write_manifest
@@ -144,7 +145,8 @@ def open_in_process(environment: dict[str, str], folder: str) -> None:
 @pytest.mark.distributed
 def test_processes_fetch_a_checkpoint_once_and_stay_in_step(tmp_path):
     state = '{"global_step": 7}'
-    manifest = json.dumps({"files": {"trainer_state.json": len(state)}})
+    checksum = xxhash.xxh3_128(state).hexdigest()
+    manifest = json.dumps({"files": {"trainer_state.json": {"bytes": len(state), "xxh3_128": checksum}}})
     with HubStandIn() as hub:
         files = {"last-checkpoint/trainer_state.json": state, "last-checkpoint/manifest.json": manifest}
         hub.add_repository("user/run", files)

@@ -9,6 +9,7 @@ import torch
 
 from bissl_hf.checkpoints import (
     MANIFEST_NAME,
+    RUN_TENSORS_NAME,
     STAGING_FOLDER,
     find_defect,
     find_last_checkpoint,
@@ -17,7 +18,6 @@ from bissl_hf.checkpoints import (
     write_json,
     write_manifest,
 )
-from bissl_hf.trainer.resumable_trainer import RUN_TENSORS_NAME
 
 from .test_bissl_trainer import make_text_trainer, make_trainer, same_tensors
 

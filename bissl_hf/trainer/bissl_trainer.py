@@ -335,9 +335,8 @@ class BiSSLTrainer(ResumableTrainer):
         if info is not None and self.upper_phase.takes_products:
             add("solver/iterations", info.iterations_tensor)
             add("solver/residual", info.residual_tensor)
-            self._lowest_quotient = torch.minimum(
-                self._lowest_quotient.to(info.rayleigh_quotient_tensor.device), info.rayleigh_quotient_tensor.double()
-            )
+            lowest = self._lowest_quotient.to(rhs[0].device, non_blocking=True)
+            self._lowest_quotient = torch.minimum(lowest, info.rayleigh_quotient_tensor.double())
             add("solver/cosine", cosine(solve.solution, rhs))
             for position, status in enumerate(SolveStatus):
                 if status in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.NON_FINITE):

@@ -10,6 +10,10 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
 )
 
 from bissl_hf import BiSSLModel, BiSSLTrainer

@@ -145,7 +145,7 @@ def open_in_process(environment: dict[str, str], folder: str) -> None:
 @pytest.mark.distributed
 def test_processes_fetch_a_checkpoint_once_and_stay_in_step(tmp_path):
     state = '{"global_step": 7}'
-    checksum = xxhash.xxh3_128(state).hexdigest()
+    checksum = xxhash.xxh3_128(state.encode()).hexdigest()
     manifest = json.dumps({"files": {"trainer_state.json": {"bytes": len(state), "xxh3_128": checksum}}})
     with HubStandIn() as hub:
         files = {"last-checkpoint/trainer_state.json": state, "last-checkpoint/manifest.json": manifest}

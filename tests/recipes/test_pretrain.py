@@ -80,7 +80,6 @@ def test_the_model_card_says_what_the_run_has_shown(finished: tuple[Path, str], 
         "pipeline_tag": "image-feature-extraction",
         "tags": ["simclr", "self-supervised-learning", "bissl"],
     }
-    losses = [row["loss"] for row in results["log_history"] if "loss" in row]
     assert f"{results['knn_accuracy']:.1%} at the last" in card.text
     assert "(figures/pretraining.png)" in card.text
     assert "| Pretext task | a folder of images | 36 |" in card.text

@@ -63,7 +63,7 @@ class PretextModel(PreTrainedModel):
         config ([`PretextConfig`])
     """
 
-    config_class = PretextConfig
+    config_class: type[PretextConfig] = PretextConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     accepts_loss_kwargs = False

@@ -1,0 +1,149 @@
+"""Masked image modelling (He et al., arXiv 2111.06377) by the native ViT-MAE of transformers, on the weights of a ViT.
+
+The names and shapes of the encoder's parameters are those of `ViTModel` without its pooler. Three things differ, and
+this module sees to them: the position embeddings are fixed where a ViT trains them (after `from_pretrained` they are
+not, since loading makes every parameter trainable), the encoder leaves most patches out in every forward pass, and a
+new decoder starts with position embeddings of zero.
+
+The mask is drawn from torch's random state on the device of the images, which a trainer seeds by the key of the step,
+or follows from the argument `noise` of `forward`: the patches of smallest noise are kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
+
+from .backbone import load_backbone
+
+_ENCODER_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps", "image_size",
+    "patch_size", "num_channels", "qkv_bias",
+)  # fmt: skip
+
+
+def mae_from_backbone(
+    backbone: str | PreTrainedModel,
+    *,
+    mask_ratio: float = 0.75,
+    norm_pix_loss: bool = True,
+    decoder_hidden_size: int = 512,
+    decoder_num_hidden_layers: int = 8,
+    decoder_num_attention_heads: int = 16,
+    decoder_intermediate_size: int = 2048,
+) -> ViTMAEForPreTraining:
+    """Puts a new decoder on a ViT with its weights, which are copied. Mask and decoder are by default those of the
+    paper (sections 3 and 4.1; pixels normalised by patch, which it found better).
+
+    Args:
+        backbone (`str` or `PreTrainedModel`): a folder, a Hub id or a model: a ViT or a ViT-MAE (its base model
+            counts).
+        mask_ratio (`float`, *optional*, defaults to 0.75): share of the patches to reconstruct.
+        norm_pix_loss (`bool`, *optional*, defaults to `True`): whether each patch of the target is normalised.
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: the
+            decoder's sizes.
+
+    Raises:
+        `ValueError`: for a backbone that is no ViT, images or patches that are not square or do not fit, and a mask
+            ratio that keeps or masks no patch.
+    """
+    source = load_backbone(backbone)
+    if not isinstance(source.config, ViTConfig | ViTMAEConfig):
+        raise ValueError(
+            f"The backbone is a {type(source).__name__}; masked image modelling needs a ViT (model type vit or "
+            "vit_mae), whose parameters those of ViTMAEForPreTraining are."
+        )
+    _check_patches(source.config, mask_ratio)
+    config = ViTMAEConfig(
+        **{name: getattr(source.config, name) for name in _ENCODER_FIELDS},
+        mask_ratio=mask_ratio,
+        norm_pix_loss=norm_pix_loss,
+        decoder_hidden_size=decoder_hidden_size,
+        decoder_num_hidden_layers=decoder_num_hidden_layers,
+        decoder_num_attention_heads=decoder_num_attention_heads,
+        decoder_intermediate_size=decoder_intermediate_size,
+    )
+    config._attn_implementation = source.config._attn_implementation
+    model = ViTMAEForPreTraining(config)
+    # 2026-11: in transformers 5.23 a new decoder has zeros here, so that no masked patch differs from another.
+    model.decoder.initialize_weights(model.vit.embeddings.patch_embeddings.num_patches)
+    model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
+    weights = source.state_dict()
+    # A base model may hold more than the encoder uses: the pooler and the mask token of a ViT.
+    model.vit.load_state_dict({name: weights[name] for name in model.vit.state_dict()})
+    return freeze_positions(model)
+
+
+def _check_patches(config: Any, mask_ratio: float) -> None:
+    image, patch = config.image_size, config.patch_size
+    if not isinstance(image, int) or not isinstance(patch, int):
+        raise ValueError(f"image_size is {image} and patch_size {patch}; ViT-MAE needs squares, one number each.")
+    if image % patch:
+        raise ValueError(f"image_size is {image}; it must be a multiple of the patch size {patch}.")
+    patches = (image // patch) ** 2
+    if not 0 < mask_ratio < 1 or not 0 < int(patches * (1 - mask_ratio)) < patches:
+        raise ValueError(
+            f"mask_ratio is {mask_ratio}; of the {patches} patches of an image at least one must be masked and one "
+            "kept: choose a number between 0 and 1."
+        )
+
+
+def freeze_positions(model: ViTMAEForPreTraining) -> ViTMAEForPreTraining:
+    """Makes the position embeddings of encoder and decoder constants, as in the paper, and returns the model. Needed
+    after `ViTMAEForPreTraining.from_pretrained`: loading makes every parameter trainable (transformers 5.23)."""
+    model.vit.embeddings.position_embeddings.requires_grad_(False)
+    model.decoder.decoder_pos_embed.requires_grad_(False)
+    return model
+
+
+@contextmanager
+def without_masking(model: PreTrainedModel) -> Iterator[None]:
+    """Has the encoder of a ViT-MAE see all patches meanwhile, for features; does nothing to any other model.
+
+    Args:
+        model (`PreTrainedModel`): its base model counts.
+    """
+    encoder: Any = model.base_model
+    if not isinstance(encoder, ViTMAEModel):
+        yield
+        return
+    config = encoder.embeddings.config
+    ratio, config.mask_ratio = config.mask_ratio, 0.0
+    try:
+        yield
+    finally:
+        config.mask_ratio = ratio
+
+
+# The convex form of the loss, for the Gauss-Newton curvature
+
+
+def masked_residuals(
+    model: ViTMAEForPreTraining, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """Returns what the loss of a ViT-MAE is the sum of squares of: the differences of predicted and true pixels of the
+    masked patches, divided by the root of their number, and zeros for the others; shape
+    `(batch, patches, patch_size ** 2 * channels)`. They are the predictions but for a shift and a constant factor, and
+    the loss is convex in them.
+
+    Args:
+        model (`Callable`): a ViT-MAE, or a callable that takes its inputs and returns its outputs, with the attribute
+            `config` and the method `patchify`.
+        pixel_values (`torch.Tensor`): shape `(batch, channels, height, width)`.
+        noise (`torch.Tensor`, *optional*): decides the mask, shape `(batch, patches)`.
+    """
+    outputs = model(pixel_values=pixel_values, noise=noise, **kwargs)
+    target = model.patchify(pixel_values)
+    if model.config.norm_pix_loss:
+        mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    number = outputs.mask.sum() * target.shape[-1]
+    return (outputs.logits - target) * (outputs.mask / number).sqrt()[..., None]
+
+
+def loss_from_residuals(residuals: Tensor) -> Tensor:
+    """Returns the loss of what `masked_residuals` returns, shape `()`."""
+    return residuals.square().sum()

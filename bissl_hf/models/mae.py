@@ -23,11 +23,13 @@ _ENCODER_FIELDS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps", "image_size",
     "patch_size", "num_channels", "qkv_bias",
 )  # fmt: skip
+_POSITIONS = ("backbone", "sincos")
 
 
 def mae_from_backbone(
     backbone: str | PreTrainedModel,
     *,
+    positions: str = "backbone",
     mask_ratio: float = 0.75,
     norm_pix_loss: bool = True,
     decoder_hidden_size: int = 512,
@@ -41,15 +43,20 @@ def mae_from_backbone(
     Args:
         backbone (`str` or `PreTrainedModel`): a folder, a Hub id or a model: a ViT or a ViT-MAE (its base model
             counts).
+        positions (`str`, *optional*, defaults to `"backbone"`): which position embeddings the encoder keeps: those of
+            the backbone, or `"sincos"`, the paper's, for a backbone with random weights: its small random positions
+            would stay what they are, and patches hardly be told apart.
         mask_ratio (`float`, *optional*, defaults to 0.75): share of the patches to reconstruct.
         norm_pix_loss (`bool`, *optional*, defaults to `True`): whether each patch of the target is normalised.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: the
             decoder's sizes.
 
     Raises:
-        `ValueError`: for a backbone that is no ViT, images or patches that are not square or do not fit, and a mask
+        `ValueError`: for a backbone that is no ViT, unknown `positions`, images or patches that are not square or do not fit, and a mask
             ratio that keeps or masks no patch.
     """
+    if positions not in _POSITIONS:
+        raise ValueError(f"positions is {positions!r}; it must be one of {', '.join(_POSITIONS)}.")
     source = load_backbone(backbone)
     if not isinstance(source.config, ViTConfig | ViTMAEConfig):
         raise ValueError(
@@ -73,7 +80,10 @@ def mae_from_backbone(
     model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
     weights = source.state_dict()
     # A base model may hold more than the encoder uses: the pooler and the mask token of a ViT.
-    model.vit.load_state_dict({name: weights[name] for name in model.vit.state_dict()})
+    taken = {name: weights[name] for name in model.vit.state_dict()}
+    if positions == "sincos":
+        taken["embeddings.position_embeddings"] = model.vit.embeddings.position_embeddings.detach()
+    model.vit.load_state_dict(taken)
     return freeze_positions(model)
 
 

@@ -94,6 +94,20 @@ def test_positions_are_fixed_and_those_of_a_new_decoder_differ(tmp_path: Path) -
     assert {name for name, p in loaded.named_parameters() if not p.requires_grad} == fixed
 
 
+def test_positions_of_the_paper_instead_of_the_backbones() -> None:
+    vit = ViTForImageClassification(vit_config())
+    model = mae_from_backbone(vit, positions="sincos", **DECODER)
+    found = model.vit.embeddings.position_embeddings[0, 1:]
+    for place in range(16):
+        row, column = divmod(place, 4)
+        waves = [trig(value * rate) for value in (column, row) for trig in (math.sin, math.cos) for rate in (1, 0.01)]
+        torch.testing.assert_close(found[place], torch.tensor(waves), rtol=0, atol=1e-6)
+    weights = vit.vit.state_dict() | {"embeddings.position_embeddings": model.vit.embeddings.position_embeddings}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.vit.state_dict().items())
+    with pytest.raises(ValueError, match="positions is 'learned'; it must be one of backbone, sincos"):
+        mae_from_backbone("nowhere", positions="learned")
+
+
 def test_the_mask_is_drawn_from_the_key_or_the_noise() -> None:
     model = build().eval()
 

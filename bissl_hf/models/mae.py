@@ -52,8 +52,8 @@ def mae_from_backbone(
             decoder's sizes.
 
     Raises:
-        `ValueError`: for a backbone that is no ViT, unknown `positions`, images or patches that are not square or do not fit, and a mask
-            ratio that keeps or masks no patch.
+        `ValueError`: for a backbone that is no ViT, unknown `positions`, images or patches that are not square or do
+            not fit, and a mask ratio that keeps or masks no patch.
     """
     if positions not in _POSITIONS:
         raise ValueError(f"positions is {positions!r}; it must be one of {', '.join(_POSITIONS)}.")
@@ -75,7 +75,10 @@ def mae_from_backbone(
     )
     config._attn_implementation = source.config._attn_implementation
     model = ViTMAEForPreTraining(config)
-    # 2026-11: in transformers 5.23 a new decoder has zeros here, so that no masked patch differs from another.
+    # 2026-11: in transformers 5.23 all position embeddings of a new ViT-MAE are zeros, so that no masked patch differs
+    # from another: the encoder takes its layers for loaded ones, the decoder's are set to zero after they are made.
+    model.vit.embeddings.patch_embeddings.projection._is_hf_initialized = False  # type: ignore[assignment]
+    model.vit.embeddings.initialize_weights()
     model.decoder.initialize_weights(model.vit.embeddings.patch_embeddings.num_patches)
     model.to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
     weights = source.state_dict()

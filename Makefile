@@ -22,8 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 env: $(VENV)/.installed ## Create the environment in .venv
 
 demo: env ## Run BiSSL on the embedded digits (3 to 10 minutes on 2 cores)
-	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/bissl.py \
-		--config recipes/configs/digits.yaml --output_dir $(DEMO_OUTPUT) --resume_from_checkpoint true $(ARGS)
+	$(BIN)/bissl-hf demo --output_dir $(DEMO_OUTPUT) --resume_from_checkpoint true $(ARGS)
 
 study: env ## Make the tables and figures of docs/results.md from the raw results beside it
 	for folder in docs/results/*/; do \

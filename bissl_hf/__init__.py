@@ -3,10 +3,8 @@
 Public names are imported on first use, so that `import bissl_hf` stays cheap.
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
-
-__version__ = "0.1.0"
 
 _EXPORTS = {
     "BiSSLConfig": "bissl_hf.models.configuration_bissl",
@@ -43,6 +41,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    __version__: str
     from .data.augment import TwoViewTransform
     from .data.sources import load_image_dataset
     from .models.configuration_barlow_twins import BarlowTwinsConfig
@@ -60,6 +59,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("bissl_hf")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'bissl_hf' has no attribute {name!r}")
     return getattr(import_module(_EXPORTS[name]), name)

@@ -1,15 +1,27 @@
-"""Checkpoints that are whole or not there: written aside, listed in a manifest, renamed at the end."""
+"""Checkpoints that are whole or not there: written aside, listed in a manifest, renamed at the end.
+
+What a resume needs beside Trainer's own files is kept by its owners, which register with the store of the run.
+"""
 
 import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .paths import is_inner_name, is_own_file
+from .text import for_terminal
+
 MANIFEST_NAME = "manifest.json"
+RUN_STATE_NAME = "run_state.json"
+RUN_TENSORS_NAME = "run_tensors.safetensors"
 # Trainer looks for folders called checkpoint-*; this name is none of them.
 STAGING_FOLDER = ".unfinished"
 
@@ -26,38 +38,59 @@ def write_text(path: str | os.PathLike[str], content: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Writes a JSON file likewise."""
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True))
 
 
 def write_manifest(folder: str | os.PathLike[str]) -> None:
-    """Lists the files of a finished checkpoint with their sizes in bytes."""
+    """Lists the files of a finished checkpoint with their sizes in bytes and their checksums."""
     folder = Path(folder)
     files = {
-        str(path.relative_to(folder)): path.stat().st_size
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST_NAME
     }
     write_json(folder / MANIFEST_NAME, {"files": files})
 
 
-def find_defect(folder: str | os.PathLike[str]) -> str | None:
-    """Returns what a checkpoint lacks, as a clause for a message, or `None` if it is whole."""
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_defect(folder: str | os.PathLike[str], *, contents: bool = True) -> str | None:
+    """Returns what a checkpoint lacks, as a clause for a message, or `None` if it is whole.
+
+    Args:
+        folder (`str` or `os.PathLike`)
+        contents (`bool`, *optional*, defaults to `True`): whether to read the files and compare their checksums, or to
+            look at their sizes only.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         return "it is not a folder"
     try:
         files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+        listed = [(str(name), int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()]
     except FileNotFoundError:
         return f"it has no {MANIFEST_NAME}, which is written last"
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST_NAME} cannot be read"
-    for name, size in files.items():
-        path = folder / name
+    for name, size, checksum in listed:
+        shown, path = for_terminal(name), folder / name
+        if not is_inner_name(name):
+            return f"its {MANIFEST_NAME} names {shown}, which is outside of it"
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{shown} is missing"
+        if not is_own_file(folder, name):
+            return f"{shown} is reached through a symbolic link"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            return f"{shown} has {path.stat().st_size} bytes instead of {size}"
+        if contents and _checksum(path) != checksum:
+            return f"{shown} is damaged: its checksum is not that with which it was written"
     return None
 
 
@@ -86,7 +119,7 @@ def find_last_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | Non
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Moves a finished checkpoint to its place; one of the same step that lies there already gives way."""
+    """Moves a finished checkpoint to its place, in which it replaces one of the same step."""
     if final.exists():
         outgoing = staged.with_name(f"{staged.name}.old")
         final.replace(outgoing)
@@ -94,3 +127,100 @@ def publish(staged: Path, final: Path) -> None:
         shutil.rmtree(outgoing)
     else:
         staged.replace(final)
+
+
+def rotate_checkpoints(output_dir: str | os.PathLike[str], limit: int | None, *, keep: set[str]) -> None:
+    """Removes the checkpoints of the lowest steps until `limit` are left. Steps decide, not times: a clock may be
+    wrong, and a copied folder has new ones. The newest checkpoint always stays.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): folder of a run.
+        limit (`int`, *optional*): how many to keep; all if not given or below 1.
+        keep (`set[str]`): names of checkpoints that stay whatever their step; they count.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if limit is None or limit < 1:
+        return
+    removable = [path for path in checkpoints[:-1] if path.name not in keep]
+    for path in removable[: max(0, len(checkpoints) - limit)]:
+        shutil.rmtree(path)
+
+
+class Stateful(Protocol):
+    """What owns state that a resume needs: dictionaries of tensors and of what JSON can hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class CheckpointStore:
+    """Writes and reads what a resume needs beside Trainer's own files."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, Stateful] = {}
+
+    def register(self, name: str, owner: Stateful) -> None:
+        """Adds an owner of state. Its state is read on every process, and that of the first one is written.
+
+        Raises:
+            `ValueError`: if the name is taken.
+        """
+        if name in self._owners:
+            raise ValueError(f"An owner called {name!r} is registered already; choose another name.")
+        self._owners[name] = owner
+
+    def collect(self) -> dict[str, Any]:
+        """Returns the state of all owners, by their names. Called on every process."""
+        return {name: owner.state_dict() for name, owner in self._owners.items()}
+
+    def write(self, folder: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Writes a state that was collected, and the settings that a resumed run must share."""
+        tensors: dict[str, Tensor] = {}
+        content = _take_tensors(state, tensors, "")
+        write_json(folder / RUN_STATE_NAME, {"settings": settings, "state": content})
+        if tensors:
+            save_file(tensors, folder / RUN_TENSORS_NAME)
+
+    def load(self, folder: Path, device: torch.device) -> None:
+        """Gives each owner its state back, tensors on a device."""
+        state = read_run_state(folder)["state"]
+        if (folder / RUN_TENSORS_NAME).is_file():
+            # To the host first: among several processes a CPU is called "cpu:0", which safetensors does not know.
+            for name, tensor in load_file(folder / RUN_TENSORS_NAME).items():
+                *path, last = name.split("/")
+                place = state
+                for key in path:
+                    place = place.setdefault(key, {})
+                place[last] = tensor.to(device)
+        for name, owner in self._owners.items():
+            owner.load_state_dict(state[name])
+
+
+def _take_tensors(state: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Returns a state without its tensors, which are added to `tensors` under their paths."""
+    content: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{name}"] = value.detach().contiguous()
+        elif isinstance(value, dict):
+            content[name] = _take_tensors(value, tensors, f"{prefix}{name}/")
+        else:
+            content[name] = value
+    return content
+
+
+def read_run_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns what [`CheckpointStore`] wrote into a checkpoint beside the tensors.
+
+    Raises:
+        `ValueError`: if the file was changed into something else.
+    """
+    path = checkpoint / RUN_STATE_NAME
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content["settings"], dict) and isinstance(content["state"], dict):
+            return dict(content)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Resume from another checkpoint.") from error
+    raise ValueError(f"{path} does not hold the state of a run. Resume from another checkpoint.")

@@ -1,4 +1,4 @@
-"""Exchange between processes: a gather that can be differentiated twice, one flat average, a common start."""
+"""Exchange between processes: a gather with derivatives of either mode, one flat average, a common start."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +51,10 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _SumOwnRows.apply(gradient)
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return _GatherRows.apply(tangent)
+
 
 class _SumOwnRows(torch.autograd.Function):
     """Sums a tensor over processes and keeps the rows of this one: the transpose of [`_GatherRows`]."""
@@ -65,6 +69,10 @@ class _SumOwnRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _GatherRows.apply(gradient)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return _SumOwnRows.apply(tangent)
 
 
 def gather_rows(tensor: Tensor) -> Tensor:

@@ -43,29 +43,61 @@ def nt_xent_loss(first: Tensor, second: Tensor, *, temperature: float) -> Tensor
     tensor(0.2395)
     ```
     """
+    return nt_xent_from_similarities(pair_similarities(first, second, temperature=temperature))
+
+
+def pair_similarities(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:
+    """Returns the logits of [`nt_xent_loss`], in which it is convex: s(z_i, z_k) / temperature of this process's
+    embeddings i and those of all processes, minus infinity for k = i.
+
+    Args:
+        first, second (`torch.Tensor`), temperature (`float`): see [`nt_xent_loss`].
+
+    Returns:
+        `torch.Tensor`: shape `(2 * batch, 2 * global batch)`; first views before second ones, in rows and in columns.
+
+    Raises:
+        `ValueError`: as [`nt_xent_loss`].
+    """
     _check_views(first, second)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0.")
     with torch.autocast(first.device.type, enabled=False):
-        return _nt_xent(first, second, temperature)
+        # The loss compares many close numbers; half precision is for the network.
+        first, second = at_least_float32(first), at_least_float32(second)
+        first, second = unit_vectors(first), unit_vectors(second)
+        all_first, all_second = gather_rows(torch.stack([first, second], dim=1)).unbind(1)
+        pairs = len(all_first)
+        if pairs < 2:
+            raise ValueError(f"The global batch has {pairs} pair; a contrastive loss needs at least 2.")
+        keys = torch.cat([all_first, all_second])  # (2 pairs, dim)
+        similarities = torch.cat([first, second]) @ keys.T / temperature
+        own_columns = _own_columns(len(first), pairs, first.device)
+        is_itself = torch.zeros_like(similarities, dtype=torch.bool).scatter(1, own_columns[:, None], True)
+        return similarities.masked_fill(is_itself, float("-inf"))
 
 
-def _nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    # The loss compares many close numbers; half precision is for the network.
-    first, second = at_least_float32(first), at_least_float32(second)
-    first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
-    all_first, all_second = gather_rows(torch.stack([first, second], dim=1)).unbind(1)
-    pairs, own_pairs = len(all_first), len(first)
-    if pairs < 2:
-        raise ValueError(f"The global batch has {pairs} pair; a contrastive loss needs at least 2.")
+def nt_xent_from_similarities(similarities: Tensor) -> Tensor:
+    """Returns the NT-Xent loss of the logits of [`pair_similarities`], shape `()`."""
+    pairs, own_pairs = similarities.shape[1] // 2, similarities.shape[0] // 2
+    own_columns = _own_columns(own_pairs, pairs, similarities.device)
+    positives = (own_columns + pairs) % (2 * pairs)
+    with torch.autocast(similarities.device.type, enabled=False):
+        return F.cross_entropy(similarities, positives)
 
-    keys = torch.cat([all_first, all_second])  # (2 pairs, dim)
-    own = rank() * own_pairs + torch.arange(own_pairs, device=first.device)
-    own_columns = torch.cat([own, own + pairs])  # where each of this process's embeddings stands among the keys
-    positives = torch.cat([own + pairs, own])
-    similarities = torch.cat([first, second]) @ keys.T / temperature  # (2 own_pairs, 2 pairs)
-    is_itself = torch.zeros_like(similarities, dtype=torch.bool).scatter(1, own_columns[:, None], True)
-    return F.cross_entropy(similarities.masked_fill(is_itself, float("-inf")), positives)
+
+def _own_columns(own_pairs: int, pairs: int, device: torch.device) -> Tensor:
+    """Where each of this process's embeddings stands among those of all processes."""
+    own = rank() * own_pairs + torch.arange(own_pairs, device=device)
+    return torch.cat([own, own + pairs])
+
+
+def unit_vectors(embeddings: Tensor, smallest: float = 1e-12) -> Tensor:
+    """Returns x / max(||x||, smallest) for each vector x along the last dimension, as `F.normalize`. Its norm has no
+    second derivative at zero; the square does, and below `smallest` the result is linear in x with second derivatives
+    of zero."""
+    squares = embeddings.square().sum(dim=-1, keepdim=True)
+    return embeddings / squares.clamp_min(smallest**2).sqrt()
 
 
 def vicreg_loss(
@@ -169,7 +201,7 @@ def byol_loss(predictions: Tensor, targets: Tensor) -> Tensor:
         )
     with torch.autocast(predictions.device.type, enabled=False):
         predictions, targets = at_least_float32(predictions), at_least_float32(targets.detach())
-        return byol_loss_of_unit_vectors(F.normalize(predictions, dim=2), F.normalize(targets, dim=2))
+        return byol_loss_of_unit_vectors(unit_vectors(predictions), unit_vectors(targets))
 
 
 def byol_loss_of_unit_vectors(predictions: Tensor, targets: Tensor) -> Tensor:

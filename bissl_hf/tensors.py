@@ -52,8 +52,17 @@ def norm(x: Sequence[Tensor]) -> Tensor:
 
 
 def cosine(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    """Returns the cosine of the angle between two vectors, a tensor of shape `()`; NaN where one of them is zero."""
-    return dot(x, y) / (norm(x) * norm(y))
+    """Returns the cosine of the angle between two vectors, a tensor of shape `()`; 0 where one of them is zero or not
+    finite, and so has no direction."""
+    first, second = ([tensor / _largest_entry(vector) for tensor in vector] for vector in (x, y))
+    value = dot(first, second) / (norm(first) * norm(second))
+    return torch.where(torch.isfinite(value), value, 0.0).clamp(-1.0, 1.0)
+
+
+def _largest_entry(x: Sequence[Tensor]) -> Tensor:
+    """Largest absolute entry, a tensor of shape `()`. Divided by it, no vector is so short or long that its squares
+    vanish or overflow."""
+    return torch.stack([tensor.abs().max() for tensor in x if tensor.numel()]).max()
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -1,64 +1,6 @@
-"""Compares BiSSL with the conventional pipeline, and with variants of itself.
+"""Compares BiSSL with the conventional pipeline: `bissl-hf study`, for `accelerate launch`."""
 
-    accelerate launch recipes/study.py --config recipes/configs/study_quick.yaml --output_dir DIR [--any_field value]
-
-It runs what is missing: each part (a pre-training, an arm on a set with a seed) has a folder; one that is finished is
-never run again, one that was interrupted goes on. At the end it writes a table with paired differences, the raw
-results and a figure.
-"""
-
-from pathlib import Path
-
-from transformers.utils.logging import disable_progress_bar
-
-from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
-from bissl_hf.cli.images import ViewArguments
-from bissl_hf.cli.outputs import open_output_dir
-from bissl_hf.cli.parts import read_mapping
-from bissl_hf.study.plan import Plan, StudyArguments
-from bissl_hf.study.report import RESULTS_NAME, build_results, write_report
-from bissl_hf.study.running import Study
-
-
-def print_summary(report: str, output: Path) -> None:
-    print(f"\n{report}\n")
-    print(
-        f"The table lies in {output}/table.md, raw results in {output}/{RESULTS_NAME}, the figure in {output}/figures."
-    )
-
-
-def report_anew(output: Path) -> str:
-    file = output / RESULTS_NAME
-    if not file.is_file():
-        raise ValueError(f"{output} has no {RESULTS_NAME}; run the study first, without report_only.")
-    results = read_mapping(file)
-    try:
-        return write_report(results, output)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} does not hold the results of a study with runs of its baseline ({type(error).__name__}: "
-            f"{error}). Start the study without report_only: it finds its finished parts, and writes the file anew."
-        ) from error
-
-
-def main(arguments: list[str] | None = None) -> None:
-    settings, views = parse_arguments(
-        (StudyArguments, ViewArguments), arguments, description=str(__doc__).split("\n\n")[-1]
-    )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
-    output = Path(settings.output_dir)
-    with refusing_bad_input():
-        if settings.report_only:
-            print_summary(report_anew(output), output)
-            return
-        plan = Plan(settings, views)
-        open_output_dir(settings.output_dir, True)
-        study = Study(plan)
-        study.try_out()
-    runs = study.run()
-    if study.writes:
-        print_summary(write_report(build_results(plan, runs), output), output)
-
+from bissl_hf.cli.study import main
 
 if __name__ == "__main__":
     main()

@@ -17,9 +17,8 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
-import bissl_hf.trainer.level_curvature as level_curvature
 from bissl_hf import BiSSLModel, BiSSLTrainer, SimCLRConfig, SimCLRForPreTraining
-from bissl_hf.bilevel.curvature_memory import extrapolate_bytes, peak_growth
+from bissl_hf.bilevel import upper_phase
 from bissl_hf.data.alternation import StepKey, Stream
 
 from .conftest import NUM_LABELS, tiny_model, vit_model
@@ -126,14 +125,14 @@ def large_trainer(output_dir, **settings):
 
 def batch_on_the_device(trainer, stream: Stream, step: int = 0) -> dict:
     key = StepKey(7, int(stream), 0, step, 0)
-    inputs = trainer.sources[stream].read(key)
+    inputs = trainer.streams.sources[stream].read(key)
     return {"key": key, "inputs": {name: value.to(trainer.args.device) for name, value in inputs.items()}}
 
 
 def curvature_of(trainer):
     """The curvature of the first alternation, and a vector to multiply; a first product has been taken."""
     trainer.model.train()
-    curvature = trainer._curvature_of(StepKey(7, int(Stream.UPPER), 0, 0, 0))
+    curvature = trainer.upper_phase.curvature(0)
     vector = curvature.gradient
     curvature(vector)
     return curvature, vector
@@ -180,7 +179,7 @@ def test_a_recomputed_curvature_holds_nothing_between_products(tmp_path):
         curvature, vector = curvature_of(trainer)
         gc.collect()
         before = torch.cuda.memory_allocated()
-        trainer._curvature = None
+        trainer.upper_phase.leave()
         del curvature, vector
         gc.collect()
         held[mode] = before - torch.cuda.memory_allocated()
@@ -190,12 +189,18 @@ def test_a_recomputed_curvature_holds_nothing_between_products(tmp_path):
     assert held["cached"] > 10 * held["recompute"]
 
 
-def measured_product(trainer, rows: int, halvings: int = 0) -> int:
-    """Bytes that a product on the first rows of the curvature batch takes at most."""
+def measured_product(trainer) -> int:
+    """Bytes that the first product of an upper phase takes at most, the graph included."""
     trainer.model.train()
-    batch = batch_on_the_device(trainer, Stream.CURVATURE)
-    part = {name: value[:rows] for name, value in batch["inputs"].items()}
-    return peak_growth(lambda: trainer._take_product(part, batch["key"], halvings), trainer.args.device)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    curvature = trainer.upper_phase.curvature(0)
+    curvature(curvature.gradient)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    trainer.upper_phase.leave()
+    return peak
 
 
 @contextmanager
@@ -212,29 +217,18 @@ def at_most(bytes_more: float):
 
 
 @pytest.mark.gpu
-def test_the_estimate_of_a_product_is_what_it_takes(tmp_path):
-    trainer = large_trainer(tmp_path, per_device_lower_batch_size=128)
-    estimated = extrapolate_bytes(lambda rows: measured_product(trainer, rows), 128)
-    assert estimated == pytest.approx(measured_product(trainer, 128), rel=0.2)
-    assert measured_product(trainer, 128, halvings=2) < 0.4 * measured_product(trainer, 128)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_estimated", [True, False], ids=["estimated", "out-of-memory"])
-def test_a_curvature_that_does_not_fit_gives_way_and_the_step_goes_on(tmp_path, monkeypatch, is_estimated):
+def test_a_curvature_that_does_not_fit_is_taken_in_parts_and_the_step_goes_on(tmp_path, monkeypatch):
     """The process is allowed 0.6 of what the cached graph takes. An upper step is that of a trainer which takes the
     same parts with plenty of memory."""
     said, gradients = [], []
-    monkeypatch.setattr(level_curvature.logger, "warning_once", said.append)
+    monkeypatch.setattr(upper_phase.logger, "warning_once", said.append)
     trainers = [large_trainer(tmp_path, per_device_lower_batch_size=128) for _ in range(2)]
-    if not is_estimated:
-        trainers[0]._estimate_halvings = lambda inputs, key: 0
-    needed, batch = measured_product(trainers[0], 128), batch_on_the_device(trainers[0], Stream.UPPER)
+    needed, batch = measured_product(trainers[0]), batch_on_the_device(trainers[0], Stream.UPPER)
     with at_most(0.6 * needed):
         trainers[0].training_step(trainers[0].model, batch)
-    assert trainers[0].curvature_halvings >= 1
-    assert len(said) == 1
-    trainers[1].curvature_halvings = trainers[0].curvature_halvings
+    assert trainers[0].upper_phase.halvings >= 1
+    assert len(said) == trainers[0].upper_phase.halvings
+    trainers[1].upper_phase.halvings = trainers[0].upper_phase.halvings
     trainers[1].training_step(trainers[1].model, batch)
     for trainer in trainers:
         gradients.append(torch.cat([p.grad.reshape(-1) for p in trainer.model.upper_shared_parameters()]))
@@ -244,7 +238,7 @@ def test_a_curvature_that_does_not_fit_gives_way_and_the_step_goes_on(tmp_path, 
 @pytest.mark.gpu
 def test_a_mode_that_was_chosen_runs_out_of_memory(tmp_path):
     trainer = large_trainer(tmp_path, per_device_lower_batch_size=128, curvature_mode="cached")
-    needed, batch = measured_product(trainer, 128), batch_on_the_device(trainer, Stream.UPPER)
+    needed, batch = measured_product(trainer), batch_on_the_device(trainer, Stream.UPPER)
     with at_most(0.6 * needed), pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.training_step(trainer.model, batch)
     assert "Set a smaller curvature_batch_size" in caught.value.__notes__[0]

@@ -269,3 +269,26 @@ def test_constant_columns_give_finite_derivatives() -> None:
         first, second = (torch.ones(4, 3).requires_grad_() for _ in range(2))
         gradients = torch.autograd.grad(loss_fn(first, second), (first, second))
         assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_zero_embedding_has_the_second_derivative_of_the_closed_form() -> None:
+    """Below 1e-12 an embedding is divided by 1e-12: the product is linear in it there."""
+    first, second = views(3, 3)
+    first[1] = 0.0
+    first.requires_grad_()
+    vector = torch.zeros_like(first)
+    vector[1] = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(nt_xent_loss(first, second, temperature=0.5), first, create_graph=True)
+    (product,) = torch.autograd.grad(gradient, first, vector)
+
+    unit = torch.nn.functional.normalize(first.detach(), dim=1)
+    others = torch.nn.functional.normalize(second, dim=1)
+
+    def loss_of_row(row: torch.Tensor) -> torch.Tensor:
+        rows = torch.cat([unit[:1], row[None], unit[2:], others])
+        similarities = (rows @ rows.T / 0.5).masked_fill(torch.eye(6, dtype=torch.bool), float("-inf"))
+        return torch.nn.functional.cross_entropy(similarities, torch.arange(6).roll(3))
+
+    dense = torch.func.hessian(loss_of_row)(unit[1]) * 1e24
+    torch.testing.assert_close(product[1], dense @ vector[1], rtol=1e-10, atol=0)
+    assert torch.isfinite(product).all()

@@ -80,7 +80,7 @@ def _loop(base: Workload, axis: str, value: int, device: torch.device, folder: P
     trainer = build_trainer(workload, build_model(workload), device)
     if axis == "rows":
         images = images_on_disk(folder / f"{value}.npy", value, workload.image_size // 2)
-        for source in trainer.sources.values():
+        for source in trainer.streams.sources.values():
             source.dataset = images
     return BareLoop(trainer, trainer.model)
 

@@ -56,6 +56,7 @@ class PlainLoop(ABC):
         self.upper_optimizer = torch.optim.SGD(
             self.upper_parameters, lr=SMALL_RATE, momentum=0.9, weight_decay=self.args.weight_decay
         )
+        self.proximal_weight, self.damping = float(self.args.proximal_weight or 0), float(self.args.damping or 0)
         self.alternations = 0
         # Seconds spent waiting for workers so far.
         self.waited = 0.0
@@ -98,7 +99,7 @@ class PlainLoop(ABC):
         """One step on the pretext loss and the proximal term."""
         loss, gradient = self.forward_backward(batch)
         pull = subtract([p.detach() for p in self.theta_p], [p.detach() for p in self.theta_d])
-        shared = add_scaled(gradient[: len(pull)], pull, self.args.proximal_weight)
+        shared = add_scaled(gradient[: len(pull)], pull, self.proximal_weight)
         self.move(self.lower_optimizer, (*shared, *gradient[len(pull) :]))
         if self.reads_losses:
             loss.item()
@@ -149,15 +150,13 @@ class BareLoop(PlainLoop):
         self.solves: list[SolveInfo] = []
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
-        for step in range(self.trainer.sources[stream].steps_per_alternation):
+        for step in range(self.trainer.streams.sources[stream].steps_per_alternation):
             key = StepKey(self.args.key_seed, int(stream), self.alternations, step, 0)
-            yield self.views(self.trainer.sources[stream].read(key), key)
+            yield self.views(self.trainer.streams.sources[stream].read(key), key)
 
     def views(self, inputs: Batch, key: StepKey) -> Batch:
         """Moves a batch to the device and makes its views there."""
-        upper = key.stream == Stream.UPPER
-        transform = self.trainer.train_transform if upper else self.trainer.lower_transform
-        return self.trainer.move_and_transform(inputs, key, transform)
+        return self.trainer.streams.prepare(inputs, key)
 
     def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
         if self._curvature is None:
@@ -165,12 +164,12 @@ class BareLoop(PlainLoop):
         solution, info = implicit_gradient(
             self._curvature,
             rhs,
-            proximal_weight=self.args.proximal_weight,
-            damping=self.args.damping,
+            proximal_weight=self.proximal_weight,
+            damping=self.damping,
             max_iterations=self.args.solver_max_iterations,
             tolerance=self.args.solver_tolerance,
             solver=self.args.solver,
-            directions=self._directions,
+            memory=self._directions if self.args.solver == "recycled" else None,
         )
         self.solves.append(info)
         return solution
@@ -203,13 +202,13 @@ class Baseline(PlainLoop):
         args = copy.copy(trainer.args)
         args.bf16 = False
         super().__init__(trainer, model, args)
-        size = trainer.lower_transform.image_size  # type: ignore[union-attr]
-        self._steps = {stream: trainer.sources[stream].steps_per_alternation for stream in _STREAMS}
+        size = trainer.streams.transform(Stream.LOWER).image_size  # type: ignore[union-attr]
+        self._steps = {stream: trainer.streams.sources[stream].steps_per_alternation for stream in _STREAMS}
         # The iterators live as long as the loop: no worker starts twice, and all prepare batches ahead.
         self._loaders: dict[Stream, Iterator[Batch]] = {}
         self.datasets: dict[Stream, PillowViews] = {}
         for stream in _STREAMS:
-            source = trainer.sources[stream]
+            source = trainer.streams.sources[stream]
             views = self.datasets[stream] = PillowViews(source.dataset, size, two_views=stream != Stream.UPPER)
             loader = DataLoader(
                 views,
@@ -239,7 +238,7 @@ class Baseline(PlainLoop):
 
     def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
         """Conjugate gradient on  (I + H / (lambda + delta)) x = rhs."""
-        scale = 1.0 / (self.args.proximal_weight + self.args.damping)
+        scale = 1.0 / (self.proximal_weight + self.damping)
 
         def matvec(vector: Vector) -> Vector:
             return add_scaled(vector, self.product(batch, vector), scale)

@@ -70,7 +70,7 @@ class PartsOfAlternation:
     def __init__(self, loop: BareLoop, baseline: Baseline) -> None:
         self.loop, self.baseline = loop, baseline
         self.loop.model.train()
-        self.sources = loop.trainer.sources
+        self.sources = loop.trainer.streams.sources
         self.keys = {stream: StepKey(loop.args.key_seed, int(stream), 0, 0, 0) for stream in Stream}
         self.raw = {stream: self.sources[stream].read(self.keys[stream]) for stream in (Stream.LOWER, Stream.UPPER)}
         self.batches = {stream: loop.views(inputs, self.keys[stream]) for stream, inputs in self.raw.items()}

@@ -26,6 +26,8 @@ TOLERANCE = 0.01
 # The bound on products where a solve stops at a tolerance.
 MAX_PRODUCTS = 20
 HALF_A_DECADE = 10**0.5
+# Beyond it the systems are those of the identity to a thousandth, whatever their curvature.
+LARGEST_DAMPING = 1e6
 
 
 def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[str], Any] = print) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
         recycled_products=[info.iterations for info in recycled.solves],
         residuals=[info.residual for info in recycled.solves],
         statuses=[info.status for info in recycled.solves],
-        damping=recycled.args.damping,
+        damping=recycled.damping,
     )
     claims = make_claims(measured, device, products=workload.products, upper_steps=workload.upper_steps)
     return {**report, "claims": [vars(claim) for claim in claims]}
@@ -114,11 +116,11 @@ def raise_damping(loop: BareLoop) -> None:
     a model that is hardly pre-trained, on few pairs, is indefinite at the paper's. Where it had to, it does so once
     more for the phases to come, on other batches."""
     loop.model.train()
-    start = loop.args.damping
-    while _meets_negative_curvature(loop):
-        loop.args.damping *= HALF_A_DECADE
-    if loop.args.damping > start:
-        loop.args.damping *= HALF_A_DECADE
+    start = loop.damping
+    while loop.damping < LARGEST_DAMPING and _meets_negative_curvature(loop):
+        loop.damping *= HALF_A_DECADE
+    if loop.damping > start:
+        loop.damping *= HALF_A_DECADE
 
 
 def _meets_negative_curvature(loop: BareLoop) -> bool:

@@ -143,6 +143,7 @@ def build_trainer(workload: Workload, model: BiSSLModel, device: torch.device, *
         "lower_steps": workload.lower_steps,
         "upper_steps": workload.upper_steps,
         "solver_max_iterations": workload.products,
+        "proximal_weight": 0.001,
         "damping": DEFINITE,
         "lower_learning_rate": SMALL_RATE,  # weights stay what they are, however long is measured
         "learning_rate": SMALL_RATE,

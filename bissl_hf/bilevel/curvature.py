@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..tensors import Vector, accumulate, check_same_structure, fill_missing
+from .twice import TwiceDifferentiable
 
 CurvatureMode = Literal["cached", "recompute"]
 LossFunction = Callable[[], Tensor]
@@ -164,7 +165,7 @@ class Curvature:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """What every evaluation of the loss runs in: the same random state, and kernels with second derivatives."""
-        with self._forked_random_state(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with self._forked_random_state(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
             torch.set_rng_state(self._random_state[0])
             for index, state in zip(self._devices, self._random_state[1], strict=True):
                 torch.cuda.set_rng_state(state, index)

@@ -1,25 +1,24 @@
-"""A model card, put together from what a run knows about its model."""
+"""A model card, put together from the record of a run and from what only its user knows."""
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import quote
 
-import datasets
-import torch
-import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from .. import __version__
 from ..data.naming import PublicName, hub_repository, public_name
+from ..paths import is_own_file
+from ..text import for_markdown, for_terminal
+from .descriptions import Description, describe, describe_converted
 from .facts import ModelFacts, as_list, check_license
-from .tables import Evaluation, evaluation_table, markdown_table, metrics_of, settings_table
-from .text import Description, describe_converted
-
-if TYPE_CHECKING:
-    from ..trainer.resumable_trainer import ResumableTrainer
+from .record import RunRecord, record_model, settings_of
+from .tables import Evaluation, evaluation_table, markdown_table, metrics_under, settings_table
 
 _TEMPLATE = Path(__file__).with_name("template.md")
 _FIGURES = "figures"
@@ -29,39 +28,36 @@ _CAPTIONS = {
 }
 # Named in the sections on data and base models, or not of interest.
 _TOLD_ELSEWHERE = ("dataset", "lower_dataset", "lower_model", "upper_model", "backbone", "model", "license")
+_REPOSITORY = re.compile(r"[\w./-]+")
 _NO_NAME = "path/to/this/folder"
 
 
 def build_model_card(
-    trainer: "ResumableTrainer",
-    description: Description,
-    facts: ModelFacts,
-    *,
-    folder: Path,
-    model_name: str | None = None,
+    record: RunRecord, facts: ModelFacts, *, folder: Path, model_name: str | None = None
 ) -> ModelCard:
-    """Returns the card of a trainer's model, the same for the same run.
+    """Returns the card of a run's model, the same for the same run.
 
     Args:
-        trainer ([`ResumableTrainer`]): its arguments, state and data sets are read.
-        description ([`Description`]): of the kind of model.
-        facts ([`ModelFacts`]): what the trainer cannot know.
-        folder (`Path`): where the card will lie; figures in it are shown.
+        record ([`RunRecord`]): what the run knows.
+        facts ([`ModelFacts`]): what it cannot know.
+        folder (`Path`): where the card will be; figures in it are shown.
         model_name (`str`, *optional*): title; the name of the repository or of `folder` if not given.
 
     Raises:
         `ValueError`: if the licence is none that the Hub knows.
     """
+    description = describe(record, has_both_levels=is_own_file(folder, "bilevel/config.json"))
+    others = {part: settings_of(held) for part, held in facts.settings.items() if is_dataclass(held)}
     return _render(
         description,
         facts,
         folder=folder,
-        repository=trainer.hub_model_id or trainer.args.hub_model_id,
+        repository=record.repository,
         model_name=model_name,
-        evaluations=[*facts.evaluations, *logged_evaluations(trainer)],
-        procedure=_procedure(trainer, description, facts),
-        arguments_class=type(trainer.args).__name__,
-        settings=settings_table(trainer.args, facts.settings, skip=_TOLD_ELSEWHERE),
+        evaluations=[*facts.evaluations, *logged_evaluations(record)],
+        procedure=_procedure(record, description, facts),
+        arguments_class=record.arguments_class,
+        settings=settings_table({**record.settings, **others}, skip=_TOLD_ELSEWHERE),
     )
 
 
@@ -73,13 +69,13 @@ def build_converted_card(
     Args:
         model (`PreTrainedModel`)
         facts ([`ModelFacts`])
-        folder (`Path`): where the card will lie.
+        folder (`Path`): where the card will be.
         repository (`str`, *optional*): its name at the Hub.
 
     Raises:
         `ValueError`: if the licence is none that the Hub knows.
     """
-    return _render(describe_converted(model), facts, folder=folder, repository=repository)
+    return _render(describe_converted(record_model(model)), facts, folder=folder, repository=repository)
 
 
 def _render(
@@ -94,16 +90,16 @@ def _render(
 ) -> ModelCard:
     """Fills the template; `training` is what its section on training takes, which is left out without a procedure."""
     check_license(facts.license)
-    name = model_name or (repository.split("/")[-1] if repository else folder.resolve().name)
+    name = for_terminal(model_name or (repository.split("/")[-1] if repository else folder.resolve().name))
     known = [public_name(dataset) if dataset else None for dataset in (facts.dataset, facts.lower_dataset)]
     figures = _figures(folder)
     return ModelCard.from_template(
         _metadata(description, facts, known, evaluations, name),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
-        title=name,
+        title=for_markdown(name),
         summary=description.summary,
         usage=[
-            {**vars(snippet), "code": snippet.code.replace("{model}", repository or _NO_NAME)}
+            {**vars(snippet), "code": snippet.code.replace("{model}", _in_code(repository))}
             for snippet in description.usage
         ],
         data=_data_table(description, known),
@@ -111,24 +107,27 @@ def _render(
         evaluation_figures=[figure for figure in figures if "training" not in figure["path"]],
         training_figures=[figure for figure in figures if "training" in figure["path"]],
         **training,
-        statistics_title=description.statistics_title,
-        statistics=description.statistics,
+        progress=description.progress,
         citations=description.citations,
     )
 
 
-def logged_evaluations(trainer: "ResumableTrainer") -> list[Evaluation]:
-    """Returns the last evaluation on `eval_dataset` that a trainer has logged; that of the best checkpoint if training
-    ended by loading it."""
-    logs = [log for log in trainer.state.log_history if any(name.startswith("eval_") for name in log)]
-    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+def _in_code(repository: str | None) -> str:
+    """The repository between quotation marks of code; a name that cannot be one is left out."""
+    return repository if repository and _REPOSITORY.fullmatch(repository) else _NO_NAME
+
+
+def logged_evaluations(record: RunRecord) -> list[Evaluation]:
+    """Returns the last evaluation on the data of evaluation that a run has logged; that of the best checkpoint if
+    training ended by loading it."""
+    logs = [log for log in record.log_history if any(name.startswith("eval_") for name in log)]
+    best = record.best_step
     chosen = next((log for log in reversed(logs) if best is None or log["step"] == best), None)
     if chosen is None:
         return []
-    rows: Any = trainer.eval_dataset
-    size = len(rows) if rows is not None else None
-    evaluations = [Evaluation("This model", "validation", metrics_of(chosen, "eval"), size)]
-    if upper := metrics_of(chosen, "eval_upper"):
+    size = record.examples.get("eval")
+    evaluations = [Evaluation("This model", "validation", metrics_under(chosen, "eval"), size)]
+    if upper := metrics_under(chosen, "eval_upper"):
         evaluations.append(Evaluation("The upper level's model", "validation", upper, size, described=False))
     return evaluations
 
@@ -146,18 +145,20 @@ def _metadata(
     name: str,
 ) -> ModelCardData:
     task = facts.task or description.task
-    results = list(_results(task, known[0], facts.dataset_config, evaluations))
+    task = for_terminal(task) if task else None
+    config = for_terminal(facts.dataset_config) if facts.dataset_config else None
+    results = list(_results(task, known[0], config, evaluations))
     repositories = list(dict.fromkeys(data.repository for data in known if data and data.repository))
     base_models = _base_models(description, facts)
     return ModelCardData(
-        language=facts.language,
+        language=for_terminal(facts.language) if facts.language else None,
         license=facts.license,
         library_name=description.library,
         pipeline_tag=task,
         base_model=base_models[0] if len(base_models) == 1 else base_models or None,
         datasets=repositories or None,
         metrics=sorted({result.metric_type for result in results} - {"loss"}) or None,
-        tags=[*description.tags, *facts.tags],
+        tags=[*description.tags, *map(for_terminal, facts.tags)],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -178,12 +179,12 @@ def _results(
                     task_type=task,
                     task_name=task.replace("-", " ").capitalize(),
                     dataset_type=data.identifier,
-                    dataset_name=data.title,
+                    dataset_name=for_terminal(data.title),
                     dataset_config=config or data.config,
                     dataset_revision=data.revision,
-                    dataset_split=split,
-                    metric_type=metric,
-                    metric_name=metric.replace("_", " ").capitalize(),
+                    dataset_split=for_terminal(split),
+                    metric_type=for_terminal(metric),
+                    metric_name=for_terminal(metric.replace("_", " ").capitalize()),
                     metric_value=value,
                 )
 
@@ -193,8 +194,9 @@ def _data_table(description: Description, known: Sequence[PublicName | None]) ->
     for (part, size), data in itertools.zip_longest(description.examples, known[: len(description.examples)]):
         row: dict[str, Any] = {"Part": part}
         if data:
-            linked = f"[{data.title}](https://huggingface.co/datasets/{data.repository})"
-            row["Data"] = linked if data.repository else data.title
+            title = for_markdown(data.title)
+            linked = f"[{title}](https://huggingface.co/datasets/{data.repository})"
+            row["Data"] = linked if data.repository else title
         if size is not None:
             row["Examples"] = size
         if len(row) > 1:
@@ -203,27 +205,22 @@ def _data_table(description: Description, known: Sequence[PublicName | None]) ->
 
 
 def _figures(folder: Path) -> list[dict[str, str]]:
-    """The figures in a folder, as the card refers to them."""
-    paths = sorted((folder / _FIGURES).glob("*.png"))
+    """The figures in a folder, as the card refers to them. Those behind symbolic links are not pushed, nor shown."""
+    paths = [
+        path for path in sorted((folder / _FIGURES).glob("*.png")) if is_own_file(folder, f"{_FIGURES}/{path.name}")
+    ]
     return [
         {
-            "caption": _CAPTIONS.get(path.stem, path.stem.replace("_", " ").capitalize()),
-            "path": f"{_FIGURES}/{path.name}",
+            "caption": _CAPTIONS.get(path.stem) or for_markdown(path.stem.replace("_", " ").capitalize()),
+            "path": f"{_FIGURES}/{quote(path.name, errors='replace')}",
         }
         for path in paths
     ]
 
 
-def _procedure(trainer: "ResumableTrainer", description: Description, facts: ModelFacts) -> str:
-    args = trainer.args
+def _procedure(record: RunRecord, description: Description, facts: ModelFacts) -> str:
     links = [f"[{name}](https://huggingface.co/{name})" for name in _base_models(description, facts)]
     start = f"Training started from {' and '.join(links)}. " if links else ""
-    processes = "one process" if args.world_size == 1 else f"{args.world_size} processes"
-    versions = {
-        "bissl_hf": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "datasets": datasets.__version__,
-    }
-    listed = ", ".join(f"{package} {version}" for package, version in versions.items())
-    return f"{start}{trainer.state.global_step:,} steps were taken on {processes} ({args.device.type}) with {listed}."
+    processes = "one process" if record.num_processes == 1 else f"{record.num_processes} processes"
+    listed = ", ".join(f"{package} {version}" for package, version in record.versions.items())
+    return f"{start}{record.steps:,} steps were taken on {processes} ({record.device}) with {listed}."

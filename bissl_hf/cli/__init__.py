@@ -1,1 +1,1 @@
-"""What recipes share: arguments, data, models, the stage of pre-training, folders and tables."""
+"""The commands, one module each, and what they share: arguments, data, models, tasks, folders and tables."""

@@ -3,19 +3,25 @@
 import difflib
 import json
 import os
+import re
 import sys
 from argparse import Action
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
+from ..data.paths import expand_path
+from ..text import for_terminal
+from .configuration import read_configuration
+from .help import HELP_FLAGS, HelpFormatter, format_grouped_help, group_fields
+from .values import checked_value
+
 EXIT_BAD_INPUT = 2
-_BOOL = "tag:yaml.org,2002:bool"
+_LONGEST_MESSAGE = 500
+_NEGATIVE = re.compile(r"-\.?[0-9]")
 
 
 def refuse(message: str) -> NoReturn:
@@ -37,7 +43,12 @@ def refusing_bad_input() -> Iterator[None]:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        refuse(f"{message}; see --help.")
+        refuse(f"{message if len(message) <= _LONGEST_MESSAGE else f'{message[:_LONGEST_MESSAGE]}...'}; see --help.")
+
+    def _get_value(self, action: Action, arg_string: str) -> Any:
+        # Defaults that are text pass here, too.
+        text = arg_string if arg_string == action.default else checked_value(action, arg_string)
+        return super()._get_value(action, text)
 
 
 def parse_arguments(
@@ -54,20 +65,51 @@ def parse_arguments(
         `tuple`: one object per dataclass.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    usage = "accelerate launch %(prog)s [--config FILE.yaml] [--field value ...]"
-    parser = _Parser(dataclass_types, description=description, usage=usage, allow_abbrev=False)
+    usage = "%(prog)s [--config FILE.yaml] [--field value ...] [--help [all]]"
+    parser = _Parser(
+        dataclass_types,
+        description=description,
+        usage=usage,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=HelpFormatter,
+    )
     parser.add_argument("--config", help="YAML file with any of these arguments; the command line wins.")
-    fields = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    _show_help(parser, dataclass_types, arguments)
+    fields = {action.dest: action for action in parser._actions if action.dest != "config"}
     known = sorted(fields)
     config, rest = _take_config(arguments)
-    from_file = _arguments_of_yaml(config, fields) if config is not None else []
     with refusing_bad_input():
+        from_file = _arguments_of_yaml(expand_path(config, field="config"), fields) if config is not None else []
+        given = [*from_file, *rest]
+        # argparse takes such a value for the end of the options, and makes an empty list of it.
+        if lost := next((text for text in given if text.startswith("--") and text.endswith("=--")), None):
+            raise ValueError(f"{lost[2:-3]} is '--', which is no value.")
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
-            [*from_file, *rest], return_remaining_strings=True, look_for_args_file=False
+            given, return_remaining_strings=True, look_for_args_file=False
         )
     if unknown:
-        refuse(f"Unknown argument {unknown[0]}{close_matches(unknown[0].lstrip('-').split('=')[0], known)}")
+        name = _without_secret(unknown[0])
+        refuse(f"Unknown argument {name}{close_matches(name.lstrip('-'), known)}")
     return tuple(parsed)
+
+
+def _without_secret(argument: str) -> str:
+    """Returns an unknown argument as it may be shown: an option without its value, and no word that looks like a
+    token."""
+    name, _, _ = argument.partition("=")
+    looks_like_token = name.startswith("hf_") or (len(name) >= 20 and any(map(str.isdigit, name)))
+    return "(a word like a token)" if looks_like_token else for_terminal(name)
+
+
+def _show_help(parser: _Parser, dataclass_types: Sequence[Any], arguments: Sequence[str]) -> None:
+    """Prints the help and ends the process where the arguments ask for it: `--help`, or `--help all`."""
+    asked = [number for number, argument in enumerate(arguments) if argument in HELP_FLAGS]
+    if asked:
+        shows_all = "all" in arguments[asked[0] + 1 : asked[0] + 2]
+        groups = group_fields(dataclass_types, show_all=shows_all)
+        print(format_grouped_help(parser, groups, shows_all=shows_all))
+        sys.exit(0)
 
 
 def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -89,51 +131,25 @@ def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return next(iter(configs), None), rest
 
 
-class _Loader(yaml.SafeLoader):
-    """Leaves no, off, yes and on as they are (a field of true or false takes them too), and refuses a field that
-    stands in a mapping twice, of which YAML would keep the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the field {repeated[0]!r} stands there {names.count(repeated[0])} times", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL or first in "tTfF"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
 def _arguments_of_yaml(path: str, fields: Mapping[str, Action]) -> list[str]:
     """Returns the content of a YAML file as arguments of a command line."""
-    try:
-        content = yaml.load(Path(path).read_text(), _Loader)
-    except OSError as error:
-        refuse(f"The configuration {path} cannot be read: {error.strerror or error}.")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        refuse(f"The configuration {path} is not valid YAML: {error}")
-    if content is None:
-        refuse(f"The configuration {path} is empty; it must hold `field: value` lines.")
-    if not isinstance(content, dict):
-        refuse(f"The configuration {path} must hold `field: value` lines; it holds {type(content).__name__}.")
     arguments: list[str] = []
-    for name, value in content.items():
+    for name, value in read_configuration(path).items():
         if name not in fields:
-            refuse(f"Unknown field {name!r} in {path}{close_matches(str(name), fields)}")
+            raise ValueError(f"Unknown field {name!r} in {path}{close_matches(name, fields)}")
         if value is None:
             continue
         if isinstance(value, list) and fields[name].nargs not in ("+", "*"):
-            refuse(f"{name} in {path} is the list {value}; it must be a single value.")
+            raise ValueError(
+                f"{name} in {path} is the list [{', '.join(map(str, value))}]; it must be a single value."
+            )
         if isinstance(value, list):
-            arguments += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
-        elif isinstance(value, dict):
-            arguments.append(f"--{name}={json.dumps(value)}")
+            items = [item if isinstance(item, str) else json.dumps(item) for item in value]
+            if options := [item for item in items if item.startswith("-") and not _NEGATIVE.match(item)]:
+                raise ValueError(f"{name} in {path} holds {options[0]!r}; an item must not start with a dash.")
+            arguments += [f"--{name}", *items]
         else:
-            arguments.append(f"--{name}={value}")
+            arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return arguments
 
 

@@ -11,13 +11,13 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..checkpoints import find_last_checkpoint
-from ..data.augment import EvalTransform, TrainTransform, image_processor
-from ..evaluation.metrics import MAIN_METRIC, classification_metrics
+from ..data.augment import TrainTransform
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, search
 from ..trainer.training_args import FineTuningArguments, with_changes
 from .images import LabelledImages
-from .parts import Part
+from .parts import Stage
+from .tasks import DownstreamTask
 
 _DECISIVE = (
     *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm"),
@@ -50,7 +50,12 @@ class FineTuning:
     @property
     def metric(self) -> str:
         """Name of the metric by which models are compared."""
-        return MAIN_METRIC[self.images.problem_type]
+        return self.task.metric
+
+    @property
+    def task(self) -> DownstreamTask:
+        """What is learned."""
+        return DownstreamTask(self.images.problem_type, self.images.class_names, self.image_size, self.train_transform)
 
     @property
     def _writes(self) -> bool:
@@ -69,23 +74,20 @@ class FineTuning:
             args=with_changes(self.args, **changes),
             train_dataset=self.images.train,
             eval_dataset=self.images.validation,
-            train_transform=self.train_transform,
-            eval_transform=EvalTransform(self.image_size),
-            processing_class=image_processor(self.image_size),
-            compute_metrics=classification_metrics(self.images.problem_type, num_labels=len(self.images.class_names)),
+            **self.task.trainer_arguments(),
         )
 
-    def search_part(self, folder: Path, space: SearchSpace, *, begins: bool = True) -> Part:
+    def search_part(self, folder: Path, space: SearchSpace, *, begins: bool = True) -> Stage:
         """Returns the search of a folder; raises a `ValueError` if other settings have left something there."""
         settings = {**self._settings(self.args), "metric": self.metric}
         for name, values in vars(space).items():
             settings[name] = list(values)
-        return Part(folder, settings, writes=self._writes, begins=begins)
+        return Stage(folder, settings, writes=self._writes, begins=begins)
 
-    def run_part(self, folder: Path, *, begins: bool = True, **changes: Any) -> Part:
+    def run_part(self, folder: Path, *, begins: bool = True, **changes: Any) -> Stage:
         """Returns the run of a folder likewise; for `changes` see [`train`]."""
         args = with_changes(self.args, **changes, output_dir=str(folder))
-        return Part(folder, self._settings(args), writes=self._writes, begins=begins)
+        return Stage(folder, self._settings(args), writes=self._writes, begins=begins)
 
     def search(self, folder: Path, space: SearchSpace, *, num_trials: int, backend: str = "optuna") -> SearchResult:
         """Chooses learning rate and weight decay on the validation split. What an earlier call has tried in the same
@@ -115,11 +117,11 @@ class FineTuning:
         metrics = trainer.evaluate()
         history = [row for row in trainer.state.log_history if "step" in row]
         if trainer.is_world_process_zero():
-            trainer.write_model(folder / "model")
+            trainer.save_model(folder / "model")
         losses = [row["loss"] for row in history if "loss" in row]
         result = part.finish(
             {
-                **metrics_of(metrics, "eval"),
+                **without_times(metrics, "eval"),
                 "train_loss": losses[-1] if losses else None,
                 "train_seconds": trainer.training_seconds,
                 "log_history": history,
@@ -137,7 +139,14 @@ class FineTuning:
         """
         trainer = self.build_trainer(self.load(folder), output_dir=str(folder))
         found = trainer.evaluate(self.images.test if dataset is None else dataset, metric_key_prefix="test")
-        return metrics_of(found, "test")
+        return without_times(found, "test")
+
+    def test_per_class(self, folder: Path) -> dict[str, float]:
+        """Returns the accuracy of each class (see [`DownstreamTask.per_class`]) on the test split, of the model that
+        `train` has left in `folder`."""
+        trainer = self.build_trainer(self.load(folder), output_dir=str(folder))
+        found = trainer.predict(self.images.test)
+        return self.task.per_class(found.predictions, found.label_ids)
 
     def load(self, folder: str | os.PathLike[str]) -> PreTrainedModel:
         """Loads the model that `train` has left in `folder`."""
@@ -152,7 +161,7 @@ class FineTuning:
         return {**self.settings, **{name: getattr(value, "value", value) for name, value in decisive.items()}}
 
 
-def metrics_of(evaluation: Mapping[str, Any], prefix: str) -> dict[str, float]:
+def without_times(evaluation: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """Returns the loss and the metrics of an evaluation under `prefix`, without the times that it took."""
     times = ("_time", "_runtime", "_per_second")
     return {name: v for name, v in evaluation.items() if name.startswith(f"{prefix}_") and not name.endswith(times)}

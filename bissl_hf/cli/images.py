@@ -5,14 +5,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import numpy as np
 
 from ..data.augment import TrainTransform, TwoViewTransform
-from ..data.decoded import DecodedImages
+from ..data.decoded import UNREADABLE, DecodedImages
 from ..data.duplicates import drop_duplicates
+from ..data.reading import UNREADABLE_ADVICE, UnreadableImagesError
 from ..data.schema import class_names
 from ..data.sources import load_image_dataset
 from ..data.subsets import take_examples
-from ..evaluation.metrics import MULTI_LABEL, SINGLE_LABEL
+from ..evaluation.metrics import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 @dataclass
@@ -20,11 +22,14 @@ class DataArguments:
     """The labelled images of a recipe."""
 
     dataset: str = field(
-        default="digits",
+        default="",
         metadata={"help": "Labelled images: a known name (digits, stl10, ...), a folder, a Parquet file or a Hub id."},
     )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of --dataset on the Hub; else that of the known name."}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of --dataset, where it has several."}
     )
     image_column: str | None = field(
         default=None, metadata={"help": "Column of images in --dataset; found by itself if usual."}
@@ -37,6 +42,13 @@ class DataArguments:
         metadata={"help": "Labelled training images to use, in the same mix of classes; all if not given."},
     )
     image_size: int = field(default=96, metadata={"help": "Side of the square images that the model sees, in pixels."})
+    unreadable: str = field(
+        default="stop",
+        metadata={
+            "help": "Images that cannot be read: stop, or skip to leave them out. Both name all of them.",
+            "choices": list(UNREADABLE),
+        },
+    )
 
 
 @dataclass
@@ -77,8 +89,30 @@ class LabelledImages:
 
     @property
     def problem_type(self) -> str:
-        """Whether an image has one class or may have several, as the configuration of a model says it."""
-        return SINGLE_LABEL if self.train.labels is None or self.train.labels.ndim == 1 else MULTI_LABEL
+        """Whether an image has one class, may have several or has a number, as the configuration of a model says
+        it."""
+        labels = self.train.labels
+        if labels is None or labels.ndim == 1:
+            return REGRESSION if labels is not None and np.issubdtype(labels.dtype, np.floating) else SINGLE_LABEL
+        return MULTI_LABEL
+
+
+def check_dataset(arguments: DataArguments, would: str) -> None:
+    """Refuses to start without a data set.
+
+    Args:
+        arguments ([`DataArguments`])
+        would (`str`): what the command would do with one, as a sentence.
+
+    Raises:
+        `ValueError`: with what to write.
+    """
+    if not arguments.dataset:
+        raise ValueError(
+            f"No dataset is given. {would} Name the images: --dataset digits (which needs no network), another known "
+            "name, a folder with one folder per class, a Parquet file or a Hub id; or --config FILE.yaml. "
+            "`bissl-hf demo` shows a whole run."
+        )
 
 
 def load_labelled(arguments: DataArguments, *, seed: int) -> datasets.DatasetDict:
@@ -94,6 +128,7 @@ def load_labelled(arguments: DataArguments, *, seed: int) -> datasets.DatasetDic
         label_column=arguments.label_column,
         seed=seed,
         revision=arguments.dataset_revision,
+        dataset_config=arguments.dataset_config,
     )
     names = class_names(splits["train"])
     if len(names) < 2:
@@ -104,18 +139,33 @@ def load_labelled(arguments: DataArguments, *, seed: int) -> datasets.DatasetDic
     return splits
 
 
-def decode_labelled(splits: Mapping[str, datasets.Dataset], image_size: int) -> LabelledImages:
-    """Decodes the three labelled splits; training images keep their size where they are square and of one size."""
-    return LabelledImages(
-        train=_decode(splits["train"], image_size, "train", native_size=True),
-        validation=_decode(splits["validation"], image_size, "validation", native_size=False),
-        test=_decode(splits["test"], image_size, "test", native_size=False),
-        class_names=class_names(splits["train"]),
-    )
+def decode_labelled(
+    splits: Mapping[str, datasets.Dataset], image_size: int, *, unreadable: str = "stop"
+) -> LabelledImages:
+    """Decodes the three labelled splits; training images keep their size where they are square and of one size. For
+    `unreadable` see [`DecodedImages.from_dataset`].
+
+    Raises:
+        `ValueError`: after all splits have been tried, with all their images that cannot be read.
+    """
+    decoded, failures = {}, []
+    for name in ("train", "validation", "test"):
+        try:
+            decoded[name] = _decode(splits[name], image_size, name, native_size=name == "train", unreadable=unreadable)
+        except UnreadableImagesError as error:
+            failures.append(error)
+    if failures:
+        told = " ".join(failure.description for failure in failures)
+        raise ValueError(f"{told} {UNREADABLE_ADVICE}") from failures[0]
+    return LabelledImages(**decoded, class_names=class_names(splits["train"]))
 
 
 def decode_unlabelled(
-    splits: Mapping[str, datasets.Dataset], image_size: int, *, without: datasets.Dataset | None = None
+    splits: Mapping[str, datasets.Dataset],
+    image_size: int,
+    *,
+    without: datasets.Dataset | None = None,
+    unreadable: str = "stop",
 ) -> DecodedImages:
     """Decodes the images for a pretext task: the split `unlabeled` where there is one, else the training images;
     without those that are exact duplicates of images in the split `without`.
@@ -128,12 +178,19 @@ def decode_unlabelled(
         before, unlabelled = len(unlabelled), drop_duplicates(unlabelled, without)
         if len(unlabelled) == 0:
             raise ValueError(f"All {before} unlabelled images are test images too; give others with --lower_dataset.")
-    return _decode(unlabelled, image_size, "unlabelled", native_size=True)
+    return _decode(unlabelled, image_size, "unlabelled", native_size=True, unreadable=unreadable)
 
 
-def _decode(split: datasets.Dataset, image_size: int, name: str, *, native_size: bool) -> DecodedImages:
+def _decode(
+    split: datasets.Dataset, image_size: int, name: str, *, native_size: bool, unreadable: str
+) -> DecodedImages:
     return DecodedImages.from_dataset(
-        split, image_size=image_size, native_size=native_size, description=f"Decoding {name}"
+        split,
+        image_size=image_size,
+        native_size=native_size,
+        unreadable=unreadable,
+        split=name,
+        description=f"Decoding {name}",
     )
 
 

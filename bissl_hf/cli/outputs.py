@@ -12,9 +12,10 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoints import find_defect, find_last_checkpoint, list_checkpoints
 from ..hub.folder import fetch_last_checkpoint
+from ..text import for_terminal
 
 RESUME_FROM_HUB = "hub"
-RESULTS_NAME = "all_results.json"
+RUN_RESULTS = "all_results.json"
 
 
 def open_output_dir(
@@ -55,7 +56,7 @@ def open_output_dir(
         ) from error
     wants = resume if isinstance(resume, bool) else str(resume or "").lower()
     if wants in (False, "", "false", "none"):
-        finished, started = (folder / RESULTS_NAME).is_file(), bool(list_checkpoints(folder)) or any(folder.iterdir())
+        finished, started = (folder / RUN_RESULTS).is_file(), bool(list_checkpoints(folder)) or any(folder.iterdir())
         if finished or started:
             state = "a finished run" if finished else "files, maybe of an unfinished run"
             raise ValueError(
@@ -113,11 +114,13 @@ def open_run(args: TrainingArguments, *, leaves: Sequence[str]) -> Path | None:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lays rows out as a table of text, one column per key; no text for no rows."""
+    """Lays rows out as a table of text, one column per key; no text for no rows. Cells are for the terminal."""
     if not rows:
         return ""
     columns = list(rows[0])
-    cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
+    cells = [
+        [for_terminal(cell) for cell in row] for row in (columns, *([row[name] for name in columns] for row in rows))
+    ]
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

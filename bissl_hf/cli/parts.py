@@ -1,4 +1,4 @@
-"""Parts of a long run. Each has a folder of its own; one that is finished is found again and never run again."""
+"""Stages of a long run. Each has a folder of its own; one that is finished is found again and never run again."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def read_mapping(file: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-class Part:
-    """A part of a run.
+class Stage:
+    """A stage of a run with a folder of its own.
 
     Args:
         folder (`str` or `os.PathLike`): its folder.

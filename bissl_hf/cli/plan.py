@@ -78,8 +78,8 @@ def make_plan(trainer: BiSSLTrainer, pretrainer: PretextTrainer | None = None, *
         if pretrainer is not None and pretrainer.args.max_steps > 0:
             parts.append(PlannedPart("pre-training step", *_pretraining(pretrainer)))
         parts += _head_warmup(trainer)
-        views = _TimedCalls(trainer.move_and_transform, device)
-        trainer.move_and_transform = views  # type: ignore[method-assign]
+        views = _TimedCalls(trainer.streams.prepare, device)
+        trainer.streams.prepare = views  # type: ignore[method-assign]
         clock = PhaseClock(device)
         stages = _StageClock(device)
         for callback in (stages, clock, _Stop(MEASURED_ALTERNATIONS * (args.lower_steps + args.upper_steps))):
@@ -113,7 +113,7 @@ def _pretraining(pretrainer: PretextTrainer) -> tuple[float, int]:
 
 
 def _head_warmup(trainer: BiSSLTrainer) -> list[PlannedPart]:
-    source = trainer.sources[Stream.HEAD_WARMUP]
+    source = trainer.streams.sources[Stream.HEAD_WARMUP]
     steps = trainer.args.head_warmup_epochs * source.steps_per_alternation
     measured = min(steps, _MEASURED_STEPS)
     if not measured:

@@ -20,13 +20,18 @@ Collator = Callable[[list[Any]], dict[str, Any]]
 
 
 class Stream(IntEnum):
-    """The independent sequences of batches of a run; the `stream` of a key."""
+    """The independent sequences of batches of a run."""
 
     LOWER = 0
     UPPER = 1
     CURVATURE = 2
     HEAD_WARMUP = 3
     EVALUATION = 4
+
+    @property
+    def level(self) -> str:
+        """The level whose data the stream reads, `"lower"` or `"upper"`."""
+        return "lower" if self in (Stream.LOWER, Stream.CURVATURE) else "upper"
 
 
 # Appended to a key where random numbers are wanted for something else than its views.

@@ -7,12 +7,8 @@ faster.
 import hashlib
 import logging
 import os
-import struct
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from io import BytesIO
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +16,19 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from tqdm.auto import tqdm
-from transformers.image_utils import load_image
 
+from .pixel_file import is_whole, map_pixels, read_rows, remember_rows, write_pixels
+from .reading import ImageReader, UnreadableImage, UnreadableImagesError
 from .schema import class_names, labels_of
 
 logger = logging.getLogger(__name__)
 
 # Decoding as much takes a second or two; a larger array is written to a file once.
 MAX_BYTES_IN_MEMORY = 32 * 2**20
-_PROGRESS_ROWS = 2000
-_BLOCK_ROWS = 256
-_ARROW_ROWS = 1024
+_LONGEST_ASPECT = 16
+UNREADABLE = ("stop", "skip")
 # Raised whenever the same images would be stored differently, so that old cache files are not read.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def resize_side(image_size: int) -> int:
@@ -67,10 +62,15 @@ def resize_and_crop_square(image: PIL.Image.Image, image_size: int) -> PIL.Image
     short, long = sorted(image.size)
     # Truncated, as in `transformers.image_transforms.get_resize_output_image_size`.
     width, height = (side if length == short else int(side * long / short) for length in image.size)
-    image = image.resize((width, height), resample=PIL.Image.Resampling.BICUBIC)
     # The image processors cut at (length - image_size) // 2. The difference of the two offsets makes both crops agree
     # when the lengths are odd; it lies between 0 and length - side.
     left, top = ((length - image_size) // 2 - (side - image_size) // 2 for length in (width, height))
+    if long > _LONGEST_ASPECT * short:
+        # Only the middle is resized: whole, an image of 60,000 x 1 pixels would have 700 million.
+        scale_x, scale_y = image.width / width, image.height / height
+        box = (left * scale_x, top * scale_y, (left + side) * scale_x, (top + side) * scale_y)
+        return image.resize((side, side), resample=PIL.Image.Resampling.BICUBIC, box=box)
+    image = image.resize((width, height), resample=PIL.Image.Resampling.BICUBIC)
     return image.crop((left, top, left + side, top + side))
 
 
@@ -105,7 +105,7 @@ class DecodedImages(torch.utils.data.Dataset):
         self, pixels: np.ndarray | Path, labels: np.ndarray | None = None, class_names: list[str] | None = None
     ) -> None:
         self._path = pixels if isinstance(pixels, Path) else None
-        self._pixels = _map_file(pixels) if isinstance(pixels, Path) else pixels
+        self._pixels = map_pixels(pixels) if isinstance(pixels, Path) else pixels
         self.labels = labels
         self.class_names = class_names
         if self._pixels.dtype != np.uint8 or self._pixels.ndim != 4 or self._pixels.shape[1] != 3:
@@ -127,12 +127,15 @@ class DecodedImages(torch.utils.data.Dataset):
         image_size: int,
         native_size: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
+        unreadable: str = "stop",
+        split: str | None = None,
         description: str = "Decoding images",
     ) -> "DecodedImages":
         """Decodes every image of a split to RGB, once.
 
         Images are read as pipelines of `transformers` read them: the EXIF orientation is applied, and every mode
-        becomes RGB by `PIL.Image.convert`, which drops transparency and clips values above 255 (logged as a warning).
+        becomes RGB by `PIL.Image.convert`, which drops transparency. Other than there, floats from 0 to 1 and values
+        above 255 are scaled to 8 bits (logged as a warning), and EXIF data that cannot be read are left aside.
 
         Args:
             dataset (`datasets.Dataset`): split with a column `image` and maybe `label`, as
@@ -142,7 +145,11 @@ class DecodedImages(torch.utils.data.Dataset):
             native_size (`bool`, *optional*, defaults to `False`): whether images that are all square and of one size
                 keep that size. For training images, whose crops then lose nothing to a first resize.
             cache_dir (`str` or `os.PathLike`, *optional*): folder for arrays above 32 MiB, which are mapped from a
-                file that later runs find again. Defaults to `bissl_hf` in the cache folder of `datasets`.
+                file that later runs find again. Defaults to `bissl_hf` in the cache folder of `datasets`. The room
+                on its disk is taken before the first image is decoded; a damaged file is made anew.
+            unreadable (`str`, *optional*, defaults to `"stop"`): what happens to images that cannot be read: `"stop"`
+                for an error, `"skip"` to leave them out with a warning. Both name all of them.
+            split (`str`, *optional*): its name in messages. Defaults to what the data set says.
             description (`str`, *optional*): name of the progress bar, which is shown above 2,000 images.
 
         Returns:
@@ -150,33 +157,37 @@ class DecodedImages(torch.utils.data.Dataset):
 
         Raises:
             `TypeError`: if `image_size` is no integer.
-            `ValueError`: if `image_size` is below 2, the split is empty or has no column `image`, or an image cannot
-                be read.
+            `ValueError`: if `image_size` is below 2, `unreadable` is another word, the split is empty or has no
+                column `image`, images cannot be read (under `"skip"`: none can), or the cache folder has no room or
+                cannot be written.
         """
-        side = resize_side(image_size)
+        resize_side(image_size)
         if "image" not in dataset.column_names:
             raise ValueError(f"`dataset` has the columns {dataset.column_names}; it must have a column 'image'.")
         if len(dataset) == 0:
             raise ValueError("`dataset` is empty; it must have at least one image.")
-        reader = _ImageReader(dataset)
+        if unreadable not in UNREADABLE:
+            raise ValueError(f"`unreadable` is {unreadable!r}; it must be one of {UNREADABLE}.")
         folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "bissl_hf")
-        name = _cache_key(dataset, reader)
-        # Found before a header is read: of images by the hundred thousand that alone takes many seconds.
-        stored = next(folder.glob(f"{name}-native-*.npy"), None) if native_size else None
-        if stored is not None:
-            return cls._labelled(stored, dataset)
-        native_side = reader.common_square_side() if native_size else None
-        convert = None if native_side else lambda image: resize_and_crop_square(image, image_size)
-        shape = (len(reader), 3, native_side or side, native_side or side)
-        pixels: np.ndarray | Path
-        if int(np.prod(shape)) <= MAX_BYTES_IN_MEMORY:
-            pixels = np.empty(shape, dtype=np.uint8)
-            reader.decode_into(pixels, convert, description)
-        else:
-            pixels = folder / f"{name}-{'native' if native_side else image_size}-{shape[2]}.npy"
-            if not pixels.exists():
-                _write_file(pixels, shape, lambda array: reader.decode_into(array, convert, description))
-        return cls._labelled(pixels, dataset)
+        decode = partial(
+            _pixels_of, image_size=image_size, native_size=native_size, folder=folder, split=split, text=description
+        )
+        if unreadable == "stop":
+            return cls._labelled(decode(dataset), dataset)
+        known = folder / f"{_cache_key(dataset, ImageReader(dataset))}-unreadable.json"
+        try:
+            rows = read_rows(known, len(dataset))
+            if rows:
+                logger.warning(f"{len(rows)} of {len(dataset)} images cannot be read and are left out.")
+            rest = _without(dataset, rows)
+            return cls._labelled(decode(rest), rest)
+        except UnreadableImagesError as error:
+            if len(error.rows) == len(dataset):
+                raise
+            logger.warning(f"Left out: {error.description}")
+            rest = _without(dataset, error.rows)
+            remember_rows(known, error.rows)
+        return cls._labelled(decode(rest), rest)
 
     @classmethod
     def _labelled(cls, pixels: np.ndarray | Path, dataset: datasets.Dataset) -> "DecodedImages":
@@ -220,95 +231,54 @@ class DecodedImages(torch.utils.data.Dataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._path is not None:
-            self._pixels = _map_file(self._path)
+            self._pixels = map_pixels(self._path)
 
 
-class _ImageReader:
-    """Reads the column `image` of a split: headers for sizes, or whole images as RGB."""
-
-    def __init__(self, dataset: datasets.Dataset) -> None:
-        self._feature = replace(dataset.features["image"], decode=True)
-        raw = dataset.with_format(None).select_columns(["image"])
-        self._rows = raw.cast_column("image", datasets.Image(decode=False))
-        self._split = dataset.split
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def blocks(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Yields (first row number, undecoded rows)."""
-        for start in range(0, len(self), _BLOCK_ROWS):
-            yield start, self._rows[start : start + _BLOCK_ROWS]["image"]
-
-    def paths_of_files(self) -> Iterator[str]:
-        """Yields the paths of images whose bytes are not in the table."""
-        table = self._rows.with_format("arrow")
-        for start in range(0, len(self), _ARROW_ROWS):
-            images = table[start : start + _ARROW_ROWS]["image"].combine_chunks()
-            paths = images.field("path").filter(images.field("bytes").is_null())
-            yield from (path for path in paths.to_pylist() if path)
-
-    def common_square_side(self) -> int | None:
-        """Returns the side of the images if all are square and of one size, else `None`; reads the headers only."""
-        side: int | None = None
-        for start, block in self.blocks():
-            for row, value in enumerate(block, start):
-                width, height = self._guard(row, value, _header_size)
-                if width != height or width != (side or width):
-                    return None
-                side = width
-        return side
-
-    def decode_into(
-        self, array: np.ndarray, convert: Callable[[PIL.Image.Image], PIL.Image.Image] | None, description: str
-    ) -> None:
-        """Fills `array` (rows, 3, height, width) with the decoded, converted images."""
-
-        def decode(row: int, value: dict[str, Any]) -> bool:
-            image = self._guard(row, value, self._decode)
-            clipped = image.mode in ("I", "F") or image.mode.startswith("I;16")
-            clipped = clipped and image.getextrema()[1] > 255
-            image = load_image(image)
-            array[row] = np.moveaxis(np.asarray(convert(image) if convert else image), -1, 0)
-            return clipped
-
-        num_clipped = 0
-        progress = tqdm(total=len(self), desc=description, unit="image", disable=len(self) <= _PROGRESS_ROWS)
-        # Pillow decodes and resizes outside Python's global lock.
-        with progress, ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-            for start, block in self.blocks():
-                num_clipped += sum(pool.map(decode, range(start, start + len(block)), block))
-                progress.update(len(block))
-        if num_clipped:
-            logger.warning(
-                f"{num_clipped} of {len(self)} images have more than 8 bits per channel and values above 255, which "
-                "are clipped to white, as in pipelines of `transformers`. Convert them to 8 bits first."
-            )
-
-    def _decode(self, value: dict[str, Any]) -> PIL.Image.Image:
-        # Read here, because a file that `datasets` opens stays open when its content is broken.
-        if value["bytes"] is None and os.path.isfile(value["path"]):
-            value = {**value, "bytes": Path(value["path"]).read_bytes()}
-        return self._feature.decode_example(value)
-
-    def _guard(self, row: int, value: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any]) -> Any:
-        path = (value or {}).get("path")
-        where = f"row {row} of the split {str(self._split or 'given')!r}" + (f" ({path})" if path else "")
-        if value is None:
-            raise ValueError(f"There is no image in {where}. Remove the row.")
-        try:
-            return read(value)
-        except (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(f"The image in {where} cannot be read: {error}. Replace or remove it.") from error
+def _without(dataset: datasets.Dataset, rows: Sequence[int]) -> datasets.Dataset:
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), rows)) if rows else dataset
 
 
-def _header_size(value: dict[str, Any]) -> tuple[int, int]:
-    # The EXIF orientation may swap width and height, which does not matter for squares.
-    with PIL.Image.open(value["path"] if value["bytes"] is None else BytesIO(value["bytes"])) as image:
-        return image.size
+def _pixels_of(
+    dataset: datasets.Dataset, *, image_size: int, native_size: bool, folder: Path, split: str | None, text: str
+) -> np.ndarray | Path:
+    """Returns the decoded images, or the file that holds them: found, or written now."""
+    side = resize_side(image_size)
+    reader = ImageReader(dataset, split)
+    name = _cache_key(dataset, reader)
+    # Found before a header is read: of images by the hundred thousand that alone takes many seconds.
+    for stored in folder.glob(f"{name}-native-*.npy") if native_size else ():
+        if is_whole(stored, len(reader)):
+            return stored
+    native_side = reader.common_square_side() if native_size else None
+    convert = None if native_side else lambda image: resize_and_crop_square(image, image_size)
+    shape = (len(reader), 3, native_side or side, native_side or side)
+    if int(np.prod(shape)) <= MAX_BYTES_IN_MEMORY:
+        pixels = np.empty(shape, dtype=np.uint8)
+        _decode_into(pixels, reader, convert, text)
+        return pixels
+    path = folder / f"{name}-{'native' if native_side else image_size}-{shape[2]}.npy"
+    if not is_whole(path, len(reader)):
+        write_pixels(path, shape, lambda array: _decode_into(array, reader, convert, text))
+    return path
 
 
-def _cache_key(dataset: datasets.Dataset, reader: _ImageReader) -> str:
+def _decode_into(
+    array: np.ndarray,
+    reader: ImageReader,
+    convert: Callable[[PIL.Image.Image], PIL.Image.Image] | None,
+    description: str,
+) -> None:
+    """Fills `array` (rows, 3, height, width) with the decoded, converted images."""
+
+    def store(row: int, image: PIL.Image.Image) -> None:
+        array[row] = np.moveaxis(np.asarray(convert(image) if convert else image), -1, 0)
+
+    failures = [found for found in reader.map(store, description) if isinstance(found, UnreadableImage)]
+    if failures:
+        raise UnreadableImagesError(failures, len(reader), reader.split)
+
+
+def _cache_key(dataset: datasets.Dataset, reader: ImageReader) -> str:
     """Names the content of a split: its fingerprint, and size and time of change of files it refers to."""
     digest = hashlib.sha256(f"{_CACHE_VERSION} {dataset._fingerprint} {len(dataset)}".encode())
     for path in reader.paths_of_files():
@@ -316,18 +286,3 @@ def _cache_key(dataset: datasets.Dataset, reader: _ImageReader) -> str:
             status = os.stat(path)
             digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
-
-
-def _write_file(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:
-    """Writes an array file that appears under its name only when it is whole, whatever else is writing it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="incomplete-") as folder:
-        partial = Path(folder) / path.name
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        fill(array)
-        array.flush()
-        os.replace(partial, path)
-
-
-def _map_file(path: Path) -> np.ndarray:
-    return np.asarray(np.lib.format.open_memmap(path, mode="r"))

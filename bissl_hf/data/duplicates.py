@@ -2,19 +2,14 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
+import PIL.Image
 from datasets import Dataset
-from tqdm.auto import tqdm
-from transformers.image_utils import load_image
+
+from .reading import ImageReader, UnreadableImage
 
 logger = logging.getLogger(__name__)
-
-_BLOCK_ROWS = 256
-_PROGRESS_ROWS = 2000
 
 
 def drop_duplicates(split: Dataset, other: Dataset) -> Dataset:
@@ -29,23 +24,16 @@ def drop_duplicates(split: Dataset, other: Dataset) -> Dataset:
         `Dataset`: the rows of `split` that are left, in their order.
     """
     unwanted = set(_pixel_hashes(other))
-    kept = [row for row, digest in enumerate(_pixel_hashes(split)) if digest not in unwanted]
+    kept = [row for row, digest in enumerate(_pixel_hashes(split)) if digest is None or digest not in unwanted]
     logger.info(f"{len(split) - len(kept)} of {len(split)} images are exact duplicates and left out.")
     return split if len(kept) == len(split) else split.select(kept)
 
 
-def _pixel_hashes(split: Dataset) -> Iterator[bytes]:
-    images = split.with_format(None).select_columns(["image"])
+def _pixel_hashes(split: Dataset) -> Iterator[bytes | None]:
+    """Yields what tells the images apart, and `None` for one that cannot be read."""
 
-    def digest(image: Any) -> bytes:
-        image = load_image(image)
+    def digest(row: int, image: PIL.Image.Image) -> bytes:
         return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
 
-    progress = tqdm(
-        total=len(images), desc="Looking for duplicates", unit="image", disable=len(images) <= _PROGRESS_ROWS
-    )
-    with progress, ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(images), _BLOCK_ROWS):
-            block = images[start : start + _BLOCK_ROWS]["image"]
-            yield from pool.map(digest, block)
-            progress.update(len(block))
+    for found in ImageReader(split).map(digest, "Looking for duplicates"):
+        yield None if isinstance(found, UnreadableImage) else found

@@ -1,45 +1,58 @@
-"""Image data sets in files: folders of images and Parquet files; and the digits that ship with scikit-learn.
+"""Image data sets in files: which kind a path is, Parquet files; and the digits that ship with scikit-learn.
 
 Each function returns the splits under the source's own names.
 """
 
 import logging
-import os
-import re
-from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, Image, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from .configs import load_config, read_configs
+from .folders import is_image_file, read_image_folder
 from .idx import has_idx_files, read_idx_folder
-from .schema import canonical_name
+from .paths import parquet_files, walk_files
+from .pixel_file import refuse_cache
+from .schema import split_in_name
 from .subsets import stratified_rows
 
 logger = logging.getLogger(__name__)
 
-# fmt: off
-_IMAGE_SUFFIXES = frozenset({
-    ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2",
-    ".avif",
-})
-# fmt: on
 
-
-def read_path(path: Path) -> dict[str, Dataset]:
+def read_path(path: Path, config: str | None = None) -> dict[str, Dataset]:
     """Reads a Parquet file, or a folder of IDX files, of Parquet files or of images.
 
+    Args:
+        path (`Path`)
+        config (`str`, *optional*): which configuration, of a folder whose `README.md` has several.
+
     Raises:
-        `ValueError`: if it holds none of them, or what it holds cannot be read.
+        `ValueError`: if it holds none of them, more than one, or what cannot be read.
     """
-    if path.is_file() and path.suffix != ".parquet":
+    if path.is_file() and path.suffix.lower() != ".parquet":
         raise ValueError(f"{str(path)!r} is a file of the type {path.suffix!r}; give a Parquet file or a folder.")
+    if path.is_dir() and (configs := read_configs(path)):
+        return load_config(path, configs, config)
+    if config is not None:
+        raise ValueError(f"The configuration {config!r} is asked for, and {str(path)!r} has none: leave it out.")
     if path.is_dir() and has_idx_files(path):
         return read_idx_folder(path)
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    return _load_parquet(path, files) if files else _load_folder(path)
+    files = [path] if path.is_file() else parquet_files(path)
+    if not files:
+        return read_image_folder(path)
+    images = sum(map(is_image_file, walk_files(path))) if path.is_dir() else 0
+    if images > len(files):
+        raise ValueError(
+            f"The folder {str(path)!r} holds {images} images and {len(files)} Parquet files: give the folder of one "
+            "of them, or move the others away."
+        )
+    if images:
+        logger.warning(f"The {images} images in {str(path)!r} are left out: its {len(files)} Parquet files are read.")
+    return _load_parquet(path, files)
 
 
 def load_digits() -> dict[str, Dataset]:
@@ -78,11 +91,21 @@ def _with_test_split(pixels: np.ndarray, labels: np.ndarray, names: list[str]) -
 
 def _load_parquet(root: Path, files: list[Path]) -> dict[str, Dataset]:
     data_files: dict[str, list[str]] = {}
+    homes: dict[str, set[str]] = {}
     for file in files:
         # "train-00000-of-00002.parquet", "data/train-0.parquet" and "train/0000.parquet" are all in use.
-        parts = [] if file == root else [file.stem, *reversed(file.relative_to(root).parts[:-1])]
-        split = next(filter(None, (canonical_name(re.split(r"[-_.]", part)[0]) for part in parts)), None)
-        data_files.setdefault(split or "", []).append(str(file))
+        folders = [] if file == root else list(file.relative_to(root).parts[:-1])
+        split = next(filter(None, map(split_in_name, [file.stem, *reversed(folders)])), None) or ""
+        data_files.setdefault(split, []).append(str(file))
+        # "year=2024" is a part of a table.
+        home = takewhile(lambda name: split_in_name(name) is None and "=" not in name, folders)
+        homes.setdefault(split, set()).add("/".join(home))
+    for split, found in homes.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"{str(root)!r} has Parquet files of {f'the split {split!r}' if split else 'no named split'} in the "
+                f"folders {sorted(found)}, which may be several configurations of one data set: give one of them."
+            )
     unknown = data_files.pop("", [])
     if unknown and data_files:
         raise ValueError(f"The split of {unknown[0]!r} is not told by its name: let it start with 'train' or 'test'.")
@@ -94,59 +117,6 @@ def _read_parquet(paths: list[str]) -> Dataset:
     try:
         return load_dataset("parquet", data_files=paths, split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
+        refuse_cache(error)
         reason = (str(error.__cause__ or error).strip().splitlines() or ["no reason was given"])[0]
         raise ValueError(f"The Parquet files {', '.join(paths)} are empty or cannot be read: {reason}") from error
-
-
-def _load_folder(root: Path) -> dict[str, Dataset]:
-    folders = _folders(root)
-    by_split = {folder.name: folder for folder in folders if canonical_name(folder.name) is not None}
-    others = [folder.name for folder in folders if folder.name not in by_split]
-    if not by_split:
-        by_split = {"train": root}
-    elif "train" not in map(canonical_name, by_split) and others:
-        raise ValueError(
-            f"The folder {str(root)!r} has {sorted(by_split)}, which name splits, beside {others[0]!r}: put the "
-            "folders of the classes into a folder 'train'."
-        )
-    elif others:
-        logger.warning(f"The folders {others} in {str(root)!r} name no split and are not read.")
-    return {
-        split: _read_class_folders(folder, labelled=canonical_name(split) != "unlabeled")
-        for split, folder in by_split.items()
-    }
-
-
-def _read_class_folders(root: Path, labelled: bool) -> Dataset:
-    images = list(_image_files(root))
-    if not images:
-        raise ValueError(f"There are no images in {str(root)!r}; give a folder of images or of Parquet files.")
-    columns: dict[str, list[str]] = {"image": [str(path) for path in images]}
-    if labelled and any(path.parent != root for path in images):
-        stray = next((path for path in images if path.parent == root), None)
-        if stray is not None:
-            raise ValueError(f"The image {str(stray)!r} lies beside the class folders: move it into one of them.")
-        columns["label"] = [path.relative_to(root).parts[0] for path in images]
-    return Dataset.from_dict(columns).cast_column("image", Image())
-
-
-def _folders(root: Path) -> list[Path]:
-    # Names such as ".ipynb_checkpoints" and "__MACOSX" are no classes.
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-
-
-def _image_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yields the images in a folder and in those inside it; links to folders `above` are not followed."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith("."):
-            if not path.exists():
-                raise ValueError(
-                    f"The image {str(path)!r} is a link to {os.readlink(path)!r}, which is not there: restore that "
-                    "file, or remove the link."
-                )
-            if path.is_file():
-                yield path
-    above = (*above, folder.resolve(), *folder.resolve().parents)
-    for inner in _folders(folder):
-        if inner.resolve() not in above:
-            yield from _image_files(inner, above)

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from .catalogue import CatalogueEntry
+from .pixel_file import refuse_cache
 from .schema import class_names, is_multi_label
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def load_repository(name: str, *, revision: str | None, load_kwargs: Mapping[str
         return dict(load_dataset(name, revision=revision, **load_kwargs))
     # The Hub's client, the builders and the network each raise errors of their own, which differ between versions.
     except Exception as error:
+        refuse_cache(error)
         raise ValueError(_explain(name, revision, error)) from error
 
 
@@ -133,6 +135,9 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
         )
     if is_a(RevisionNotFoundError) or (is_a(DatasetNotFoundError) and "Revision" in str(error)):
         return f"{name!r} has no revision {revision!r} on the Hub: pass a branch, a tag or a commit that exists."
+    if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+        found = re.search(r"\[.*?\]", str(error))
+        return f"Choose a configuration of {name!r} with `dataset_config`{f', one of {found[0]}' if found else ''}."
     if is_a(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError) or "Couldn't reach" in str(error):
         return (
             f"{name!r} is no file or folder here, is not in the cache of `datasets`{at}, and the Hub could not be "

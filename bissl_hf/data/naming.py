@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .catalogue import CATALOGUE
+from .paths import expand_path, parquet_files
 from .sources import DIGITS, MNIST_5000
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -75,8 +76,8 @@ def public_name(name: str | os.PathLike[str]) -> PublicName:
         return PublicName("the digits of scikit-learn", DIGITS)
     if name == MNIST_5000:
         return PublicName("5,000 digits of MNIST", "mnist")
-    path = os.path.expanduser(name)
-    if os.path.isdir(path) and next(Path(path).rglob("*.parquet"), None) is None:
+    path = expand_path(name)
+    if os.path.isdir(path) and not parquet_files(Path(path)):
         return PublicName("a folder of images", "imagefolder")
     if os.path.exists(path):
         return PublicName("Parquet files", "parquet")

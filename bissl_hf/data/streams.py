@@ -1,95 +1,150 @@
-"""Where the batches of both levels come from."""
+"""Where batches come from: data sets with their transforms, read by key on one process and one device."""
 
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from accelerate.utils import send_to_device
 from transformers.utils import logging
 
-from ..trainer.training_args import BiSSLTrainingArguments, ResumableTrainingArguments
-from .alternation import Collator, KeyedSource, Stream
+from .alternation import (
+    MODEL_RANDOMNESS,
+    AlternatingDataLoader,
+    AlternationSampler,
+    KeyedDataset,
+    KeyedSource,
+    StepKey,
+    Stream,
+    keyed_random_state,
+    read_rows,
+)
 
 logger = logging.get_logger(__name__)
 
+Inputs = dict[str, Any]
+Transform = Callable[[Inputs, tuple[int, ...]], Inputs]
 
-def level_sources(
-    args: BiSSLTrainingArguments,
-    train_dataset: Any,
-    lower_dataset: Any,
-    collator: Collator,
-    lower_collator: Collator,
-) -> dict[Stream, KeyedSource]:
-    """Returns the streams of a run. An upper batch larger than the labelled set is cut to it, with a warning.
+
+class Streams:
+    """The streams of batches of one process of a run.
 
     Args:
-        args ([`BiSSLTrainingArguments`]): batch sizes and steps.
-        train_dataset, lower_dataset: map-style data sets of the upper and the lower level.
-        collator, lower_collator (`Callable`): stack rows into a dictionary of tensors.
-
-    Raises:
-        `ValueError`: for data sets that are missing, empty or smaller than a pretext batch.
+        device (`torch.device`): where batches go, and their transforms run.
+        seed (`int`): seed of the run.
+        rank (`int`): number of this process.
     """
-    world = args.world_size
-    for name, dataset in (("train_dataset", train_dataset), ("lower_dataset", lower_dataset)):
-        if dataset is None or len(dataset) == 0:
-            raise ValueError(f"{name} is {'missing' if dataset is None else 'empty'}; both levels need data.")
-    lower_batch = args.per_device_lower_batch_size * world
-    curvature_batch = args.curvature_batch_size or lower_batch
-    for name, batch in (("per_device_lower_batch_size", lower_batch), ("curvature_batch_size", curvature_batch)):
-        if batch > len(lower_dataset):
-            raise ValueError(
-                f"{name} makes a batch of {batch}, and lower_dataset has {len(lower_dataset)} examples; choose a "
-                "batch that is not larger."
-            )
-    labelled = len(train_dataset)
-    upper_batch = labelled_batch_size(args.per_device_train_batch_size, world, labelled)
-    labelled_source = partial(KeyedSource, train_dataset, upper_batch, collator, world_size=world)
-    lower_source = partial(KeyedSource, lower_dataset, collator=lower_collator, world_size=world)
-    return {
-        Stream.LOWER: lower_source(batch_size=lower_batch, steps_per_alternation=args.lower_steps),
-        Stream.CURVATURE: lower_source(batch_size=curvature_batch, steps_per_alternation=1),
-        Stream.UPPER: labelled_source(steps_per_alternation=args.upper_steps),
-        Stream.HEAD_WARMUP: labelled_source(steps_per_alternation=labelled // upper_batch),
-    }
 
+    def __init__(self, *, device: torch.device, seed: int, rank: int) -> None:
+        self.device, self.seed, self.rank = device, seed, rank
+        self.sources: dict[Stream, KeyedSource] = {}
+        self._transforms: dict[Stream, Transform | None] = {}
 
-def pretext_batch_size(args: ResumableTrainingArguments, dataset: Any, *, field: str) -> int:
-    """Returns the batch of all processes for pretext data.
+    def add(self, stream: Stream, source: KeyedSource | None, transform: Transform | None) -> None:
+        """Adds a stream.
 
-    Args:
-        args ([`ResumableTrainingArguments`])
-        dataset: map-style data set, or `None`.
-        field (`str`): the argument that names it, for messages.
+        Args:
+            stream ([`Stream`])
+            source ([`KeyedSource`], *optional*): none for batches that others read (in an evaluation).
+            transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, deterministic in the key.
+        """
+        if source is not None:
+            self.sources[stream] = source
+        self._transforms[stream] = transform
 
-    Raises:
-        `ValueError`: if the data set is missing or smaller than a batch.
-    """
-    batch = args.per_device_train_batch_size * args.world_size
-    if dataset is None or len(dataset) < batch:
-        raise ValueError(
-            f"per_device_train_batch_size makes a batch of {batch}, and {field} has "
-            f"{0 if dataset is None else len(dataset)} examples; choose a batch that is not larger."
+    def transform(self, stream: Stream) -> Transform | None:
+        """Returns the transform of a stream."""
+        return self._transforms[stream]
+
+    def key(self, stream: Stream, alternation: int = 0, step: int = 0) -> StepKey:
+        """Returns the name of a batch of this process."""
+        return StepKey(self.seed, int(stream), alternation, step, self.rank)
+
+    def read(self, key: StepKey) -> Inputs:
+        """Returns the batch that `key` names, on the device and transformed."""
+        return self.prepare(self.sources[Stream(key.stream)].read(key), key)
+
+    def prepare(self, inputs: Inputs, key: StepKey) -> Inputs:
+        """Moves a batch that was read to the device and applies the transform of its stream there."""
+        # A copy from pinned memory goes on in the background.
+        inputs = send_to_device(inputs, self.device, non_blocking=True)
+        transform = self._transforms[Stream(key.stream)]
+        return transform(inputs, tuple(key)) if transform else inputs
+
+    def first_rows(self, stream: Stream, rows: int) -> tuple[Inputs, StepKey]:
+        """Returns the first rows of a stream's data set, prepared as those of its first batch, and their key. The
+        same on each process."""
+        source, key = self.sources[stream], self.key(stream)._replace(rank=0)
+        inputs = source.collator(read_rows(source.dataset, range(min(rows, len(source.dataset)))))
+        return self.prepare(inputs, key), key
+
+    def loader(self, phases: Sequence[tuple[Stream, int]], **loader_options: Any) -> AlternatingDataLoader:
+        """Returns a loader of tagged batches, already divided between the processes (so not to be prepared again).
+
+        Args:
+            phases (`Sequence[tuple[Stream, int]]`): streams with their steps in an alternation, in order.
+            **loader_options: of `torch.utils.data.DataLoader`.
+        """
+        num_examples = sum(self.sources[stream].batch_size * steps for stream, steps in phases)
+        return AlternatingDataLoader(
+            KeyedDataset(self.sources, num_examples),
+            AlternationSampler(phases, seed=self.seed, rank=self.rank),
+            **loader_options,
         )
-    return batch
+
+    def describe(self, *streams: Stream) -> dict[str, str]:
+        """Returns what decides which rows the keys of some streams name, by their names in lower case."""
+        return {stream.name.lower(): self.sources[stream].describe() for stream in streams}
 
 
-def labelled_batch_size(per_device: int, world: int, num_examples: int) -> int:
+@contextmanager
+def model_randomness(key: StepKey) -> Iterator[None]:
+    """Seeds what a model draws in the step named by `key` (dropout, masks)."""
+    with keyed_random_state((*key, MODEL_RANDOMNESS)):
+        yield
+
+
+def check_pretext_batch(batch: int, dataset: Any, *, name: str, field: str) -> None:
+    """Refuses a pretext batch larger than its data set.
+
+    Args:
+        batch (`int`): rows of all processes together.
+        dataset: map-style data set, or `None`.
+        name, field (`str`): names of the data set and of the argument that sets the batch, for messages.
+
+    Raises:
+        `ValueError`: if the data set is missing, empty or smaller than a batch.
+    """
+    if dataset is None or len(dataset) == 0:
+        raise ValueError(f"{name} is {'missing' if dataset is None else 'empty'}; it is needed for training.")
+    if batch > len(dataset):
+        raise ValueError(
+            f"{field} makes a batch of {batch}, and {name} has {len(dataset)} examples; choose a batch that is not "
+            "larger."
+        )
+
+
+def labelled_batch_size(per_device: int, world: int, dataset: Any) -> int:
     """Returns the batch of all processes for labelled data; one larger than the data is cut to them, with a warning.
 
     Args:
         per_device (`int`): rows per process and step.
         world (`int`): number of processes.
-        num_examples (`int`): size of the data set.
+        dataset: map-style data set.
 
     Raises:
         `ValueError`: if there is not even one example per process.
     """
+    if dataset is None or len(dataset) == 0:
+        raise ValueError(f"train_dataset is {'missing' if dataset is None else 'empty'}; it is needed for training.")
+    num_examples = len(dataset)
     if num_examples < world:
         raise ValueError(f"train_dataset has {num_examples} examples for {world} processes; each needs at least one.")
     batch = per_device * world
     if batch <= num_examples:
         return batch
     cut = num_examples // world * world
-    logger.warning(
+    logger.warning_once(
         f"The labelled batch of {batch} ({per_device} on each of {world} processes) is larger than the {num_examples} "
         f"labelled examples; it is cut to {cut}."
     )

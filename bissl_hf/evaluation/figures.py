@@ -171,6 +171,33 @@ def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, u
     _save(figure, path)
 
 
+def plot_lines(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[float], Sequence[float]]]]],
+    path: str | Path,
+    *,
+    label: str,
+    unit: str,
+) -> None:
+    """Draws lines, one panel beside the other.
+
+    Args:
+        panels (`Sequence`): title, and for each line its name, places and values.
+        path (`str` or `Path`): the PNG file.
+        label (`str`): of the vertical axis.
+        unit (`str`): of the places.
+    """
+    figure = _new_figure(4.2 * len(panels), 3.4)
+    for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        for name, places, values in lines:
+            axes.plot(places, values, marker="o", markersize=3, label=name)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(unit)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
 def plot_search(trials: Sequence[dict[str, float]], best: dict[str, float], metric: str, path: str | Path) -> None:
     """Draws the pairs that a search has tried, coloured by what came of them, the chosen one circled.
 

@@ -1,18 +1,19 @@
 """Metrics as `evaluate.Metric` classes that need no network, and the `compute_metrics` of each kind of task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import precision_recall_curve
+from sklearn.metrics import f1_score, precision_recall_curve
 from transformers import EvalPrediction
 
 SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
-# The figure by which models are compared, for each `problem_type`.
-MAIN_METRIC = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "map"}
+REGRESSION = "regression"
+# The figure by which models are compared, for each `problem_type`; higher is better.
+MAIN_METRIC = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "map", REGRESSION: "r2"}
 _CLASS = datasets.Value("int64")
 _SCORES = datasets.Sequence(datasets.Value("float32"))
 _MULTI_HOT = datasets.Sequence(datasets.Value("int8"))
@@ -69,6 +70,16 @@ class MeanClassAccuracy(_ClassificationMetric):
         return {"mean_class_accuracy": float(np.mean(np.bincount(rows, weights=right) / np.bincount(rows)))}
 
 
+class MacroF1(_ClassificationMetric):
+    """Mean over classes of F1, the harmonic mean of precision and recall; a class that is neither present nor
+    predicted does not count, and one that is never predicted rightly counts as 0."""
+
+    input_features: ClassVar[dict[str, Any]] = {"predictions": _CLASS, "references": _CLASS}
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {"macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0))}
+
+
 class ElevenPointMAP(_ClassificationMetric):
     """Mean over classes of the 11-point interpolated average precision of PASCAL VOC 2007 (Everingham et al., 2010,
     section 4.2)."""
@@ -109,6 +120,35 @@ def eleven_point_map(scores: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean([_eleven_point_precision(scores[:, column], labels[:, column]) for column in present]))
 
 
+def per_class_scores(
+    problem_type: str, scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+) -> dict[str, float]:
+    """Returns for each class the fraction of its examples that is predicted, or with several labels its 11-point
+    average precision; classes without (positive) examples are left out.
+
+    Args:
+        problem_type (`str`): one label or several.
+        scores (`np.ndarray`): shape `(examples, classes)`.
+        labels (`np.ndarray`): class numbers, shape `(examples,)`, or 0 and 1, shape `(examples, classes)`.
+        class_names (`Sequence[str]`)
+    """
+    if problem_type == MULTI_LABEL:
+        present = np.flatnonzero(labels.any(axis=0))
+        return {class_names[c]: _eleven_point_precision(scores[:, c], labels[:, c]) for c in present.tolist()}
+    right = scores.argmax(-1) == labels
+    return {class_names[c]: float(right[labels == c].mean()) for c in np.unique(labels).tolist()}
+
+
+def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Returns `r2`, the coefficient of determination, `mae` and `rmse` of a model with one output; `r2` is NaN where
+    all labels are the same."""
+    found = np.asarray(prediction.predictions, dtype=np.float64).reshape(-1)
+    labels = np.asarray(prediction.label_ids, dtype=np.float64).reshape(-1)
+    squared, spread = np.mean((found - labels) ** 2), np.var(labels)
+    r2 = float(1 - squared / spread) if spread else float("nan")
+    return {"r2": r2, "mae": float(np.abs(found - labels).mean()), "rmse": float(np.sqrt(squared))}
+
+
 def _eleven_point_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     precision, recall, _ = precision_recall_curve(labels, scores)
     # The last point, precision 1 at recall 0, belongs to no threshold. 1e-9: recalls are quotients, such as 3 / 10.
@@ -124,15 +164,15 @@ def classification_metrics(
 
     Args:
         problem_type (`str`, *optional*): as in the configuration of a model. `"single_label_classification"`:
-            `accuracy`, `mean_class_accuracy`, and `top5_accuracy` above 5 classes. `"multi_label_classification"`:
-            `map`, the 11-point mean average precision.
+            `accuracy`, `mean_class_accuracy`, `macro_f1`, and `top5_accuracy` above 5 classes.
+            `"multi_label_classification"`: `map`, the 11-point mean average precision.
         num_labels (`int`, *optional*): number of classes; without it there is no `top5_accuracy`.
 
     Raises:
         `ValueError`: for another kind of task.
     """
-    if problem_type not in MAIN_METRIC:
-        raise ValueError(f"problem_type is {problem_type!r}; it must be one of {', '.join(MAIN_METRIC)}.")
+    if problem_type not in (SINGLE_LABEL, MULTI_LABEL):
+        raise ValueError(f"problem_type is {problem_type!r}; it must be {SINGLE_LABEL} or {MULTI_LABEL}.")
 
     def of_scores(prediction: EvalPrediction) -> dict[str, float]:
         scores, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
@@ -141,7 +181,8 @@ def classification_metrics(
         results = _compute(Accuracy, scores.argmax(-1), labels)
         if num_labels is not None and num_labels > 5:
             results |= _compute(TopKAccuracy, scores, labels)
-        return results | _compute(MeanClassAccuracy, scores.argmax(-1), labels)
+        results |= _compute(MeanClassAccuracy, scores.argmax(-1), labels)
+        return results | _compute(MacroF1, scores.argmax(-1), labels)
 
     return of_scores
 

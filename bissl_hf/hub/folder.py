@@ -1,4 +1,4 @@
-"""Which files of a run lie on the Hub, and where.
+"""Which files of a run are on the Hub, and where.
 
 config.json model.safetensors ...   the model as its users load it          bilevel/   both levels, for going on
 README.md all_results.json          figures/
@@ -19,12 +19,14 @@ from transformers.utils import logging
 
 from ..cards.writing import CARD_NAME
 from ..checkpoints import MANIFEST_NAME, STAGING_FOLDER, find_defect, publish
+from ..paths import is_inner_name, is_own_file, own_files
+from ..text import for_terminal
 from .process import DownloadJob, HubProcess
 
 logger = logging.get_logger(__name__)
 
 LAST_CHECKPOINT = "last-checkpoint"
-# What the output folder holds beside is not pushed: it may be anything, or a card that gave way to the user's own.
+# What the output folder holds beside is not pushed: it may be anything, or a card beside the user's own.
 _ROOT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _FOLDERS = ("bilevel", "figures")
 _FOLDER_SUFFIXES = (*_ROOT_SUFFIXES, ".png")
@@ -33,36 +35,46 @@ _LARGEST_TEXT_BYTES = 20_000_000
 
 
 def outputs_of_run(output_dir: Path, *, except_for: Iterable[str] = ()) -> Iterator[tuple[Path, str]]:
-    """Yields the files of an output folder that belong on the Hub, with their paths there, checkpoints left out."""
+    """Yields the files of an output folder that belong on the Hub, with their paths there, checkpoints left out. No
+    symbolic link is followed."""
     for path in sorted(output_dir.iterdir()):
-        if path.is_file() and (path.suffix in _ROOT_SUFFIXES or path.name == CARD_NAME):
-            if path.name not in except_for and not path.name.startswith("."):
-                yield path, path.name
-        elif path.is_dir() and path.name in _FOLDERS:
-            for file in sorted(path.rglob("*")):
-                if file.is_file() and file.suffix in _FOLDER_SUFFIXES:
-                    yield file, file.relative_to(output_dir).as_posix()
+        name = path.name
+        if name in _FOLDERS:
+            found = [file for file in own_files(output_dir, name) if file.endswith(_FOLDER_SUFFIXES)]
+        else:
+            belongs = name == CARD_NAME or (name.endswith(_ROOT_SUFFIXES) and not name.startswith("."))
+            found = [name] if belongs and name not in except_for and is_own_file(output_dir, name) else []
+        yield from ((output_dir / file, file) for file in found)
 
 
 def files_of_checkpoint(checkpoint: Path, path_in_repo: str) -> Iterator[tuple[Path, str]]:
-    """Yields the files of a whole checkpoint with their paths on the Hub."""
+    """Yields the files of a whole checkpoint with their paths on the Hub: those that its manifest names, as far as
+    they are regular files inside it."""
     for name in (*json.loads((checkpoint / MANIFEST_NAME).read_text())["files"], MANIFEST_NAME):
-        yield checkpoint / name, f"{path_in_repo}/{name}"
+        if is_inner_name(name) and is_own_file(checkpoint.parent, f"{checkpoint.name}/{name}"):
+            yield checkpoint / name, f"{path_in_repo}/{name}"
+        else:
+            logger.warning(f"{checkpoint} names {for_terminal(name)}, which is no file inside it and is not pushed.")
 
 
 def files_beside_checkpoint(output_dir: Path, names: Iterable[str], path_in_repo: str) -> Iterator[tuple[Path, str]]:
-    """Yields the files of the output folder that a resume needs too: files by name, and folders with all they hold."""
-    for name in names:
-        root = output_dir / name
-        for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if file.is_file():
-                yield file, f"{path_in_repo}/{file.relative_to(output_dir).as_posix()}"
+    """Yields the files of the output folder that a resume needs too: files by name, and folders with all they hold.
+    No symbolic link is followed."""
+    for name in filter(is_inner_name, names):
+        for file in own_files(output_dir, name):
+            yield output_dir / file, f"{path_in_repo}/{file}"
 
 
 def lay_out(files: Iterable[tuple[Path, str]], tree: Path) -> None:
     """Puts files into a tree by their paths there, as hard links where the file system has them: they stay what they
-    are when a run replaces or deletes its own. A file with a token in it is left out with a warning."""
+    are when a run replaces or deletes its own. A file with a token in it is left out with a warning.
+
+    Raises:
+        `ValueError`: if a path leads out of the tree.
+    """
     for source, path_in_repo in files:
+        if not is_inner_name(path_in_repo):
+            raise ValueError(f"{for_terminal(path_in_repo)} is no path inside a repository; nothing of it is pushed.")
         if holds_token(source):
             logger.warning(f"{source} holds a token of the Hub and is not pushed.")
             continue
@@ -70,9 +82,11 @@ def lay_out(files: Iterable[tuple[Path, str]], tree: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:
-            os.link(source, target)
-        except OSError:  # another device, or a file system without links
-            shutil.copy2(source, target)
+            os.link(source, target, follow_symlinks=False)
+        except (OSError, NotImplementedError):  # another device, or a file system without links
+            shutil.copy2(source, target, follow_symlinks=False)
+        if target.is_symlink():  # put there since it was looked at
+            target.unlink()
 
 
 def holds_token(path: Path) -> bool:
@@ -113,13 +127,17 @@ def fetch_last_checkpoint(
     if defect := find_defect(fetched):
         shutil.rmtree(staging)
         raise ValueError(f"The {LAST_CHECKPOINT}/ of {result.repo_id} is not whole: {defect}.")
+    step = json.loads((fetched / TRAINER_STATE_NAME).read_text()).get("global_step")
+    if not isinstance(step, int) or step < 0:
+        shutil.rmtree(staging)
+        raise ValueError(
+            f"The {LAST_CHECKPOINT}/ of {result.repo_id} is of step {step!r}, which is no number of steps."
+        )
     listed = {*json.loads((fetched / MANIFEST_NAME).read_text())["files"], MANIFEST_NAME}
-    for file in [path for path in fetched.rglob("*") if path.is_file()]:
-        name = file.relative_to(fetched).as_posix()
+    for name in list(own_files(fetched)):
         if name not in listed:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            file.replace(folder / name)
-    step = json.loads((fetched / TRAINER_STATE_NAME).read_text())["global_step"]
+            (fetched / name).replace(folder / name)
     final = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     publish(fetched, final)
     shutil.rmtree(staging)

@@ -3,7 +3,7 @@
 `huggingface_hub` waits for ever on a server that accepts and never answers, and its time-outs are settings of the
 whole process. Here they hold for one job, training goes on meanwhile, and nothing is left hanging at the end.
 
-As a program (`python hub_process.py ORDERS`) this file takes a job as JSON and writes what came of it to standard
+As a program (`python process.py ORDERS`) this file takes a job as JSON and writes what came of it to standard
 output; it imports nothing but `huggingface_hub` and the HTTP library below it.
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ httpx: Any = importlib.import_module(HfHubHTTPError.__mro__[1].__module__.partit
 
 # A Hub that makes no progress for so long is given up.
 PATIENCE_SECONDS = 60.0
+# How often a job looks whether the process that ordered it is still there.
+_WATCH_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,9 @@ class HubProcess:
         # Resolved here: a notebook's vault cannot be asked from another process.
         if token := token or get_token():
             environment["HF_TOKEN"] = token
-        orders = json.dumps({"kind": job.kind, "job": asdict(job), "patience": PATIENCE_SECONDS})
+        orders = json.dumps(
+            {"kind": job.kind, "job": asdict(job), "patience": PATIENCE_SECONDS, "parent": os.getpid()}
+        )
         # -P: the modules beside this file are not to be taken for those of the standard library.
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__, orders],
@@ -251,8 +256,21 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def end_with(parent: int) -> None:
+    """Ends this process once the one that ordered the job has ended, however that came about: a signal that kills it
+    leaves it no time to end its jobs."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
     orders = json.loads(sys.argv[1])
+    end_with(orders["parent"])
     patience = _Patience(orders["patience"])
     set_client_factory(lambda: _ImpatientClient(patience))
     job_class = {cls.kind: cls for cls in (UploadJob, DownloadJob)}[orders["kind"]]

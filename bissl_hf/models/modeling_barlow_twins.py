@@ -11,7 +11,7 @@ class BarlowTwinsForPreTraining(PretextModel):
     """A backbone with a projector and the loss of redundancy reduction.
 
     The loss is not convex in the embeddings (they are normalised, and their correlations squared), so there is no
-    `outputs_for_loss`: the Gauss-Newton curvature does not apply.
+    `outputs_from_embeddings`: the Gauss-Newton curvature does not apply.
 
     Args:
         config ([`BarlowTwinsConfig`])

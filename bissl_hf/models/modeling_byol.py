@@ -6,10 +6,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from ..losses import byol_loss, byol_loss_of_unit_vectors
+from ..losses import byol_loss, byol_loss_of_unit_vectors, unit_vectors
 from ..tensors import at_least_float32
 from .backbone import pool_features
 from .configuration_byol import BYOLConfig
@@ -88,11 +87,15 @@ class BYOLForPreTraining(PretextModel):
         """Returns the mean of 2 - 2 cos over both ways, of what `embed_inputs` returns, shape `()`."""
         return byol_loss(embeddings[:, :2], embeddings[:, 2:])
 
-    def outputs_for_loss(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Returns the outputs in which the loss is convex: predictions and targets as in `embed_inputs`, each divided
-        by its length, shape `(batch, 4, dim)`. 2 - 2 cos is not convex in a prediction of any length, but the squared
-        distance of two unit vectors, which has the same value, is convex in them."""
-        return normalize(at_least_float32(self.embed_inputs(pixel_values)), dim=-1)
+    def outputs_for_loss(self, **inputs: Any) -> Tensor:
+        """Returns the outputs in which the loss is convex, see `outputs_from_embeddings`."""
+        return self.outputs_from_embeddings(self(**inputs, return_loss=False).embeddings)
+
+    def outputs_from_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Returns what `embed_inputs` returns with each prediction and target divided by its length, shape
+        `(batch, 4, dim)`. 2 - 2 cos is not convex in a prediction of any length, but the squared distance of two unit
+        vectors, which has the same value, is convex in them."""
+        return unit_vectors(at_least_float32(embeddings))
 
     def loss_from_outputs(self, outputs: Tensor) -> Tensor:
         """Returns the loss of what `outputs_for_loss` returns: the mean squared distance of predictions and targets,

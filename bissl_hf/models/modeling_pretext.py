@@ -56,8 +56,8 @@ class PretextModel(PreTrainedModel):
     another layout of inputs overrides `embed_inputs`.
 
     A model with `loss_from_embeddings` and `return_loss` can be trained in parts with the loss of the whole batch
-    (`lower_gradient_cache`). One whose loss is a convex function of some outputs offers the pair `outputs_for_loss`
-    and `loss_from_outputs` beside it, for the Gauss-Newton curvature.
+    (`lower_gradient_cache`). One whose loss is a convex function of some outputs offers `outputs_from_embeddings` and
+    `loss_from_outputs` beside it, for the Gauss-Newton curvature.
 
     Args:
         config ([`PretextConfig`])

@@ -1,8 +1,10 @@
 """SimCLR (Chen et al., arXiv 2002.05709) on any vision backbone of transformers."""
 
+from typing import Any
+
 from torch import Tensor
 
-from ..losses import nt_xent_loss
+from ..losses import nt_xent_from_similarities, nt_xent_loss, pair_similarities
 from .configuration_simclr import SimCLRConfig
 from .modeling_pretext import PretextModel
 
@@ -34,3 +36,16 @@ class SimCLRForPreTraining(PretextModel):
     def loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
         """Returns the NT-Xent loss of embeddings `(batch, 2, projection_dims[-1])`, shape `()`."""
         return nt_xent_loss(*embeddings.unbind(1), temperature=self.config.temperature)
+
+    def outputs_for_loss(self, **inputs: Any) -> Tensor:
+        """Returns the outputs in which the loss is convex, the similarities of all pairs of embeddings. A model with
+        this method and `loss_from_outputs` has a Gauss-Newton matrix ([`bissl_hf.bilevel.gauss_newton`])."""
+        return self.outputs_from_embeddings(self(**inputs, return_loss=False).embeddings)
+
+    def outputs_from_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Returns the same from embeddings `(batch, 2, projection_dims[-1])`, which may be made in parts."""
+        return pair_similarities(*embeddings.unbind(1), temperature=self.config.temperature)
+
+    def loss_from_outputs(self, outputs: Tensor) -> Tensor:
+        """Returns the loss of `outputs_for_loss`, shape `()`."""
+        return nt_xent_from_similarities(outputs)

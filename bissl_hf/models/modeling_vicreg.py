@@ -11,7 +11,7 @@ class VICRegForPreTraining(PretextModel):
     """A backbone with an expander and the loss of variance, invariance and covariance.
 
     The loss is not convex in the embeddings (the covariance term is of fourth order in them), so there is no
-    `outputs_for_loss`: the Gauss-Newton curvature does not apply.
+    `outputs_from_embeddings`: the Gauss-Newton curvature does not apply.
 
     Args:
         config ([`VICRegConfig`])

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 
 def save_model(model: PreTrainedModel, directory: str | os.PathLike[str], processing_class: Any = None) -> None:
-    """Writes a model, and beside it what prepares its inputs. Files are written aside first, so that a failure leaves
-    what lies in `directory` as it was.
+    """Writes a model, and beside it what prepares its inputs. Files are written aside first and synchronised with the
+    disk, so that a failure, also one of the machine, leaves what is in `directory` as it was. They get the permissions
+    that files of this process get.
 
     Args:
         model (`PreTrainedModel`)
@@ -24,7 +25,32 @@ def save_model(model: PreTrainedModel, directory: str | os.PathLike[str], proces
         model.save_pretrained(staging)
         if processing_class is not None:
             processing_class.save_pretrained(staging)
+        permissions = _new_file_permissions(Path(staging))
+        for path in sorted(Path(staging).rglob("*")):
+            if path.is_file():
+                path.chmod(permissions)
+                _synchronise(path)
         for path in sorted(Path(staging).iterdir()):
             if path.is_dir():
                 shutil.rmtree(directory / path.name, ignore_errors=True)
             path.replace(directory / path.name)
+    _synchronise(directory)
+
+
+def _new_file_permissions(folder: Path) -> int:
+    """The permissions of a file that is created here: those of the umask. The umask itself can only be read by
+    changing it, which other threads would notice."""
+    probe = folder / ".permissions"
+    probe.touch()
+    permissions = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return permissions
+
+
+def _synchronise(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+_LONGEST_SHOWN = 200
+
 
 def trust_ratios(parameters: Sequence[Tensor], updates: Sequence[Tensor], trust_coefficient: float) -> Tensor:
     """Returns `trust_coefficient * ||parameter|| / ||update||` of each tensor, or 1 where one of the norms is 0; shape
@@ -123,8 +125,10 @@ def parse_optimizer_options(text: str | None, *, field: str) -> dict[str, Any]:
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("not a list of name=value")
         return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f'{field} is {text!r}; it must read like "momentum=0.9,nesterov=True".') from error
+    # Thousands of signs or brackets are too deep for the parser, which says so by one of the last two.
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        shown = repr(text) if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]!r}... ({len(text)} characters)"
+        raise ValueError(f'{field} is {shown}; it must read like "momentum=0.9,nesterov=True".') from error
 
 
 def build_optimizer(

@@ -18,14 +18,18 @@ class LossScale:
     gradients divided by it before they are used. The optimizer skips a step whose gradients overflow, and the number
     shrinks. Without a scaler (in every precision but fp16) nothing is scaled.
 
-    The hypergradient is linear in the upper losses, so it carries their scale through the solve without a word.
+    The hypergradient is linear in the upper losses, so the scale passes through the solve unchanged.
 
     Args:
-        scaler (`torch.amp.GradScaler`, *optional*): the one of Accelerate, which saves and resumes it.
+        find_scaler (`Callable`): returns the scaler of Accelerate, which saves and resumes it, or `None`.
     """
 
-    def __init__(self, scaler: GradScaler | None) -> None:
-        self._scaler = scaler
+    def __init__(self, find_scaler: Callable[[], GradScaler | None]) -> None:
+        self._find_scaler = find_scaler
+
+    @property
+    def _scaler(self) -> GradScaler | None:
+        return self._find_scaler()
 
     @property
     def is_active(self) -> bool:
@@ -67,16 +71,6 @@ class ScheduleFollowsSteps(TrainerCallback):
                 # torch takes a first step that was skipped for one that was forgotten.
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 lr_scheduler.step()
-
-
-def in_full_precision(model: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Returns a model's forward pass with autocast off, whatever surrounds it."""
-
-    def forward(**inputs: Any) -> Any:
-        with torch.autocast(device.type, enabled=False):
-            return model(**inputs)
-
-    return forward
 
 
 def check_master_weights(model: nn.Module | None) -> None:

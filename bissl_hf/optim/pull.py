@@ -19,67 +19,171 @@ logger = logging.get_logger(__name__)
 
 WEAK_PULL = 0.5
 GOOD_PULL = 3.0
+TYPICAL_PULL = 10.0
 
 
 class Pull:
-    """Adds up the pull of a run, on the device.
+    """Adds up the pull of a run, on the device."""
 
-    Args:
-        proximal_weight (`float`): lambda.
-    """
-
-    def __init__(self, proximal_weight: float) -> None:
-        self.proximal_weight = proximal_weight
+    def __init__(self) -> None:
         self.total: Tensor = torch.zeros((), dtype=torch.float64)
+        self._before: Tensor = torch.zeros((), dtype=torch.float64)
+
+    def begin_alternation(self) -> None:
+        """Starts to count an alternation."""
+        self._before = self.total
+
+    def of_alternation(self) -> float:
+        """Returns the pull of the lower steps since the beginning of this alternation. Waits for the device."""
+        return float(self.total - self._before.to(self.total.device))
 
     @torch.no_grad()
-    def count(self, optimizer: Optimizer, theta_p: Sequence[Tensor], clipped: Tensor) -> None:
+    def count(
+        self, optimizer: Optimizer, theta_p: Sequence[Tensor], clipped: Tensor, *, proximal_weight: float
+    ) -> None:
         """Adds one lower step, from the gradients that it is about to use. They, the proximal force among them, have
-        been scaled by the factor `clipped`. Nothing is added for an optimizer of unknown step length."""
+        been scaled by the factor `clipped`. Nothing is added for an optimizer of unknown step length.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): of the lower level.
+            theta_p (`Sequence[torch.Tensor]`): the backbone's parameters, with their gradients.
+            clipped (`torch.Tensor`): factor on the gradients, shape `()`.
+            proximal_weight (`float`): lambda in this step.
+        """
         if not has_step_length(optimizer):
             return
         length = step_length(optimizer, theta_p, fill_missing([p.grad for p in theta_p], theta_p))
         rate = optimizer.param_groups[0]["lr"]
-        self.total = self.total.to(length.device, non_blocking=True) + rate * self.proximal_weight * length * clipped
+        self.total = self.total.to(length.device, non_blocking=True) + rate * proximal_weight * length * clipped
 
-    @torch.no_grad()
-    def estimate(
-        self,
-        optimizer: Optimizer,
-        theta_p: Sequence[Tensor],
-        gradient: Sequence[Tensor],
-        *,
-        bound: float,
-        learning_rates: float,
-    ) -> float:
-        """Estimates the pull of a whole run as if the gradient stayed as it is.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the pull so far, and that before this alternation."""
+        return {"total": float(self.total), "before": float(self._before)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self.total = torch.tensor(state["total"], dtype=torch.float64)
+        self._before = torch.tensor(state["before"], dtype=torch.float64)
+
+
+@torch.no_grad()
+def estimate_pull(
+    optimizer: Optimizer,
+    theta_p: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    *,
+    bound: float,
+    learning_rates: float,
+) -> float:
+    """Estimates the pull of a whole run at lambda = 1, as if the gradient stayed as it is. It is linear in lambda for
+    SGD and LARS.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): of the lower level.
+        theta_p (`Sequence[torch.Tensor]`): the backbone's parameters.
+        gradient (`Sequence[torch.Tensor]`): of all lower parameters, the backbone's first.
+        bound (`float`): on the gradient norm; 0 for none.
+        learning_rates (`float`): sum of the learning rates of all lower steps.
+
+    Returns:
+        `float`: the pull; NaN for an optimizer of unknown step length.
+    """
+    if not has_step_length(optimizer):
+        return float("nan")
+    clipped = clip_factor(norm(gradient), bound)
+    length = step_length(optimizer, theta_p, [clipped * g for g in gradient[: len(theta_p)]]) * clipped
+    return float(length) * learning_rates
+
+
+class ProximalWeight:
+    """lambda, given or set so that the pull of the whole run will be a target.
+
+    The pull of a lower step is proportional to lambda. An estimate before the first alternation gives the first value;
+    where what was measured departs from it, the value is corrected between alternations.
+
+    Args:
+        value (`float`, *optional*): lambda, if it is given.
+        target (`float`, *optional*): the pull of the run, otherwise.
+    """
+
+    # Correct where the run would end at less than 1 / 1.5 or more than 1.5 of the target, and by at most 4 at once.
+    _TOLERANCE, _LARGEST_CHANGE = 1.5, 4.0
+
+    def __init__(self, value: float | None, target: float | None) -> None:
+        self.value, self.target = value, target
+
+    def start(self, pull_at_one: float) -> None:
+        """Sets lambda from the estimated pull of a run with lambda = 1.
+
+        Raises:
+            `ValueError`: if that is not a number above 0.
+        """
+        if self.target is None:
+            return
+        if not 0 < pull_at_one < float("inf"):
+            raise ValueError(
+                f"target_pull is {self.target}, and the pull of a run with lambda = 1 is estimated at {pull_at_one}, "
+                "from which lambda cannot be found. Set proximal_weight instead."
+            )
+        self.value = self.target / pull_at_one
+
+    def correct(self, pull: Pull, *, past_rates: float, coming_rates: float) -> None:
+        """Corrects lambda at the beginning of an alternation, before the pull begins to count it.
 
         Args:
-            optimizer (`torch.optim.Optimizer`): of the lower level.
-            theta_p (`Sequence[torch.Tensor]`): the backbone's parameters.
-            gradient (`Sequence[torch.Tensor]`): of all lower parameters, the backbone's first.
-            bound (`float`): on the gradient norm; 0 for none.
-            learning_rates (`float`): sum of the learning rates of all lower steps.
-
-        Returns:
-            `float`: the pull; NaN for an optimizer of unknown step length.
+            pull ([`Pull`]): of the run; that of its last alternation projects that of the coming ones.
+            past_rates, coming_rates (`float`): sum of the learning rates of the lower steps of the last alternation,
+                and of all coming ones.
         """
-        if not has_step_length(optimizer):
-            return float("nan")
-        clipped = clip_factor(norm(gradient), bound)
-        length = step_length(optimizer, theta_p, [clipped * g for g in gradient[: len(theta_p)]]) * clipped
-        return float(length) * learning_rates * self.proximal_weight
+        if self.target is None or self.value is None or not past_rates > 0:
+            return
+        so_far, coming = float(pull.total), pull.of_alternation() * coming_rates / past_rates
+        if not 0 < coming < float("inf"):
+            return
+        if self.target / self._TOLERANCE <= so_far + coming <= self.target * self._TOLERANCE:
+            return
+        factor = max(self.target - so_far, 0.0) / coming
+        self.value *= min(max(factor, 1 / self._LARGEST_CHANGE), self._LARGEST_CHANGE)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the present value."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a value that was found; one that is given stays."""
+        if self.target is not None:
+            self.value = state["value"]
+
+
+def horizon_damping(proximal_weight: float, pull_of_alternation: float) -> float:
+    """Returns the damping delta with which the damped solve answers a move of theta_D as the lower steps of an
+    alternation do.
+
+    K lower steps of effective length eta along  H (theta_P - theta*) + lambda (theta_P - theta_D)  bring the part of a
+    move of theta_D along an eigenvector of eigenvalue h to  lambda / (h + lambda) (1 - (1 - eta (h + lambda))^K), for
+    which  lambda / (h + lambda + 1 / (eta K))  stands, up to a common factor: the same for large and for small
+    eta K (h + lambda). So delta = 1 / (eta K), and the pull of the alternation is lambda eta K.
+
+    Args:
+        proximal_weight (`float`): lambda.
+        pull_of_alternation (`float`): lambda eta K.
+    """
+    return proximal_weight / max(pull_of_alternation, 1e-6)
 
 
 def warn_about_pull(pull: float, proximal_weight: float) -> None:
     """Warns if the upper level will hardly reach the lower one."""
     logger.info(f"Estimated pull of the whole run: {pull:.3g}.")
-    if pull < WEAK_PULL:
-        logger.warning(
-            "The lower level will hardly feel the upper one: the pull of the whole run is estimated at "
-            f"{pull:.2g}, below {WEAK_PULL}. proximal_weight={GOOD_PULL * proximal_weight / max(pull, 1e-30):.2g} "
-            f"would give about {GOOD_PULL:.0f}."
-        )
+    if not pull < GOOD_PULL:
+        return
+    effect = "will hardly feel" if pull < WEAK_PULL else "will feel weakly"
+    bound = WEAK_PULL if pull < WEAK_PULL else GOOD_PULL
+    weight = GOOD_PULL * proximal_weight / max(pull, 1e-30)
+    logger.warning(
+        f"The lower level {effect} the upper one: the pull of the whole run is estimated at {pull:.2g}, below "
+        f"{bound}. proximal_weight={weight:.2g} would give about {GOOD_PULL:.0f}; "
+        f"target_pull={TYPICAL_PULL:.0f} in place of proximal_weight finds a weight by itself."
+    )
 
 
 def momentum_gain(optimizer: Optimizer) -> float:

@@ -1,13 +1,77 @@
 """One optimizer and one schedule for two levels: each level moves in its own steps and follows its own schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .schedule import Schedule
+from .optimizers import build_optimizer
+from .schedule import Schedule, level_schedule
+
+
+@dataclass(frozen=True)
+class LevelSettings:
+    """How one level is optimized.
+
+    Args:
+        prefix (`str`): what the names of this level's arguments begin with, for messages: `"lower_"` or nothing.
+        optim (`str`), optimizer_options (`dict`): the optimizer by name, and its further arguments.
+        learning_rate (`float`), weight_decay (`float`)
+        schedule (`str`), schedule_options (`dict`, *optional*): the schedule by name, and its arguments.
+        num_steps (`int`): steps of this level in the whole run.
+        warmup_steps (`int`): of them, those of the warm-up.
+        max_grad_norm (`float`): bound on the gradient norm; 0 for none.
+    """
+
+    prefix: str
+    optim: str
+    optimizer_options: dict[str, Any]
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    schedule_options: dict[str, Any] | None
+    num_steps: int
+    warmup_steps: int
+    max_grad_norm: float
+
+    def build_optimizer(self, parameters: Sequence[Tensor]) -> Optimizer:
+        """Returns the optimizer of some parameters; weight decay applies to all of them."""
+        return build_optimizer(
+            self.optim,
+            parameters,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            options=self.optimizer_options,
+            field=f"{self.prefix}optim",
+        )
+
+    def build_schedule(self) -> Schedule:
+        """Returns the factor on the learning rate as a function of this level's own step."""
+        return level_schedule(
+            self.schedule,
+            num_steps=self.num_steps,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            options=self.schedule_options,
+            field=f"{self.prefix}lr_scheduler_type",
+        )
+
+    def total_learning_rate(self) -> float:
+        """Returns the sum of the learning rates of all steps."""
+        return sum(self.learning_rates_by(self.num_steps))
+
+    def learning_rates_by(self, steps: int) -> list[float]:
+        """Returns the sums of the learning rates of each `steps` steps in a row."""
+        factor = self.build_schedule()
+        return [
+            self.learning_rate * sum(factor(step) for step in range(start, start + steps))
+            for start in range(0, self.num_steps, steps)
+        ]
+
 
 LEVELS = ("lower", "upper")
 

@@ -1,5 +1,8 @@
 """Values of fields that come without types, from YAML or JSON."""
 
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -39,8 +42,8 @@ def as_field(kind: type, name: str, value: Any, *, origin: str) -> Any:
 
 
 def _as_number(value: Any, types: list[Any]) -> Any:
-    """YAML reads 1e-3 as text."""
-    if isinstance(value, str) and str not in types and {int, float} & set(types):
+    """YAML reads 1e-3 as text; text that is no number is for the check of types."""
+    if isinstance(value, str) and {int, float} & set(types):
         try:
             value = float(value)
         except ValueError:
@@ -48,3 +51,29 @@ def _as_number(value: Any, types: list[Any]) -> Any:
     if isinstance(value, float) and float not in types and int in types and value.is_integer():
         return int(value)
     return value
+
+
+@contextmanager
+def naming(origin: str) -> Iterator[None]:
+    """Says in front of an error which settings it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+
+
+def as_mapping(source: Any, name: str) -> dict[str, Any]:
+    """Returns a mapping, which may come as text in JSON.
+
+    Raises:
+        `ValueError`: if it is none.
+    """
+    content = source
+    if isinstance(source, str):
+        try:
+            content = json.loads(source)
+        except json.JSONDecodeError:
+            content = None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name} is {source!r}; it must hold `field: value` pairs.")
+    return dict(content)

@@ -9,7 +9,8 @@ from ..cli.images import DataArguments, LabelledImages, decode_labelled, decode_
 from ..data.decoded import DecodedImages
 from ..data.sources import load_image_dataset
 from ..data.subsets import take_examples
-from .plan import StudyArguments, naming
+from .fields import naming
+from .plan import StudyArguments
 
 
 class StudyImages:

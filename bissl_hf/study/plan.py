@@ -2,9 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -22,87 +21,27 @@ from ..trainer.training_args import (
     PretextTrainingArguments,
     ResumableTrainingArguments,
 )
-from .fields import as_field
+from .arms import KINDS, LABELLED_BATCH, LENGTH, Arm, check_arms, checked_fields
+from .fields import as_mapping, naming
 
 logger = logging.getLogger(__name__)
 
-_ARGUMENTS_OF = {
-    "conventional": PretextTrainingArguments,
-    "bissl": BiSSLTrainingArguments,
-    "joint": JointTrainingArguments,
-}
-KINDS = tuple(_ARGUMENTS_OF)
-COMMON_NAME = "pretrain"
-MATCHES = ("steps", "wall_clock")
-_SET_BY_STUDY = ("output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint")
 # Fields of training arguments on which no result depends.
 _INCIDENTAL = (
     *("save_strategy", "save_steps", "save_total_limit", "logging_strategy", "logging_steps", "report_to"),
     *("disable_tqdm", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"),
 )
+# The first of the seeds on which settings are chosen: no run that is compared has taken part in a choice.
+CHOICE_SEED = 1000
+_AT_LEAST = {
+    "seeds": 1,
+    "choice_seeds": 1,
+    "pretrain_steps": 1,
+    "search_trials": 0,
+    "split_seed": 0,
+    "curve_every": 0,
+}
 ArgumentsType = TypeVar("ArgumentsType", bound=ResumableTrainingArguments)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way from the pre-trained backbone to the one that is fine-tuned.
-
-    Args:
-        name (`str`): in folders, tables and figures.
-        kind (`str`): `"bissl"`; `"conventional"`, which goes on with the pretext task alone; or `"joint"`, which
-            goes on with the sum of both losses ([`JointTrainer`]).
-        match (`str`, *optional*, defaults to `"steps"`): of a conventional arm: as many pretext steps as BiSSL takes
-            (`"steps"`), or as many as fit into the seconds that the first BiSSL arm took (`"wall_clock"`), at the pace
-            of the first arm matched by steps.
-        overrides (`Mapping`, *optional*): fields of [`BiSSLTrainingArguments`], [`PretextTrainingArguments`] or
-            [`JointTrainingArguments`], by kind, that differ from the study's.
-
-    Raises:
-        `ValueError`: for an unknown kind or match, or a name that cannot be that of a folder.
-    """
-
-    name: str
-    kind: str
-    match: str = "steps"
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
-            raise ValueError(f"An arm is named {self.name!r}; use letters, digits, '-' and '_'.")
-        if self.name == COMMON_NAME:
-            raise ValueError(
-                f"An arm is named {self.name!r}, like the folder of the common steps; choose another name."
-            )
-        for name, allowed in (("kind", KINDS), ("match", MATCHES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"The {name} of the arm {self.name} is {getattr(self, name)!r}; it must be one of "
-                    f"{', '.join(allowed)}."
-                )
-        if not isinstance(self.overrides, Mapping):
-            raise ValueError(f"overrides of the arm {self.name} is {self.overrides!r}; it must hold fields.")
-        checked = _checked_fields(_ARGUMENTS_OF[self.kind], f"arm {self.name}", self.overrides)
-        object.__setattr__(self, "overrides", checked)
-
-    @property
-    def is_step_matched(self) -> bool:
-        """Whether it goes on with the pretext task alone, for as many steps as BiSSL takes."""
-        return self.kind == "conventional" and self.match == "steps"
-
-    @classmethod
-    def read(cls, source: Any) -> "Arm":
-        """Reads an arm from a mapping, or from the text of one in JSON.
-
-        Raises:
-            `ValueError`: if it is neither, or has fields too many or too few.
-        """
-        content = _mapping(source, "An arm")
-        known = [known.name for known in fields(cls)]
-        if unknown := sorted(set(content) - set(known)):
-            raise ValueError(f"An arm has the unknown field {unknown[0]!r}; it may have {', '.join(known)}.")
-        if missing := [name for name in ("name", "kind") if name not in content]:
-            raise ValueError(f"The arm {content} has no field {missing[0]!r}.")
-        return cls(**content)
 
 
 @dataclass
@@ -141,72 +80,92 @@ class StudyArguments:
     )
     arms: list[str] = field(
         default_factory=lambda: [json.dumps({"name": kind, "kind": kind}) for kind in KINDS[:2]],
-        metadata={"help": "The arms, each as JSON with name, kind and maybe match and overrides."},
+        metadata={"help": "The arms, each as JSON with name, kind and maybe match, overrides and search."},
+    )
+    rival: str | None = field(
+        default=None, metadata={"help": "An arm with which the others are compared too, beside the conventional one."}
     )
     seeds: int = field(default=5, metadata={"help": "Runs of each arm, with the seeds 0, 1, ..."})
+    choice_seeds: int = field(
+        default=2,
+        metadata={"help": "Runs that choose among the settings of an arm's search, with the seeds 1000, 1001, ..."},
+    )
     search_trials: int = field(
         default=8, metadata={"help": "Pairs of learning rate and weight decay that each run tries; 0 for no search."}
     )
+    search_once: bool = field(
+        default=False,
+        metadata={
+            "help": "Choose learning rate and weight decay of each arm once per set and number of labels, on the "
+            "choice_seeds, instead of anew for each seed."
+        },
+    )
     search_learning_rate: list[float] = field(
         default_factory=lambda: [1e-4, 1.0], metadata={"help": "Range of learning rates, drawn log-uniformly."}
+    )
+    curve_every: int = field(
+        default=0, metadata={"help": "Record the test score in fine-tuning every so many steps; 0 for never."}
+    )
+    own_statistics: bool = field(
+        default=True,
+        metadata={"help": "Also fine-tune each backbone from the batch-norm statistics that its training has left."},
     )
     search_weight_decay: list[float] = field(
         default_factory=lambda: [1e-5, 1e-2], metadata={"help": "Range of weight decays, drawn log-uniformly."}
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("pretrain_steps", 1), ("search_trials", 0), ("split_seed", 0)):
+        self._check_numbers()
+        self._check_lists()
+        self.space = SearchSpace(tuple(self.search_learning_rate), tuple(self.search_weight_decay))  # type: ignore[arg-type]
+        stages: tuple[tuple[str, type[ResumableTrainingArguments], tuple[str, ...]], ...] = (
+            ("pretrain", PretextTrainingArguments, LENGTH),
+            ("bissl", BiSSLTrainingArguments, LENGTH),
+            ("finetune", FineTuningArguments, ()),
+        )
+        for name, kind, own in stages:
+            setattr(self, name, checked_fields(kind, name, as_mapping(getattr(self, name) or {}, name), own=own))
+        if self.search_once and not self.search_trials:
+            raise ValueError("search_once is true and search_trials is 0; there is no search to make once.")
+        searched = sorted({"learning_rate", "weight_decay"} & set(self.finetune or ()))
+        if self.search_trials and searched:
+            raise ValueError(
+                f"finetune sets {searched[0]}, which the search chooses; leave it out, or set search_trials to 0."
+            )
+        self.backbone = as_mapping(self.backbone, "backbone") if self.backbone else None
+        self.compared = [Arm.read(source) for source in self.arms]
+        check_arms(self.compared)
+        names = [arm.name for arm in self.compared]
+        if self.rival is not None and self.rival not in names:
+            raise ValueError(f"rival is {self.rival!r}; it must be one of the arms {', '.join(names)}.")
+
+    def _check_numbers(self) -> None:
+        for name, least in _AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.seeds > CHOICE_SEED:
+            raise ValueError(f"seeds is {self.seeds}; it must be at most {CHOICE_SEED}, where choice_seeds begin.")
+        if self.validation_examples is not None and self.validation_examples < 2:
+            raise ValueError(f"validation_examples is {self.validation_examples}; it must be at least 2.")
+
+    def _check_lists(self) -> None:
         for name in ("datasets", "train_examples", "arms"):
             values = getattr(self, name)
             if not values or len(set(map(str, values))) < len(values):
                 raise ValueError(f"{name} is {values}; it must name at least one, each once.")
+        if min(self.train_examples) < 2:
+            raise ValueError(f"train_examples is {self.train_examples}; each must be at least 2.")
         folders: dict[str, str] = {}
         for name in self.datasets:
             if (other := folders.setdefault(folder_name(name), name)) != name:
                 raise ValueError(
                     f"datasets names {other!r} and {name!r}, whose parts would share a folder; rename one."
                 )
-        if self.validation_examples is not None and self.validation_examples < 2:
-            raise ValueError(f"validation_examples is {self.validation_examples}; it must be at least 2.")
-        if min(self.train_examples) < 2:
-            raise ValueError(f"train_examples is {self.train_examples}; each must be at least 2.")
-        self.space = SearchSpace(tuple(self.search_learning_rate), tuple(self.search_weight_decay))  # type: ignore[arg-type]
-        for name, kind in (
-            ("pretrain", PretextTrainingArguments),
-            ("bissl", BiSSLTrainingArguments),
-            ("finetune", FineTuningArguments),
-        ):
-            setattr(self, name, _checked_fields(kind, name, _mapping(getattr(self, name) or {}, name)))
-        searched = sorted({"learning_rate", "weight_decay"} & set(self.finetune or ()))
-        if self.search_trials and searched:
-            raise ValueError(
-                f"finetune sets {searched[0]}, which the search chooses; leave it out, or set search_trials to 0."
-            )
-        self.backbone = _mapping(self.backbone, "backbone") if self.backbone else None
-        self.compared = [Arm.read(source) for source in self.arms]
-        _check_arms(self.compared)
 
 
 def folder_name(dataset: str) -> str:
     """Returns the name of a data set in the folders of its parts."""
     return dataset.strip("/.").replace("/", "--")
-
-
-def _checked_fields(
-    kind: type[ResumableTrainingArguments], origin: str, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns the fields of training arguments that a user may set, each of its own type."""
-    own = _SET_BY_STUDY if kind is FineTuningArguments else (*_SET_BY_STUDY, "max_steps", "num_train_epochs")
-    known = [known.name for known in fields(kind) if known.init]
-    for name in settings:
-        if name in own:
-            raise ValueError(f"{origin} sets {name}, which the study sets by itself; leave it out.")
-        if name not in known:
-            hint = close_matches(str(name), known, ".")
-            raise ValueError(f"{origin} sets {name!r}, which {kind.__name__} does not have{hint}")
-    return {name: as_field(kind, name, value, origin=origin) for name, value in settings.items()}
 
 
 def _backbone_config(settings: Mapping[str, Any]) -> PretrainedConfig:
@@ -220,22 +179,6 @@ def _backbone_config(settings: Mapping[str, Any]) -> PretrainedConfig:
             hint = close_matches(name, known.to_dict(), ".")
             raise ValueError(f"backbone sets {name!r}, which a {kind} does not have{hint}")
     return as_config(dict(settings))
-
-
-def _check_arms(arms: Sequence[Arm]) -> None:
-    names = [arm.name for arm in arms]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Several arms are named {repeated[0]!r}; each needs a name of its own.")
-    for arm in arms:
-        if arm.match == "wall_clock" and (arm.kind != "conventional" or all(a.kind != "bissl" for a in arms)):
-            raise ValueError(
-                f"The match of the arm {arm.name} is 'wall_clock', which is for a conventional arm beside a BiSSL arm."
-            )
-    if not any(arm.is_step_matched for arm in arms):
-        raise ValueError(
-            f"arms are {', '.join(names)}, and none is of the kind conventional and matched by steps, with which the "
-            "others are compared; add one."
-        )
 
 
 @dataclass
@@ -260,9 +203,10 @@ class Plan:
         self.pretrain_arguments("unused", 0)
         self.finetune_arguments("unused", 0)
         for arm in self.study.compared:
-            args = self.arm_arguments("unused", 0, arm, 1)
-            if isinstance(args, BiSSLTrainingArguments):
-                self._warn_if_unmatched(arm, args)
+            for variant in arm.variants:
+                args = self.arm_arguments("unused", 0, variant, 1)
+                if isinstance(args, BiSSLTrainingArguments):
+                    self._warn_if_unmatched(variant, args)
 
     def _warn_if_unmatched(self, arm: Arm, args: BiSSLTrainingArguments) -> None:
         steps = args.num_alternations * args.lower_steps
@@ -279,8 +223,33 @@ class Plan:
 
     @property
     def clock_arm(self) -> Arm:
-        """The arm whose time a conventional arm with `match="wall_clock"` gets: the first of BiSSL."""
+        """The arm whose time or labelled rows those get that are matched to them: the first of BiSSL."""
         return next(arm for arm in self.study.compared if arm.kind == "bissl")
+
+    def pace_arm(self, arm: Arm) -> Arm:
+        """The arm that sets the pace and the setting of one that is matched to the time of another: the first of its
+        kind that is not."""
+        return next(other for other in self.study.compared if other.kind == arm.kind and other.match != "wall_clock")
+
+    @property
+    def ordered_arms(self) -> list[Arm]:
+        """The arms such that what is matched to another comes after it."""
+        return sorted(self.study.compared, key=lambda arm: ("steps", "rows", "wall_clock").index(arm.match))
+
+    @property
+    def choice_seeds(self) -> range:
+        """The seeds on which settings are chosen; none if no arm has any."""
+        count = self.study.choice_seeds if any(self.chooses(arm) for arm in self.study.compared) else 0
+        return range(CHOICE_SEED, CHOICE_SEED + count)
+
+    def chooses(self, arm: Arm) -> bool:
+        """Whether something of an arm is chosen before the runs that are compared."""
+        return bool(arm.search) or (self.study.search_once and arm.match != "wall_clock")
+
+    def timed(self, arm: Arm, pace: Arm) -> Arm:
+        """Returns an arm that is matched to the time of another with the setting chosen for the arm of its pace."""
+        settings = {name: value for name, value in pace.overrides.items() if name != "max_steps"}
+        return replace(arm, overrides={**settings, **arm.overrides})
 
     @property
     def matched_steps(self) -> int:
@@ -307,16 +276,17 @@ class Plan:
 
     def bissl_arguments(self, folder: str, seed: int, arm: Arm | None = None) -> BiSSLTrainingArguments:
         """Returns the arguments of an arm of BiSSL, or of BiSSL without an arm's overrides."""
-        settings = {**_mapping(self.study.bissl, "bissl"), **(arm.overrides if arm else {})}
+        settings = {**as_mapping(self.study.bissl, "bissl"), **(arm.overrides if arm else {})}
         return self._build(
             BiSSLTrainingArguments, f"arm {arm.name}" if arm else "bissl", settings, folder, seed, eval_strategy="no"
         )
 
     def arm_arguments(self, folder: str, seed: int, arm: Arm, steps: int) -> ResumableTrainingArguments:
-        """Returns the arguments of an arm that takes so many pretext steps after the common ones; BiSSL knows how many
-        by itself."""
+        """Returns the arguments of an arm that takes so many pretext steps after the common ones, if it does not say
+        how many by itself."""
         if arm.kind == "bissl":
             return self.bissl_arguments(folder, seed, arm)
+        steps = arm.overrides.get("max_steps", steps)
         if arm.kind == "joint":
             return self.joint_arguments(folder, seed, arm, steps)
         return self.continue_arguments(folder, seed, arm, steps)
@@ -324,18 +294,25 @@ class Plan:
     def continue_arguments(self, folder: str, seed: int, arm: Arm, steps: int) -> PretextTrainingArguments:
         """Returns the arguments of the further pretext steps of a conventional arm: BiSSL's lower level on its own,
         with its optimizer, schedule and batches."""
-        settings = {**self._lower_settings(folder, seed, steps), **arm.overrides}
-        return self._build(PretextTrainingArguments, f"arm {arm.name}", settings, folder, seed, max_steps=steps)
+        settings = {**self._lower_settings(folder, seed, steps), "max_steps": steps, **arm.overrides}
+        return self._build(PretextTrainingArguments, f"arm {arm.name}", settings, folder, seed)
 
     def joint_arguments(self, folder: str, seed: int, arm: Arm, steps: int) -> JointTrainingArguments:
         """Returns the arguments of joint training: likewise, with the labelled batches of BiSSL's upper level."""
-        batch = self.bissl_arguments(folder, seed).per_device_train_batch_size
         settings = {
             **self._lower_settings(folder, seed, steps),
-            "per_device_labelled_batch_size": batch,
+            LABELLED_BATCH: self.bissl_arguments(folder, seed).per_device_train_batch_size,
+            "max_steps": steps,
             **arm.overrides,
         }
-        return self._build(JointTrainingArguments, f"arm {arm.name}", settings, folder, seed, max_steps=steps)
+        return self._build(JointTrainingArguments, f"arm {arm.name}", settings, folder, seed)
+
+    def row_matched(self, arm: Arm, clock: Arm) -> Arm:
+        """Returns a joint arm whose steps read as many labelled images, rounded up, as the upper steps of `clock`."""
+        args = self.bissl_arguments("unused", 0, clock)
+        rows = args.num_alternations * args.upper_steps * args.per_device_train_batch_size
+        steps = arm.overrides.get("max_steps", self.matched_steps)
+        return replace(arm, match="steps", overrides={**arm.overrides, LABELLED_BATCH: -(-rows // steps)})
 
     def _lower_settings(self, folder: str, seed: int, steps: int) -> dict[str, Any]:
         lower = self.bissl_arguments(folder, seed)
@@ -369,22 +346,29 @@ class Plan:
 
     def arm_settings(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Returns what the backbone of an arm depends on, but for its labelled images."""
-        settings = {**self.common_settings(seed), **asdict(arm), "overrides": _decisive(arm.overrides)}
-        settings["bissl"] = _decisive(self.study.bissl)
+        settings = {**self.common_settings(seed), **_described(arm), "bissl": _decisive(self.study.bissl)}
+        if arm.match != "steps":
+            settings["clock"] = _described(self.clock_arm)
         if arm.match == "wall_clock":
-            settings["clock"], settings["pace"] = asdict(self.clock_arm), asdict(self.baseline)
+            settings["pace"] = _described(self.pace_arm(arm))
         return settings
 
     def run_settings(self, arm: Arm, dataset: str, train_examples: int, seed: int) -> dict[str, Any]:
         """Returns what the result of an arm on a set depends on."""
-        names = ("validation_examples", "search_trials", "search_learning_rate", "search_weight_decay")
-        return {
+        names = (
+            *("validation_examples", "search_trials", "search_learning_rate", "search_weight_decay"),
+            *("search_once", "curve_every", "own_statistics"),
+        )
+        settings = {
             **self.arm_settings(arm, seed),
             "dataset": dataset,
             "train_examples": train_examples,
             "finetune": _decisive(self.study.finetune),
             **{name: getattr(self.study, name) for name in names},
         }
+        if self.choice_seeds:
+            settings["choice_seeds"] = len(self.choice_seeds)
+        return settings
 
     def _build(
         self, kind: type[ArgumentsType], origin: str, settings: Any, folder: str, seed: int, **defaults: Any
@@ -397,26 +381,10 @@ class Plan:
         return args
 
 
-@contextmanager
-def naming(origin: str) -> Iterator[None]:
-    """Says in front of an error which settings it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error
+def _described(arm: Arm) -> dict[str, Any]:
+    """An arm as it is kept beside results."""
+    return {**asdict(arm), "overrides": _decisive(arm.overrides), "search": [_decisive(each) for each in arm.search]}
 
 
 def _decisive(settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _INCIDENTAL}
-
-
-def _mapping(source: Any, name: str) -> dict[str, Any]:
-    content = source
-    if isinstance(source, str):
-        try:
-            content = json.loads(source)
-        except json.JSONDecodeError:
-            content = None
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{name} is {source!r}; it must hold `field: value` pairs.")
-    return dict(content)

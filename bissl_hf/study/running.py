@@ -1,6 +1,7 @@
 """Runs what is missing of a study. Each part has a folder of its own; one that is finished is never run again, one
 that was interrupted goes on from its checkpoint."""
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,32 +10,24 @@ from typing import Any
 
 import numpy as np
 from accelerate.state import PartialState
-from transformers import EvalPrediction, PreTrainedModel, set_seed
+from transformers import EvalPrediction, PreTrainedModel
 
-from ..checkpoints import find_last_checkpoint
 from ..cli.finetuning import FineTuning
-from ..cli.images import LabelledImages, build_train_transform, build_view_transform
+from ..cli.images import LabelledImages
 from ..cli.models import StartArguments, classifier_builder, new_classifier
-from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Part, read_mapping
-from ..data.augment import image_processor
+from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Stage, read_mapping
 from ..evaluation.metrics import SINGLE_LABEL, classification_metrics
-from ..models.modeling_bissl import BiSSLModel
-from ..models.modeling_simclr import SimCLRForPreTraining
-from ..models.saving import save_model
 from ..trainer.bissl_trainer import BiSSLTrainer
-from ..trainer.joint_trainer import JointTrainer
-from ..trainer.pretext_trainer import PretextTrainer
-from ..trainer.training_args import PretextTrainingArguments
 from .alignment import measure_alignment
+from .arms import Arm
+from .backbones import OF_SOLVES, ArmTrainer, Backbones
+from .choices import choose, describe_choice
+from .curves import train_with_curve
+from .fields import naming
 from .images import StudyImages
-from .plan import COMMON_NAME, Arm, Plan, folder_name, naming
+from .plan import Plan
 
-# Means over a run of BiSSL, and under which names its trainer logs them
-_OF_SOLVES = {
-    "solver_residual": "solver/residual",
-    "solver_cosine": "solver/cosine",
-    "solver_products": "solver/iterations",
-}
+TUNED = ("learning_rate", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -43,13 +36,13 @@ class StudyPart:
 
     Args:
         title (`str`): for users.
-        part ([`Part`]): its folder, settings and result.
-        run (`Callable[[], None]`): runs it, after which it has a result.
+        part ([`Stage`]): its folder, settings and result.
+        run (`Callable[[], Any]`): runs it, after which it has a result.
     """
 
     title: str
-    part: Part
-    run: Callable[[], None]
+    part: Stage
+    run: Callable[[], Any]
 
 
 class Study:
@@ -65,34 +58,32 @@ class Study:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.image_size = plan.study.image_size
         self.folder = Path(plan.study.output_dir) / "parts"
         self.writes = plan.finetune_arguments("unused", 0).process_index == 0
-        self.views = build_view_transform(self.image_size, plan.views)
-        self.crops = build_train_transform(self.image_size, plan.views)
+        self.backbones = Backbones(plan, self.folder, writes=self.writes, chosen=self.chosen)
         self.parts = list(self._list_parts())
         for file in sorted(self.folder.rglob("*.json")):
             if file.name in (RESULT_NAME, SETTINGS_NAME):
                 read_mapping(file)
-        self.images = StudyImages(plan.study)
+        self.images = self.backbones.images = StudyImages(plan.study)
 
     def try_out(self) -> None:
         """Builds what training will build, so that settings which do not fit come to light before it."""
+        train = self.backbones
         with naming("pretrain"):
-            trainer = self._pretrainer(self._pretext_model(0), self.plan.pretrain_arguments(str(self.folder), 0))
-            trainer.try_loss(rows=4)
+            args = self.plan.pretrain_arguments(str(self.folder), 0)
+            train.pretrainer(train.pretext_model(0), args).try_loss(rows=4)
         for dataset in self.plan.study.datasets:
             images = self.images.take(dataset, min(self.plan.study.train_examples), seed=0)
-            for arm in self.plan.study.compared:
-                with naming(f"arm {arm.name}"):
-                    self._try_arm(self._arm_trainer(self.folder, arm, 0, self._pretext_model(0), images))
+            for variant in [variant for arm in self.plan.study.compared for variant in arm.variants]:
+                with naming(f"arm {variant.name}"):
+                    self._try_arm(train.arm_trainer(self.folder, variant, 0, train.pretext_model(0), images))
             with naming("finetune"):
                 self._try_finetuning(images)
 
-    def _try_arm(self, trainer: BiSSLTrainer | JointTrainer | PretextTrainer) -> None:
+    def _try_arm(self, trainer: ArmTrainer) -> None:
         if isinstance(trainer, BiSSLTrainer):
             trainer.create_optimizer()
-            trainer.level_schedules()
             trainer.try_losses(rows=4)
         else:
             trainer.try_loss(rows=4)
@@ -112,6 +103,9 @@ class Study:
         Returns:
             `list[dict]`: the results of all runs: by set, number of labels, arm and seed.
         """
+        # Trainer collects garbage several times in a run, and would go through all that the imports have left: a sixth
+        # of a short fine-tuning.
+        gc.freeze()
         for number, part in enumerate(self.parts, 1):
             place = f"part {number} of {len(self.parts)}: {part.title}"
             if part.part.result is not None:
@@ -124,11 +118,10 @@ class Study:
         study = self.plan.study
         return [
             {"dataset": dataset, "train_examples": examples, "arm": arm.name, "seed": seed, **result}
-            for dataset in study.datasets
-            for examples in study.train_examples
+            for dataset, examples in self._places()
             for arm in study.compared
             for seed in range(study.seeds)
-            if (result := self._run_part(arm, dataset, examples, seed).result) is not None
+            if (result := self.backbones.run_part(arm, dataset, examples, seed).result) is not None
         ]
 
     def _say(self, text: str) -> None:
@@ -137,120 +130,83 @@ class Study:
 
     # Parts
 
-    def _list_parts(self) -> Iterator[StudyPart]:
+    def _places(self) -> list[tuple[str, int]]:
         study = self.plan.study
-        # What is matched to the time of another arm comes after it.
-        arms = sorted(study.compared, key=lambda arm: arm.match == "wall_clock")
-        for seed in range(study.seeds):
-            part = self._common_part(seed)
-            yield StudyPart(f"pre-training, seed {seed}", part, partial(self._pretrain, seed))
-            for arm in arms:
-                if arm.is_step_matched:
+        return [(dataset, examples) for dataset in study.datasets for examples in study.train_examples]
+
+    def _list_parts(self) -> Iterator[StudyPart]:
+        train = self.backbones
+        for seed in self.plan.choice_seeds:
+            yield self._common_step(seed)
+        for dataset, examples in self._places() if self.plan.choice_seeds else ():
+            for arm in self.plan.ordered_arms:
+                for variant in arm.variants if self.plan.chooses(arm) else ():
+                    for seed in self.plan.choice_seeds:
+                        title = (
+                            f"{variant.name} of {len(arm.variants)} on {dataset} with {examples} labels, seed {seed}"
+                        )
+                        part = train.run_part(variant, dataset, examples, seed)
+                        yield StudyPart(title, part, partial(self._try, variant, dataset, examples, seed))
+        for seed in range(self.plan.study.seeds):
+            yield self._common_step(seed)
+            for arm in self.plan.ordered_arms:
+                if arm.is_step_matched and not arm.search:
                     title = f"{arm.name}, further pre-training, seed {seed}"
-                    yield StudyPart(title, self._shared_part(arm, seed), partial(self._continue_shared, arm, seed))
-            for dataset in study.datasets:
-                for examples in study.train_examples:
-                    for arm in arms:
-                        title = f"{arm.name} on {dataset} with {examples} labels, seed {seed}"
-                        part = self._run_part(arm, dataset, examples, seed)
-                        yield StudyPart(title, part, partial(self._run, arm, dataset, examples, seed))
+                    yield StudyPart(title, train.shared_part(arm, seed), partial(train.continue_shared, arm, seed))
+            for dataset, examples in self._places():
+                for arm in self.plan.ordered_arms:
+                    title = f"{arm.name} on {dataset} with {examples} labels, seed {seed}"
+                    part = train.run_part(arm, dataset, examples, seed)
+                    yield StudyPart(title, part, partial(self._run, arm, dataset, examples, seed))
 
-    def _common_part(self, seed: int) -> Part:
-        return self._part(f"{COMMON_NAME}-seed{seed}", self.plan.common_settings(seed))
+    def _common_step(self, seed: int) -> StudyPart:
+        part = self.backbones.common_part(seed)
+        return StudyPart(f"pre-training, seed {seed}", part, partial(self.backbones.pretrain, seed))
 
-    def _shared_part(self, arm: Arm, seed: int) -> Part:
-        """The backbone of an arm that is matched by steps, the same for all downstream sets."""
-        return self._part(f"{arm.name}-seed{seed}", self.plan.arm_settings(arm, seed))
+    # The settings of arms
 
-    def _run_part(self, arm: Arm, dataset: str, examples: int, seed: int) -> Part:
-        settings = self.plan.run_settings(arm, dataset, examples, seed)
-        return self._part(f"{folder_name(dataset)}-{examples}/{arm.name}-seed{seed}", settings)
+    def chosen(self, arm: Arm, dataset: str, examples: int) -> Arm:
+        """Returns an arm with the setting that was chosen for a set and a number of labels."""
+        if not arm.search:
+            return arm
+        tries = self._tries(arm, dataset, examples)
+        return arm.variants[choose(tries, tries[0][0]["metric"])]
 
-    def _part(self, name: str, settings: Mapping[str, Any]) -> Part:
-        return Part(self.folder / name, settings, writes=self.writes, begins=False)
+    def _pair(self, arm: Arm, dataset: str, examples: int) -> dict[str, Any]:
+        """The best run on the validation split of those that chose the setting of an arm; of an arm that gets the time
+        of another those of the arm that sets its pace."""
+        if arm.match == "wall_clock":
+            arm = self.plan.pace_arm(arm)
+        tries = self._tries(arm, dataset, examples)
+        metric = tries[0][0]["metric"]
+        return max(tries[choose(tries, metric)], key=lambda run: (run[f"eval_{metric}"], -run["eval_loss"]))
 
-    # Pretext training
+    def choices(self) -> list[dict[str, Any]]:
+        """Returns for each set, number of labels and arm with a search what was tried and chosen, see
+        [`describe_choice`]."""
+        return [
+            {
+                "dataset": dataset,
+                "train_examples": examples,
+                "arm": arm.name,
+                **describe_choice(arm.search, tries, tries[0][0]["metric"]),
+            }
+            for dataset, examples in self._places()
+            for arm in self.plan.study.compared
+            if arm.search and (tries := self._tries(arm, dataset, examples))
+        ]
 
-    def _pretext_model(self, seed: int) -> SimCLRForPreTraining:
-        set_seed(seed)
-        return SimCLRForPreTraining(self.plan.pretext_config())
-
-    def _common_model(self, seed: int) -> SimCLRForPreTraining:
-        return SimCLRForPreTraining.from_pretrained(self._common_part(seed).folder / "model")
-
-    def _pretrainer(self, model: SimCLRForPreTraining, args: PretextTrainingArguments) -> PretextTrainer:
-        return PretextTrainer(
-            model,
-            args,
-            train_dataset=self.images.pretext,
-            train_transform=self.views,
-            processing_class=image_processor(self.image_size),
-        )
-
-    def _pretrain(self, seed: int) -> None:
-        part = self._common_part(seed)
-        args = self.plan.pretrain_arguments(str(part.folder), seed)
-        trainer = self._pretrainer(self._pretext_model(seed), args)
-        _train(trainer, part)
-
-    # From the common pretext steps to the backbone of an arm
-
-    def _arm_trainer(
-        self,
-        folder: Path,
-        arm: Arm,
-        seed: int,
-        lower: SimCLRForPreTraining,
-        images: LabelledImages | None = None,
-        steps: int | None = None,
-    ) -> BiSSLTrainer | JointTrainer | PretextTrainer:
-        plan, steps = self.plan, steps or self.plan.matched_steps
-        if images is None or arm.kind == "conventional":
-            return self._pretrainer(lower, plan.continue_arguments(str(folder), seed, arm, steps))
-        set_seed(seed)
-        upper = new_classifier(lower.config.backbone_config, images.class_names, problem_type=images.problem_type)
-        model = BiSSLModel.from_models(lower, upper)
-        data: dict[str, Any] = {
-            "train_dataset": images.train,
-            "lower_dataset": self.images.pretext,
-            "train_transform": self.crops,
-            "lower_transform": self.views,
-            "processing_class": image_processor(self.image_size),
-        }
-        if arm.kind == "bissl":
-            return BiSSLTrainer(model, plan.bissl_arguments(str(folder), seed, arm), **data)
-        return JointTrainer(model, plan.joint_arguments(str(folder), seed, arm, steps), **data)
-
-    def _continue_shared(self, arm: Arm, seed: int) -> None:
-        part = self._shared_part(arm, seed)
-        _train(self._arm_trainer(part.folder, arm, seed, self._common_model(seed)), part)
-
-    def _fitting_steps(self, arm: Arm, clock: Mapping[str, Any], seed: int) -> int:
-        """How many further pretext steps of an arm fit into the time of another, by what an image took in the arm with
-        which all are compared. On a CPU both are CPU time, which other work on the machine does not lengthen."""
-        paced = _result_of(self._shared_part(self.plan.baseline, seed))
-        name = "processor_seconds" if self.plan.study.use_cpu else "seconds"
-        batch, paced_batch = (
-            self.plan.continue_arguments("unused", seed, other, 1).per_device_train_batch_size
-            for other in (arm, self.plan.baseline)
-        )
-        return max(1, int(clock[name] / (paced[name] / paced["steps"] * batch / paced_batch)))
+    def _tries(self, arm: Arm, dataset: str, examples: int) -> list[list[dict[str, Any]]]:
+        found: list[list[dict[str, Any]]] = []
+        for variant in arm.variants:
+            parts = [self.backbones.run_part(variant, dataset, examples, seed) for seed in self.plan.choice_seeds]
+            results = [part.result for part in parts]
+            if missing := [str(part.folder) for part, result in zip(parts, results, strict=True) if result is None]:
+                raise RuntimeError(f"{missing[0]} is not finished, and the choice for {arm.name} needs it.")
+            found.append([result for result in results if result is not None])
+        return found
 
     # One arm on one set
-
-    def _backbone(self, arm: Arm, dataset: str, examples: int, seed: int, images: LabelledImages) -> Part:
-        """The finished part that holds the backbone of a run."""
-        if arm.is_step_matched:
-            return self._shared_part(arm, seed)
-        folder = self._run_part(arm, dataset, examples, seed).folder / "backbone"
-        part = Part(folder, self.plan.arm_settings(arm, seed), writes=self.writes)
-        if part.result is None:
-            steps = None
-            if arm.match == "wall_clock":
-                clock = self._backbone(self.plan.clock_arm, dataset, examples, seed, images)
-                steps = self._fitting_steps(arm, _result_of(clock), seed)
-            _train(self._arm_trainer(part.folder, arm, seed, self._common_model(seed), images, steps), part)
-        return part
 
     def _tuning(
         self,
@@ -264,50 +220,87 @@ class Study:
             args=self.plan.finetune_arguments(str(folder), seed),
             images=images,
             build_model=build_model,
-            train_transform=self.crops,
-            image_size=self.image_size,
+            train_transform=self.backbones.crops,
+            image_size=self.plan.study.image_size,
             settings=settings,
         )
 
-    def _run(self, arm: Arm, dataset: str, examples: int, seed: int) -> None:
-        part = self._run_part(arm, dataset, examples, seed)
+    def _start(self, arm: Arm, setting: Arm, dataset: str, examples: int, seed: int) -> tuple[Stage, FineTuning]:
+        """Returns the finished backbone of an arm in a setting, and how to fine-tune it."""
+        run = self.backbones.run_part(arm, dataset, examples, seed)
         images = self.images.take(dataset, examples, seed=seed)
-        backbone = self._backbone(arm, dataset, examples, seed, images)
+        backbone = self.backbones.train(run, setting, dataset, examples, seed, images)
         start = StartArguments(model=str(backbone.folder / "model"))
         build = classifier_builder(start, images.class_names, problem_type=images.problem_type)
         settings = self.plan.run_settings(arm, dataset, examples, seed)
-        tuning = self._tuning(part.folder, seed, images, build, settings)
-        # Beside the same batch norm for all arms, as fine-tuning has it by itself, what each arm's training has left.
-        without = {"bn_recalibration_images": 0, "output_dir": str(part.folder)}
-        features = measure_alignment(tuning, output_dir=str(part.folder))
-        features_without = measure_alignment(tuning, **without)
-        study, chosen = self.plan.study, {}
-        if study.search_trials:
-            chosen = tuning.search(part.folder / "search", study.space, num_trials=study.search_trials).best
-        run = tuning.train(part.folder / "finetuning", **chosen)
-        test = tuning.test(part.folder / "finetuning")
-        tuning.train(part.folder / "finetuning-own-statistics", **chosen, bn_recalibration_images=0)
-        test_without = tuning.test(part.folder / "finetuning-own-statistics")
-        learned = _result_of(backbone)
+        return backbone, self._tuning(run.folder, seed, images, build, settings)
+
+    def _fine_tune(self, tuning: FineTuning, folder: Path) -> dict[str, float]:
+        """Returns the learning rate and weight decay that are best on the validation split, with its figures; nothing
+        where none are searched for."""
+        study = self.plan.study
+        if not study.search_trials:
+            return {}
+        found = tuning.search(folder / "search", study.space, num_trials=study.search_trials)
+        return next(trial for trial in found.trials if found.best.items() <= trial.items())
+
+    def _try(self, variant: Arm, dataset: str, examples: int, seed: int) -> None:
+        """Runs a setting of a search; the test split has no part in it."""
+        part = self.backbones.run_part(variant, dataset, examples, seed)
+        backbone, tuning = self._start(variant, variant, dataset, examples, seed)
+        pair = self._fine_tune(tuning, part.folder)
+        found = pair or tuning.train(part.folder / "finetuning")
+        figures = {name: value for name, value in found.items() if name.startswith("eval_")}
+        chosen = {name: pair[name] for name in TUNED if pair}
+        part.finish({"metric": tuning.metric, **figures, **chosen, **_cost(backbone)})
+        PartialState().wait_for_everyone()
+
+    def _run(self, arm: Arm, dataset: str, examples: int, seed: int) -> None:
+        part = self.backbones.run_part(arm, dataset, examples, seed)
+        backbone, tuning = self._start(arm, self.chosen(arm, dataset, examples), dataset, examples, seed)
+        features = {"features": measure_alignment(tuning, output_dir=str(part.folder))}
+        if self.plan.study.search_once:
+            found = self._pair(arm, dataset, examples)
+        else:
+            found = self._fine_tune(tuning, part.folder)
+        chosen = {name: found[name] for name in TUNED if found}
+        folder = part.folder / "finetuning"
+        run, curve = train_with_curve(tuning, folder, every=self.plan.study.curve_every, **chosen)
+        test = tuning.test(folder)
+        cost = _cost(backbone)
         part.finish(
             {
                 "metric": tuning.metric,
                 "score": test[f"test_{tuning.metric}"],
                 **test,
                 f"eval_{tuning.metric}": run[f"eval_{tuning.metric}"],
-                "score_own_statistics": test_without[f"test_{tuning.metric}"],
-                "features": features,
-                "features_own_statistics": features_without,
+                **features,
+                **(self._with_own_statistics(tuning, part.folder, chosen) if self.plan.study.own_statistics else {}),
                 "learning_rate": chosen.get("learning_rate", tuning.args.learning_rate),
                 "weight_decay": chosen.get("weight_decay", tuning.args.weight_decay),
-                "pretext_steps": study.pretrain_steps + learned["steps"],
-                "backbone_seconds": learned["seconds"],
-                "backbone_processor_seconds": learned["processor_seconds"],
-                **{name: learned[name] for name in ("pull", *_OF_SOLVES) if name in learned},
+                "pretext_steps": self.plan.study.pretrain_steps + cost.pop("steps"),
+                **cost,
                 "finetuning_seconds": run["train_seconds"],
+                **({"curve": curve} if curve else {}),
             }
         )
         PartialState().wait_for_everyone()
+
+    def _with_own_statistics(self, tuning: FineTuning, folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Beside the same batch norm for all arms, as fine-tuning has it by itself, what each arm's training has
+        left."""
+        features = measure_alignment(tuning, bn_recalibration_images=0, output_dir=str(folder))
+        tuning.train(folder / "finetuning-own-statistics", **chosen, bn_recalibration_images=0)
+        test = tuning.test(folder / "finetuning-own-statistics")
+        return {"score_own_statistics": test[f"test_{tuning.metric}"], "features_own_statistics": features}
+
+
+def _cost(backbone: Stage) -> dict[str, Any]:
+    """What a backbone took after the common steps, and what is told of its solves."""
+    learned = backbone.result or {}
+    renamed = {"seconds": "backbone_seconds", "processor_seconds": "backbone_processor_seconds"}
+    names = ("steps", "pretext_images", "labelled_rows", *renamed, "pull", *OF_SOLVES)
+    return {renamed.get(name, name): learned[name] for name in names if name in learned}
 
 
 def metric_names(images: LabelledImages) -> list[str]:
@@ -316,34 +309,3 @@ def metric_names(images: LabelledImages) -> list[str]:
     labels = np.arange(classes) if images.problem_type == SINGLE_LABEL else np.eye(classes)
     metrics = classification_metrics(images.problem_type, num_labels=classes)
     return ["loss", *metrics(EvalPrediction(np.eye(classes), labels))]
-
-
-def _train(trainer: BiSSLTrainer | JointTrainer | PretextTrainer, part: Part) -> None:
-    """Trains from the newest checkpoint in the folder of a part, and finishes the part: the model with its batch-norm
-    statistics as training has left them, and what it took."""
-    checkpoint, _ = find_last_checkpoint(part.folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.is_world_process_zero():
-        model = trainer.model
-        native = model.aligned_model() if isinstance(model, BiSSLModel) else model
-        save_model(native.eval(), part.folder / "model", trainer.processing_class)
-    result: dict[str, Any] = {
-        "steps": trainer.args.max_steps,
-        "seconds": trainer.training_seconds,
-        "processor_seconds": trainer.processor_seconds,
-    }
-    if isinstance(trainer, BiSSLTrainer):
-        result["steps"] = trainer.args.num_alternations * trainer.args.lower_steps
-        result["pull"] = float(trainer.pull.total)
-        rows = [*trainer.state.log_history, trainer.collect_logs()]  # those since the last log too
-        for name, logged in _OF_SOLVES.items():
-            values = [row[logged] for row in rows if logged in row]
-            result[name] = sum(values) / len(values) if values else None
-    part.finish(result)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _result_of(part: Part) -> dict[str, Any]:
-    if part.result is None:
-        raise RuntimeError(f"{part.folder} is not finished, and another part needs its result; start the study anew.")
-    return part.result

@@ -33,8 +33,8 @@ def sensitivity_panels(settings: Mapping[str, Any], rows: Sequence[Mapping[str, 
     for overridden, family in families.items():
         for setting in overridden:
             found = {arms[name][setting]: by_arm[name] for name in family}
-            if len(overridden) > 1 and len(found) == 1:
-                continue
+            if len(overridden) > 1 and len(found) < max(2, len(family)):
+                continue  # arms with the same value differ in another setting
             if base is not None:
                 found.setdefault(_base_value(settings, setting), base)
             panels += _panels(setting, found)

@@ -1,9 +1,10 @@
 """The trainer of the bilevel problem: alternations of lower and upper steps as epochs of a `transformers.Trainer`."""
 
+import copy
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,40 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, default_data_collator
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
-from ..bilevel.recycling import Directions
-from ..cards.text import Description, describe_aligned
+from ..bilevel.head_warmup import warm_up_head
+from ..bilevel.level_losses import LevelLosses, LossModel
+from ..bilevel.linear_solve import SolveStatus, sufficient_damping
+from ..bilevel.upper_phase import Solve, SolveSettings, UpperPhase
+from ..cards.record import RunRecord
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
-from ..data.streams import level_sources
+from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
-from ..models.batch_norm import running_statistics
+from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
-from ..optim.optimizers import build_optimizer
-from ..optim.pull import Pull, clip_factor, has_step_length, warn_about_pull
-from ..optim.schedule import Schedule, level_schedule
-from ..optim.two_level import TwoLevelOptimizer, two_level_scheduler
-from ..tensors import Vector, fill_missing, norm, subtract
-from .level_steps import LevelSteps
-from .resumable_trainer import Transform
+from ..optim.pull import (
+    ProximalWeight,
+    Pull,
+    clip_factor,
+    estimate_pull,
+    has_step_length,
+    horizon_damping,
+    warn_about_pull,
+)
+from ..optim.two_level import LEVELS, TwoLevelOptimizer, two_level_scheduler
+from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
+from .resumable_trainer import ResumableTrainer
+from .run_record import record_run, size_of
 from .training_args import BiSSLTrainingArguments
 
 logger = logging.get_logger(__name__)
 
 
-class BiSSLTrainer(LevelSteps):
+class BiSSLTrainer(ResumableTrainer):
     """Solves the bilevel problem of BiSSL (arXiv 2410.02387).
 
     One epoch of the Trainer is one alternation: `lower_steps` steps on the pretext loss pulled towards theta_D, then
@@ -99,8 +109,6 @@ class BiSSLTrainer(LevelSteps):
             logger.info("No eval_dataset was given, so nothing is evaluated during training.")
             args.eval_strategy = type(args.eval_strategy)("no")
         self.lower_dataset = lower_dataset
-        self.lower_data_collator = lower_data_collator or default_data_collator
-        self.train_transform, self.lower_transform = train_transform, lower_transform
         super().__init__(
             model=model,
             args=args,
@@ -119,35 +127,252 @@ class BiSSLTrainer(LevelSteps):
             "label",
             "label_ids",
         ]
-        if eval_transform is not None:
-            # The transform may need columns that forward does not name.
-            self.args.remove_unused_columns = False
-        self.sources: dict[Stream, KeyedSource] = {}
         if train_dataset is not None or lower_dataset is not None:
-            self.sources = level_sources(
-                args, train_dataset, lower_dataset, self.data_collator, self.lower_data_collator
-            )
-        self.check_gradient_cache()
+            self._add_streams(lower_data_collator or default_data_collator, train_transform, lower_transform)
+        self.losses = LevelLosses(
+            model,
+            # Looked up at each call, so that a hook may be replaced on the object, too.
+            lower_loss=lambda level_model, inputs: self.compute_lower_loss(level_model, inputs),
+            upper_loss=lambda level_model, inputs: self.compute_upper_loss(level_model, inputs),
+            autocast=self.accelerator.autocast,
+            loss_scale=self.loss_scale,
+            lower_micro_batch_size=args.lower_micro_batch_size,
+            upper_micro_batch_size=args.upper_micro_batch_size,
+            gradient_cache=args.lower_gradient_cache,
+        )
+        self.upper_phase = UpperPhase(
+            self.losses,
+            self.streams,
+            SolveSettings(
+                solver=args.solver,
+                max_iterations=args.solver_max_iterations,
+                tolerance=args.solver_tolerance,
+                curvature_mode=args.curvature_mode,
+                curvature_kind=args.curvature_kind,
+                memory_size=args.solver_memory,
+                per_tensor=args.solver_per_tensor,
+                full_precision=args.fp16,
+            ),
+        )
+        self.pull, self.weight = Pull(), ProximalWeight(args.proximal_weight, args.target_pull)
+        self.checkpoints.register("pull", self.pull)
+        self.checkpoints.register("proximal_weight", self.weight)
+        self.checkpoints.register("upper_phase", self.upper_phase)
+        self._level = "lower"
+        self._damping: float | None = None
         self._start: Vector | None = None
-        self.pull = Pull(args.proximal_weight)
+        # Of the matrices met so far, and whether a warning has named a damping that would have been enough.
+        self._lowest_quotient, self._has_warned = torch.zeros((), dtype=torch.float64), False
         self._head_is_warm = False
 
-    # What users take away
+    # What to override for another pair of tasks
 
-    def write_model(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the aligned model as a native checkpoint, and both levels in `bilevel/` for going on."""
-        batches = list(self.recalibration_batches()) if self.sources else []
-        self.model.export(folder, processing_class=self.processing_class, recalibrate_on=batches or None)
-        self.model.save_pretrained(Path(folder) / "bilevel")
+    def compute_lower_loss(self, model: LossModel, inputs: Inputs) -> Tensor:
+        """Returns the pretext loss L_P, the mean over this process's rows, shape `()`. It may be called several times
+        per step and must not have side effects.
+
+        Args:
+            model (`Callable`): the lower model; takes the inputs as keyword arguments.
+            inputs (`dict`): a batch of the lower data set, on the device.
+        """
+        return model(**inputs).loss
+
+    def compute_upper_loss(self, model: LossModel, inputs: Inputs) -> Tensor:
+        """Returns the downstream loss L_D, the mean over this process's rows, shape `()`. It is called with two
+        models: that of (theta_D, phi_D) and the aligned one of (theta_P, phi_D).
+
+        Args:
+            model (`Callable`): takes the inputs as keyword arguments.
+            inputs (`dict`): a batch of the labelled data set, on the device.
+        """
+        return model(**inputs).loss
 
     # Batches
 
+    def _add_streams(
+        self,
+        lower_collator: Callable[[list[Any]], dict[str, Any]],
+        train_transform: Transform | None,
+        lower_transform: Transform | None,
+    ) -> None:
+        """Adds the streams of both levels. An upper batch larger than the labelled set is cut to it, with a warning.
+
+        Raises:
+            `ValueError`: for data sets that are missing, empty or smaller than a pretext batch.
+        """
+        args, world = self.args, self.args.world_size
+        upper_batch = labelled_batch_size(args.per_device_train_batch_size, world, self.train_dataset)
+        lower_batch = args.per_device_lower_batch_size * world
+        curvature_batch = args.curvature_batch_size or lower_batch
+        for field, batch in (("per_device_lower_batch_size", lower_batch), ("curvature_batch_size", curvature_batch)):
+            check_pretext_batch(batch, self.lower_dataset, name="lower_dataset", field=field)
+        labelled = partial(KeyedSource, self.train_dataset, upper_batch, self.data_collator, world_size=world)
+        unlabelled = partial(KeyedSource, self.lower_dataset, collator=lower_collator, world_size=world)
+        lower = unlabelled(batch_size=lower_batch, steps_per_alternation=args.lower_steps)
+        curvature = unlabelled(batch_size=curvature_batch, steps_per_alternation=1)
+        warm_up = labelled(steps_per_alternation=len(self.train_dataset) // upper_batch)
+        self.streams.add(Stream.LOWER, lower, lower_transform)
+        self.streams.add(Stream.CURVATURE, curvature, lower_transform)
+        self.streams.add(Stream.UPPER, labelled(steps_per_alternation=args.upper_steps), train_transform)
+        self.streams.add(Stream.HEAD_WARMUP, warm_up, train_transform)
+
     def get_train_dataloader(self) -> AlternatingDataLoader:
         """Returns the loader of tagged batches of both levels."""
-        if not self.sources:
+        if Stream.LOWER not in self.streams.sources:
             raise ValueError("train_dataset and lower_dataset are missing; both levels need data.")
-        phases = [(Stream.LOWER, self.args.lower_steps), (Stream.UPPER, self.args.upper_steps)]
-        return self.keyed_loader(self.sources, phases)
+        return self.keyed_loader((Stream.LOWER, self.args.lower_steps), (Stream.UPPER, self.args.upper_steps))
+
+    def try_losses(self, rows: int) -> None:
+        """Computes both losses on the first rows, and builds the schedules, without side effects, so that settings,
+        data and models that do not fit fail before training.
+
+        Args:
+            rows (`int`): how many rows of each data set to take.
+        """
+        for level in ("lower", "upper"):
+            self.args.level(level).build_schedule()
+        batches = [self.streams.first_rows(stream, rows) for stream in (Stream.LOWER, Stream.UPPER)]
+        self.losses.try_on(batches[0], batches[1])
+
+    # A step
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Leaves the gradients of one lower or one upper step on that level's parameters, as the batch's key says; the
+        optimizer does the rest."""
+        key: StepKey = inputs["key"]
+        model.train()
+        self._level = Stream(key.stream).level
+        batch = self.streams.prepare(inputs["inputs"], key)
+        self.count_samples(batch)
+        if self._level == "lower":
+            self.upper_phase.leave()
+            self._damping = None
+            if key.step == 0:
+                self._begin_alternation(key.alternation)
+            with model_randomness(key):
+                return self._lower_step(model, batch, key)
+        with model_randomness(key):
+            loss = self._upper_step(batch, key)
+        if key.step == self.args.upper_steps - 1:
+            self.upper_phase.leave()
+        return loss
+
+    def _lower_step(self, model: nn.Module, inputs: Inputs, key: StepKey) -> Tensor:
+        """Gradient of  L_P(theta_P, phi_P) + lambda/2 ||theta_P - theta_D||^2  (section 2 of the paper)."""
+        loss = torch.zeros((), device=self.args.device)
+        terms = self.losses.lower_terms(partial(model, level="lower"), inputs, key)
+        for index, term in enumerate(terms):
+            with self._synchronised_if(index == len(terms) - 1, model):
+                part_loss = term()
+                self.accelerator.backward(part_loss)
+            loss = loss + part_loss.detach()
+
+        average_flat([], in_place=running_statistics(self.model.lower))
+        proximal_weight = self.proximal_weight
+        theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
+        offset = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
+        gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
+        if not self.upper_phase.takes_products:
+            is_last = key.step == self.args.lower_steps - 1
+            self.upper_phase.record(self.loss_scale.remove(gradients), is_last=is_last)
+        force = [self.loss_scale(part) for part in offset]
+        for parameter, gradient in zip(theta_p, add_scaled(gradients, force, proximal_weight), strict=True):
+            parameter.grad = gradient
+        self.metrics_buffer.add("loss", loss)
+        self.metrics_buffer.add("lower/loss", loss)
+        self.metrics_buffer.add("lower/proximal", 0.5 * proximal_weight * dot(offset, offset))
+        return loss
+
+    @contextmanager
+    def _synchronised_if(self, synchronised: bool, model: nn.Module) -> Iterator[None]:
+        """Averages gradients over processes in the last part of a batch only."""
+        if synchronised:
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def _upper_step(self, inputs: Inputs, key: StepKey) -> Tensor:
+        """Hypergradient (section 2 of the paper):
+        g_theta = x + gamma grad_theta L_D(theta_D, phi_D)  with  (I + H/(lambda + delta)) x = grad_theta L_D(theta_P,
+        phi_D), g_phi = grad_phi L_D(theta_P, phi_D) + gamma grad_phi L_D(theta_D, phi_D).
+        """
+        gamma = self.args.direct_weight
+        theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
+        phi_d = self.model.upper_head_parameters()
+        aligned = self.model.without_side_effects("aligned")
+        loss, at_theta_p = self.losses.upper_gradient(aligned, inputs, (*theta_p, *phi_d))
+        direct_loss, at_theta_d = self.losses.upper_gradient(
+            self.model.upper, inputs, (*theta_d, *phi_d), differentiate=gamma > 0
+        )
+        reduced = average_flat([*at_theta_p, *at_theta_d], in_place=running_statistics(self.model.upper))
+        at_theta_p, at_theta_d = reduced[: len(at_theta_p)], reduced[len(at_theta_p) :]
+        rhs, at_phi_d = at_theta_p[: len(theta_p)], at_theta_p[len(theta_p) :]
+        gradient: Vector = (*self._solve(key, rhs).solution, *at_phi_d)
+        if at_theta_d:
+            gradient = add_scaled(gradient, at_theta_d, gamma)
+        for parameter, value in zip((*theta_d, *phi_d), gradient, strict=True):
+            parameter.grad = value
+
+        self.metrics_buffer.add("loss", loss)
+        self.metrics_buffer.add("upper/loss", loss)
+        self.metrics_buffer.add("upper/direct_loss", direct_loss)
+        return loss
+
+    def _solve(self, key: StepKey, rhs: Vector) -> Solve:
+        """Solves the linear system of an upper step and notes how that went. A right-hand side that overflowed in fp16
+        comes back as it is, for the optimizer to skip the step."""
+        if self.loss_scale.overflowed(rhs):
+            return Solve(rhs)
+        solve = self.upper_phase.solve(key, rhs, proximal_weight=self.proximal_weight, damping=self.damping)
+        info, add = solve.info, self.metrics_buffer.add
+        if solve.alignment is not None:
+            add("alignment/cosine", solve.alignment)
+        if self.args.solver == "mfac":
+            add("solver/cosine", cosine(solve.solution, rhs))
+        if info is not None and self.upper_phase.takes_products:
+            add("solver/iterations", info.iterations_tensor)
+            add("solver/residual", info.residual_tensor)
+            self._lowest_quotient = torch.minimum(
+                self._lowest_quotient.to(info.rayleigh_quotient_tensor.device), info.rayleigh_quotient_tensor.double()
+            )
+            add("solver/cosine", cosine(solve.solution, rhs))
+            for position, status in enumerate(SolveStatus):
+                if status in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.NON_FINITE):
+                    add(f"solver/{status}", info.status_tensor == position)
+        return solve
+
+    @property
+    def proximal_weight(self) -> float:
+        """lambda of the present alternation."""
+        if self.weight.value is None:
+            self.weight.start(self.estimate_pull(proximal_weight=1.0))
+        return float(self.weight.value or 0.0)
+
+    @property
+    def damping(self) -> float:
+        """delta of the present alternation. With `damping="auto"` it follows from the pull of its lower steps, and is
+        read from the device once per upper phase."""
+        if self.args.damping != "auto":
+            return float(self.args.damping or 0.0)
+        if self._damping is None:
+            self._damping = horizon_damping(self.proximal_weight, self.pull.of_alternation())
+        return self._damping
+
+    @torch.no_grad()
+    def _begin_alternation(self, alternation: int) -> None:
+        """Corrects lambda where the run departs from `target_pull`, and moves theta_D towards theta_P every so many
+        alternations (off by default): theta_D <- (1 - s) theta_D + s theta_P."""
+        if alternation and self.args.target_pull is not None:
+            rates = self.args.level("lower").learning_rates_by(self.args.lower_steps)
+            self.weight.correct(self.pull, past_rates=rates[alternation - 1], coming_rates=sum(rates[alternation:]))
+        self.pull.begin_alternation()
+        every = self.args.upper_adaptation_every
+        if every and alternation and alternation % every == 0:
+            theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
+            torch._foreach_lerp_(list(theta_d), list(theta_p), self.args.upper_adaptation_strength)
 
     # Optimization
 
@@ -159,80 +384,55 @@ class BiSSLTrainer(LevelSteps):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Returns one optimizer for both levels; weight decay applies to every parameter."""
         if self.optimizer is None:
-            lower = build_optimizer(
-                self.args.lower_optim,
-                self._level_parameters("lower"),
-                learning_rate=self.args.lower_learning_rate,
-                weight_decay=self.args.lower_weight_decay,
-                options=self.args.lower_optimizer_options,
-                field="lower_optim",
+            self.optimizer = self.two_level_optimizer = TwoLevelOptimizer(
+                **{level: self.args.level(level).build_optimizer(self._level_parameters(level)) for level in LEVELS}
             )
-            upper = self._build_upper_optimizer(self._level_parameters("upper"))
-            self.optimizer = self.two_level_optimizer = TwoLevelOptimizer(upper=upper, lower=lower)
+            for name in ("target_pull", "damping"):
+                wanted = self.args.damping == "auto" if name == "damping" else self.args.target_pull is not None
+                if wanted and not has_step_length(self.two_level_optimizer.lower):
+                    raise ValueError(
+                        f"{name} is {getattr(self.args, name)!r}, which needs the step length of the lower optimizer; "
+                        f"it is not known for lower_optim={self.args.lower_optim!r}. Set proximal_weight and a number "
+                        "for damping, or take lars, sgd, adam, adamw or nadam."
+                    )
         return self.optimizer
-
-    def _build_upper_optimizer(self, parameters: tuple[Tensor, ...]) -> Optimizer:
-        return build_optimizer(
-            self.args.optim,
-            parameters,
-            learning_rate=self.args.learning_rate,
-            weight_decay=self.args.weight_decay,
-            options=self.args.optimizer_options,
-            field="optim",
-        )
-
-    def level_schedules(self) -> dict[str, Schedule]:
-        """Returns the learning-rate factor of each level as a function of its own step."""
-        args = self.args
-        lower_total, upper_total = args.num_alternations * args.lower_steps, args.num_alternations * args.upper_steps
-        return {
-            "lower": level_schedule(
-                args.lower_lr_scheduler_type,
-                num_steps=lower_total,
-                learning_rate=args.lower_learning_rate,
-                warmup_steps=args.get_lower_warmup_steps(),
-                options=args.lower_lr_scheduler_kwargs,
-                field="lower_lr_scheduler_type",
-            ),
-            "upper": level_schedule(
-                args.lr_scheduler_type,
-                num_steps=upper_total,
-                learning_rate=args.learning_rate,
-                warmup_steps=args.get_warmup_steps(upper_total),
-                options=args.lr_scheduler_kwargs,
-                field="lr_scheduler_type",
-            ),
-        }
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Returns the schedule that follows each level's own steps."""
         if self.lr_scheduler is None:
             self.lr_scheduler = two_level_scheduler(
                 optimizer or self.create_optimizer(),
-                self.level_schedules(),
+                {level: self.args.level(level).build_schedule() for level in LEVELS},
                 lower_steps=self.args.lower_steps,
                 upper_steps=self.args.upper_steps,
             )
+            # 2026-11, transformers 5.23: Trainer saves a schedule only if it is marked as its own.
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Clips the gradients of the current level, the only ones that there are, to that level's bound."""
-        bound = self.args.lower_max_grad_norm if self._current_level == "lower" else self.args.max_grad_norm
+        """Clips the gradients of the current level, the only ones that there are, to that level's bound (a private
+        hook of transformers 5.23, 2026-11)."""
+        bound = self.args.level(self._level).max_grad_norm
         size = self.accelerator.clip_grad_norm_(model.parameters(), bound or float("inf"))
         if self.loss_scale.is_active:
             skipped = not size.isfinite().item()
-            self.metrics_buffer.add(f"{self._current_level}/skipped_steps", float(skipped))
+            self.metrics_buffer.add(f"{self._level}/skipped_steps", float(skipped))
             if skipped:
                 return size
-        self.metrics_buffer.add(f"{self._current_level}/gradient_norm", size)
-        if self._current_level == "lower":
-            optimizer, theta_p = self.two_level_optimizer.lower, self.model.lower_shared_parameters()
-            self.pull.count(optimizer, theta_p, clip_factor(size, bound))
+        self.metrics_buffer.add(f"{self._level}/gradient_norm", size)
+        if self._level == "lower":
+            self.pull.count(
+                self.two_level_optimizer.lower,
+                self.model.lower_shared_parameters(),
+                clip_factor(size, bound),
+                proximal_weight=self.proximal_weight,
+            )
         return size
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
-        """Trainer skips clipping where the upper bound is 0; the lower level may still have one."""
+        """Trainer skips clipping where the upper bound is 0; the lower level may still have one (a private hook of
+        transformers 5.23, 2026-11)."""
         return super()._get_grad_norm(model, self._clip_grad_norm(model) if grad_norm is None else grad_norm)
 
     # Before the first alternation
@@ -243,9 +443,11 @@ class BiSSLTrainer(LevelSteps):
             self._start = tuple(p.detach().clone() for p in self.model.lower_shared_parameters())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """A resumed run starts from the weights that the trainer was given, too."""
+        """A resumed run starts from the weights that the trainer was given, too, and its head is warmed up (a private
+        hook of transformers 5.23, 2026-11)."""
         self.remember_start()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._head_is_warm = True
 
     def warm_up_head(self, *, max_steps: int | None = None) -> None:
         """Trains phi_D alone on the frozen backbone, which stays in train mode: the upper optimizer at a constant
@@ -254,40 +456,15 @@ class BiSSLTrainer(LevelSteps):
         Args:
             max_steps (`int`, *optional*): fewer steps than `head_warmup_epochs` has.
         """
-        if self._head_is_warm:
+        head = self.model.upper_head_parameters()
+        steps = self.args.head_warmup_epochs * self.streams.sources[Stream.HEAD_WARMUP].steps_per_alternation
+        steps = steps if max_steps is None else min(steps, max_steps)
+        if self._head_is_warm or not steps or not head:
             return
         self._head_is_warm = True
-        head = self.model.upper_head_parameters()
-        source = self.sources[Stream.HEAD_WARMUP]
-        steps = self.args.head_warmup_epochs * source.steps_per_alternation
-        steps = steps if max_steps is None else min(steps, max_steps)
-        if not steps or not head:
-            return
-        optimizer = self._build_upper_optimizer(head)
-        self.model.train()
-        hide = self.args.disable_tqdm or not self.is_local_process_zero()
-        with self._frozen(self.model.upper_shared_parameters()):
-            for position in tqdm(range(steps), desc="Head warm-up", disable=hide):
-                epoch, step = divmod(position, source.steps_per_alternation)
-                key = StepKey(self.args.key_seed, int(Stream.HEAD_WARMUP), epoch, step, self.args.process_index)
-                batch = self.move_and_transform(source.read(key), key, self.train_transform)
-                with self.model_randomness(key):
-                    _, gradient = self._upper_gradient(self.model.upper, batch, head)
-                gradient = average_flat(gradient, in_place=running_statistics(self.model.upper))
-                for parameter, value in zip(head, gradient, strict=True):
-                    parameter.grad = value
-                self.loss_scale.step(optimizer)
-                optimizer.zero_grad()
-
-    @contextmanager
-    def _frozen(self, parameters: tuple[Tensor, ...]) -> Iterator[None]:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+        show = not self.args.disable_tqdm and self.is_local_process_zero()
+        optimizer = self.args.level("upper").build_optimizer(head)
+        warm_up_head(self.losses, self.streams, optimizer, steps=steps, show_progress=show)
 
     def module_under_ddp(self) -> nn.Module:
         """The lower model: gradients of the upper one are written by hand."""
@@ -296,33 +473,65 @@ class BiSSLTrainer(LevelSteps):
     def first_gradients(self) -> list[Tensor | None]:
         """Returns the gradients of the scaled pretext loss on the first lower batch in the lower level's parameters,
         theta_P first."""
-        key = StepKey(self.args.key_seed, int(Stream.LOWER), 0, 0, self.args.process_index)
-        batch = self.move_and_transform(self.sources[Stream.LOWER].read(key), key, self.lower_transform)
+        key = self.streams.key(Stream.LOWER)
+        batch = self.streams.read(key)
         self.model.train()
         parameters = self._level_parameters("lower")
         gradients: list[Tensor | None] = [None] * len(parameters)
-        with self.model_randomness(key):
-            for term in self.lower_loss_terms(self.model.without_side_effects("lower"), batch, key):
+        with model_randomness(key):
+            for term in self.losses.lower_terms(self.model.without_side_effects("lower"), batch, key):
                 found = torch.autograd.grad(self.loss_scale(term()), parameters, allow_unused=True)
                 pairs = zip(gradients, found, strict=True)
                 gradients = [b if a is None else a if b is None else a + b for a, b in pairs]
         return gradients
 
-    def estimate_pull(self) -> float:
+    def estimate_pull(self, proximal_weight: float | None = None) -> float:
         """Estimates the pull of the whole run from the gradient at the present weights on the first lower batch. NaN
-        for a lower optimizer of unknown step length."""
+        for a lower optimizer of unknown step length.
+
+        Args:
+            proximal_weight (`float`, *optional*): lambda; that of the run if not given.
+        """
         self.create_optimizer()
+        settings = self.args.level("lower")
         gradient = fill_missing(self.first_gradients(), self._level_parameters("lower"))
-        schedule, steps = self.level_schedules()["lower"], self.args.num_alternations * self.args.lower_steps
-        return self.pull.estimate(
+        pull_at_one = estimate_pull(
             self.two_level_optimizer.lower,
             self.model.lower_shared_parameters(),
             average_flat(self.loss_scale.remove(gradient)),
-            bound=self.args.lower_max_grad_norm,
-            learning_rates=self.args.lower_learning_rate * sum(schedule(step) for step in range(steps)),
+            bound=settings.max_grad_norm,
+            learning_rates=settings.total_learning_rate(),
         )
+        if proximal_weight is None and self.weight.value is None:
+            self.weight.start(pull_at_one)
+        return pull_at_one * (self.proximal_weight if proximal_weight is None else proximal_weight)
 
-    # Logs and state
+    # Evaluation, logs and what users take away
+
+    def aligned_model(self) -> nn.Module:
+        """Returns a native copy of the aligned model (theta_P with phi_D), its batch-norm statistics estimated anew on
+        downstream training images."""
+        model = self.model.aligned_model()
+        if has_batch_norm(model) and self.train_dataset is not None and self.args.bn_recalibration_images:
+            recalibrate_batch_norm(model, self.recalibration_batches())
+        return model.eval()
+
+    def recalibration_batches(self) -> Iterator[Inputs]:
+        """Yields the batches for `aligned_model`, see [`~ResumableTrainer.calibration_batches`]."""
+        return self.calibration_batches(self.args.bn_recalibration_images)
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Runs the aligned model, and in an evaluation the upper one too, as `{prefix}_upper_*`."""
+        prefix = kwargs.pop("metric_key_prefix", "eval")
+        with self.evaluating(self.aligned_model()):
+            output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
+        if description == "Evaluation" and output.metrics is not None:
+            with self.evaluating(copy.deepcopy(self.model.upper).eval()):
+                second = super().evaluation_loop(
+                    dataloader, description, *args, metric_key_prefix=f"{prefix}_upper", **kwargs
+                )
+            output.metrics.update(second.metrics or {})
+        return output
 
     def collect_logs(self) -> dict[str, float]:
         """Adds what is measured at the moment of the log."""
@@ -330,61 +539,43 @@ class BiSSLTrainer(LevelSteps):
         size = norm(theta_p)
         rates = {group["level"]: group["lr"] for group in self.two_level_optimizer.param_groups}
         collected = super().collect_logs()
-        if collected.get("solver/negative_curvature", 0.0) >= 0.5:
-            logger.warning_once(
+        if collected.get("solver/negative_curvature", 0.0) >= 0.5 and not self._has_warned:
+            self._has_warned = True
+            enough = sufficient_damping(
+                float(self._lowest_quotient), proximal_weight=self.proximal_weight, damping=self.damping
+            )
+            logger.warning(
                 "Half or more of the linear solves of an alternation met negative curvature and stopped early: I + H "
-                f"/ (lambda + delta) is not definite. Raise damping, which is {self.args.damping}."
+                f"/ (lambda + delta) is not definite. Raise damping, which is {self.damping:.4g}: {enough:.2g} would "
+                "have been enough along the direction at which a solve stopped."
             )
         return {
             **collected,
             **({"levels/pull": float(self.pull.total)} if has_step_length(self.two_level_optimizer.lower) else {}),
+            **({"levels/proximal_weight": self.proximal_weight} if self.args.target_pull is not None else {}),
+            **({"solver/damping": self.damping} if self.args.damping == "auto" and self.upper_phase.damps else {}),
             "levels/distance": float(norm(subtract(theta_p, self.model.upper_shared_parameters())).detach() / size),
             "levels/moved": float(norm(subtract(theta_p, self._start or theta_p)) / size),
             "lower/learning_rate": rates["lower"],
             "upper/learning_rate": rates["upper"],
         }
 
-    def describe(self, folder: Path) -> Description:
-        """Returns what a card says of the aligned model."""
-        return describe_aligned(self, has_both_levels=(folder / "bilevel" / "config.json").is_file())
+    def write_final_model(self, folder: str) -> None:
+        """Writes the aligned model as a native checkpoint, and both levels in `bilevel/` for going on."""
+        batches = list(self.recalibration_batches()) if self.train_dataset is not None else []
+        self.model.export(folder, processing_class=self.processing_class, recalibrate_on=batches or None)
+        self.model.save_pretrained(Path(folder) / "bilevel")
 
-    def run_state(self) -> dict[str, Any]:
-        """Adds the pull so far, and how the curvature fits the device."""
-        return {
-            **super().run_state(),
-            "pull": float(self.pull.total),
-            "curvature_halvings": self.curvature_halvings,
-        }
-
-    def load_run_state(self, state: dict[str, Any]) -> None:
-        """A resumed run has its head warmed up and some pull behind it."""
-        super().load_run_state(state)
-        self.pull.total = torch.tensor(state["pull"], dtype=torch.float64)
-        self.curvature_halvings = state["curvature_halvings"] if self.args.curvature_mode == "auto" else 0
-        self._head_is_warm = True
-
-    def run_tensors(self) -> dict[str, Tensor]:
-        """Adds what the solver has learned in the upper phase that a checkpoint falls into."""
-        if self._directions is None or not len(self._directions[1]):
-            return super().run_tensors()
-        alternation, directions = self._directions
-        return {**super().run_tensors(), "alternation": torch.tensor(alternation), **directions.state_dict()}
-
-    def load_run_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """A resumed upper phase goes on with what the solver had learned."""
-        super().load_run_tensors(tensors)
-        directions = Directions()
-        directions.load_state_dict(tensors)
-        self._directions = (int(tensors["alternation"]), directions)
+    def record(self) -> RunRecord:
+        """Returns what a card says of the run and the aligned model."""
+        return record_run(
+            self, "aligned", examples={"train": size_of(self.train_dataset), "lower": size_of(self.lower_dataset)}
+        )
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what each stream reads, and the other optimizer."""
-        streams = (Stream.LOWER, Stream.UPPER, Stream.CURVATURE)
-        return {
-            **super().resume_settings(),
-            **{stream.name.lower(): self.sources[stream].describe() for stream in streams},
-            "lower_optim": self.args.lower_optim,
-        }
+        streams = self.streams.describe(Stream.LOWER, Stream.UPPER, Stream.CURVATURE)
+        return {**super().resume_settings(), **streams, "lower_optim": self.args.lower_optim}
 
 
 class _BeforeFirstAlternation(TrainerCallback):
@@ -397,4 +588,5 @@ class _BeforeFirstAlternation(TrainerCallback):
         if state.global_step == 0:
             self.trainer.remember_start()
             self.trainer.warm_up_head()
-            warn_about_pull(self.trainer.estimate_pull(), args.proximal_weight)
+            pull = self.trainer.estimate_pull()
+            warn_about_pull(pull, self.trainer.proximal_weight)

@@ -1,9 +1,12 @@
-"""Callbacks that only observe."""
+"""Callbacks of all trainers: the progress bar, the clock, the best checkpoint and the end of an epoch."""
 
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import ProgressCallback, TrainerCallback
+
+from ..data.alternation import AlternatingDataLoader
 
 _SHOWN = {
     "loss": "loss",
@@ -68,6 +71,14 @@ class TrainingClock(TrainerCallback):
         now = Seconds.now()
         return Seconds(*(s + n - b for s, n, b in zip(self.seconds, now, self._since, strict=True)))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the seconds so far."""
+        return self.read()._asdict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from the seconds of an interrupted run."""
+        self.seconds = Seconds(**state)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self.seconds = Seconds(0.0, 0.0)
@@ -75,3 +86,53 @@ class TrainingClock(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds, self._since = self.read(), None
+
+
+class BestCheckpoint(TrainerCallback):
+    """Knows which checkpoint is the best so far, by name.
+
+    Trainer keeps its path, which is another one once the folder has been moved or fetched from the Hub, and which must
+    not be published.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._found: Path | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the name."""
+        return {"name": self.name}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the name."""
+        self.name = state["name"]
+
+    def find_beside(self, checkpoint: Path) -> None:
+        """Notes where the best checkpoint is, before a run goes on from a checkpoint beside it."""
+        found = checkpoint.with_name(self.name) if self.name is not None else None
+        self._found = found if found is not None and found.is_dir() else None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._found is not None:
+            state.best_model_checkpoint, self._found = str(self._found), None
+
+
+class EpochBoundary(TrainerCallback):
+    """Keeps a checkpoint of an epoch's last step until the log and the evaluation of that epoch are done, so that a
+    resume from it misses neither; and ends the workers of the loader after training."""
+
+    def __init__(self) -> None:
+        self._waiting = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
+        if control.should_save and ends_epoch:
+            control.should_save, self._waiting = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._waiting:
+            control.should_save, self._waiting = True, False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        if isinstance(train_dataloader, AlternatingDataLoader):
+            train_dataloader.close()

@@ -42,14 +42,11 @@ class FineTuneTrainer(SingleLevelTrainer):
             args=args,
             task="downstream",
             stream=Stream.UPPER,
-            batch_size=labelled_batch_size(args.per_device_train_batch_size, args.world_size, len(train_dataset)),
+            batch_size=labelled_batch_size(args.per_device_train_batch_size, args.world_size, train_dataset),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **trainer_kwargs,
         )
-        if self.eval_transform is not None:
-            # The transform may need columns that forward does not name.
-            self.args.remove_unused_columns = False
         self.add_callback(_StartBatchNorm(self))
 
     def final_model(self) -> PreTrainedModel:

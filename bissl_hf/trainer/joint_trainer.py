@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers import default_data_collator
 
-from ..data.alternation import KeyedSource, StepKey, Stream, read_rows
-from ..data.streams import labelled_batch_size, pretext_batch_size
+from ..cards.record import RunRecord
+from ..data.alternation import KeyedSource, StepKey, Stream
+from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.modeling_bissl import BiSSLModel
-from .resumable_trainer import Transform
+from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import JointTrainingArguments
 
@@ -52,26 +53,28 @@ class JointTrainer(SingleLevelTrainer):
     ) -> None:
         for parameter in model.upper_shared_parameters():
             parameter.requires_grad_(False)
+        batch = args.per_device_train_batch_size * args.world_size
+        check_pretext_batch(batch, lower_dataset, name="lower_dataset", field="per_device_train_batch_size")
         super().__init__(
             model=model,
             args=args,
             task="pretext",
             stream=Stream.LOWER,
-            batch_size=pretext_batch_size(args, lower_dataset, field="lower_dataset"),
+            batch_size=batch,
             train_dataset=lower_dataset,
             train_transform=lower_transform,
             **trainer_kwargs,
         )
-        self.labelled_transform = train_transform
-        self.labelled = KeyedSource(
+        labelled = KeyedSource(
             train_dataset,
-            labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, len(train_dataset)),
+            labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset),
             default_data_collator,
             steps_per_alternation=self.source.steps_per_alternation,
             world_size=args.world_size,
         )
+        self.streams.add(Stream.UPPER, labelled, train_transform)
 
-    def joint_loss(self, pretext: dict[str, Any], key: StepKey) -> Tensor:
+    def joint_loss(self, pretext: Inputs, key: StepKey) -> Tensor:
         """Returns the loss of a step, shape `()`.
 
         Args:
@@ -79,10 +82,10 @@ class JointTrainer(SingleLevelTrainer):
             key ([`StepKey`]): of the step, which also names the labelled batch.
         """
         labelled_key = key._replace(stream=int(Stream.UPPER))
-        labelled = self.move_and_transform(self.labelled.read(labelled_key), labelled_key, self.labelled_transform)
-        with self.model_randomness(key):
+        labelled = self.streams.read(labelled_key)
+        with model_randomness(key):
             loss = self.model(level="lower", **pretext).loss
-        with self.model_randomness(labelled_key):
+        with model_randomness(labelled_key):
             return loss + self.args.downstream_weight * self.model(level="aligned", **labelled).loss
 
     def training_step(
@@ -90,7 +93,7 @@ class JointTrainer(SingleLevelTrainer):
     ) -> Tensor:
         """Computes the gradient of both losses and averages it over the processes."""
         key = inputs["key"]
-        pretext = self.move_and_transform(inputs["inputs"], key, self.train_transform)
+        pretext = self.streams.prepare(inputs["inputs"], key)
         self.count_samples(pretext)
         self.model.train()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -110,12 +113,16 @@ class JointTrainer(SingleLevelTrainer):
     def try_loss(self, rows: int) -> None:
         """Computes both losses on the first rows, see [`SingleLevelTrainer.try_loss`]."""
         self.try_settings()
-        key = StepKey(self.args.key_seed, int(self.stream), 0, 0, self.args.process_index)
-        inputs = self.source.collator(read_rows(self.train_dataset, range(min(rows, len(self.train_dataset)))))
+        batch, key = self.streams.first_rows(self.stream, rows)
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            self.joint_loss(self.move_and_transform(inputs, key, self.train_transform), key)
+            self.joint_loss(batch, key._replace(rank=self.args.process_index))
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what the labelled stream reads."""
-        return {**super().resume_settings(), "downstream": self.labelled.describe()}
+        return {**super().resume_settings(), "downstream": self.streams.sources[Stream.UPPER].describe()}
+
+    def record(self) -> RunRecord:
+        """Returns what a card says of the run and of the model of both tasks."""
+        labelled = self.streams.sources[Stream.UPPER].dataset
+        return record_run(self, "joint", examples={"train": size_of(labelled), "lower": size_of(self.train_dataset)})

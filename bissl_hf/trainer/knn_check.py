@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback, default_data_collator
 
-from ..data.alternation import StepKey, Stream, read_rows
+from ..data.alternation import Stream, read_rows
+from ..data.streams import Transform
 from ..evaluation.features import extract_features
 from ..evaluation.probes import knn_accuracy
-from .resumable_trainer import ResumableTrainer, Transform
+from .resumable_trainer import ResumableTrainer
 
 
 class KnnCheck(TrainerCallback):
@@ -73,9 +75,10 @@ def labelled_features(
 
     def batches() -> Iterator[dict[str, Any]]:
         size = trainer.args.per_device_eval_batch_size
-        key = StepKey(trainer.args.key_seed, int(Stream.EVALUATION), 0, 0, 0)
+        key = trainer.streams.key(Stream.EVALUATION)._replace(rank=0)
         for start in range(0, len(dataset), size):
             rows = read_rows(dataset, range(start, min(start + size, len(dataset))))
-            yield trainer.move_and_transform(default_data_collator(rows), key, eval_transform)
+            inputs = send_to_device(default_data_collator(rows), trainer.args.device)
+            yield eval_transform(inputs, tuple(key)) if eval_transform else inputs
 
     return extract_features(trainer.model, batches())

@@ -1,13 +1,13 @@
 """Self-supervised pre-training of the lower model alone."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..cards.text import Description, describe_pretext
+from ..cards.record import RunRecord
 from ..data.alternation import Stream
-from ..data.streams import pretext_batch_size
+from ..data.streams import check_pretext_batch
+from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import PretextTrainingArguments
 
@@ -32,16 +32,18 @@ class PretextTrainer(SingleLevelTrainer):
     def __init__(
         self, model: PreTrainedModel, args: PretextTrainingArguments, *, train_dataset: Any, **trainer_kwargs: Any
     ) -> None:
+        batch = args.per_device_train_batch_size * args.world_size
+        check_pretext_batch(batch, train_dataset, name="train_dataset", field="per_device_train_batch_size")
         super().__init__(
             model=model,
             args=args,
             task="pretext",
             stream=Stream.LOWER,
-            batch_size=pretext_batch_size(args, train_dataset, field="train_dataset"),
+            batch_size=batch,
             train_dataset=train_dataset,
             **trainer_kwargs,
         )
 
-    def describe(self, folder: Path) -> Description:
-        """Returns what a card says of a pretext model."""
-        return describe_pretext(self)
+    def record(self) -> RunRecord:
+        """Returns what a card says of the run and the pretext model."""
+        return record_run(self, "pretext", examples={"train": size_of(self.train_dataset)})

@@ -1,7 +1,7 @@
 """What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without
 waiting."""
 
-import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,49 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
-from transformers.utils import logging
+from torch import nn
+from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..cards.card import build_model_card
 from ..cards.facts import ModelFacts
-from ..cards.text import Description, describe_classifier
+from ..cards.record import RunRecord
 from ..cards.writing import write_model_card
-from ..checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_json, write_manifest
-from ..data.alternation import (
-    MODEL_RANDOMNESS,
-    READING_RANDOMNESS,
-    AlternatingDataLoader,
-    AlternationSampler,
-    KeyedDataset,
-    KeyedSource,
-    StepKey,
-    Stream,
-    batch_indices,
-    keyed_random_state,
-    read_rows,
+from ..checkpoints import (
+    STAGING_FOLDER,
+    CheckpointStore,
+    find_defect,
+    find_last_checkpoint,
+    publish,
+    read_run_state,
+    rotate_checkpoints,
+    write_manifest,
 )
+from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream, keyed_random_state
 from ..data.batches import batch_rows, split_rows
+from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
-from ..hub.publisher import HubTrainer
+from ..hub.publisher import Progress, Publisher
+from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
-from .best_checkpoint import BestCheckpoint, check_best_checkpoint
-from .callbacks import Seconds, ShortProgressCallback, TrainingClock
+from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, TrainingClock
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 from .metrics_buffer import MetricsBuffer
+from .run_record import record_run, size_of
+from .state_files import find_refused_file
 from .training_args import ResumableTrainingArguments
 
-logger = logging.get_logger(__name__)
 
-Transform = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
-RUN_STATE_NAME = "run_state.json"
-RUN_TENSORS_NAME = "run_tensors.safetensors"
-
-
-class ResumableTrainer(HubTrainer):
+class ResumableTrainer(Trainer):
     """A `transformers.Trainer` whose runs can be interrupted anywhere.
 
     Which rows a step reads, how they are augmented and which units dropout takes out follow from the step's key, not
@@ -66,7 +58,10 @@ class ResumableTrainer(HubTrainer):
         **trainer_kwargs: arguments of `transformers.Trainer`.
 
     Attributes:
+        streams ([`Streams`]): where batches come from. Subclasses add theirs.
+        checkpoints ([`CheckpointStore`]): what a resume needs registers with it.
         facts ([`ModelFacts`]): what the model card should say and the trainer cannot know.
+        publisher ([`Publisher`]): what pushes to the Hub.
 
     Raises:
         `ValueError`: if several GPUs would be driven by one process, or optimizers are passed in.
@@ -75,8 +70,8 @@ class ResumableTrainer(HubTrainer):
     args: ResumableTrainingArguments
     model: PreTrainedModel
     train_dataset: Any
-    _evaluated: nn.Module | None = None
     data_collator: Callable[[list[Any]], dict[str, Any]]
+    hub_model_id: str | None  # type: ignore[assignment] # Trainer's annotation is that of its first value
 
     def __init__(
         self, *, args: ResumableTrainingArguments, eval_transform: Transform | None = None, **trainer_kwargs: Any
@@ -90,14 +85,24 @@ class ResumableTrainer(HubTrainer):
         if trainer_kwargs.get("optimizers", (None, None)) != (None, None):
             raise ValueError("optimizers is not supported: name them in the arguments, or override create_optimizer.")
         check_master_weights(trainer_kwargs.get("model"))
-        self.eval_transform = eval_transform
         self.facts = ModelFacts()
-        self._staging: Path | None = None
-        self._samples = 0
-        self._samples_since = time.perf_counter()
+        self.publisher = Publisher(
+            Path(str(args.output_dir)),
+            write_model=self.save_model,
+            write_card=self.write_card,
+            progress=self._progress,
+            repo_id=args.hub_model_id,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            strategy=args.hub_strategy,
+            always_push=args.hub_always_push,
+        )
         self.metrics_buffer = MetricsBuffer(average_flat)
         self._clock, self._best = TrainingClock(), BestCheckpoint()
-        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), _EpochBoundary()]
+        self._staging: Path | None = None
+        self._evaluated: nn.Module | None = None
+        self._samples, self._samples_since = 0, time.perf_counter()
+        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), EpochBoundary()]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
@@ -108,6 +113,15 @@ class ResumableTrainer(HubTrainer):
         self.model_accepts_loss_kwargs = False
         check_whole_model(self.model)
         copy_from_first([*self.model.parameters(), *self.model.buffers()], args.device)
+        self.streams = Streams(device=args.device, seed=args.key_seed, rank=args.process_index)
+        self.streams.add(Stream.EVALUATION, None, eval_transform)
+        if eval_transform is not None:
+            # The transform may need columns that forward does not name.
+            args.remove_unused_columns = False
+        self.loss_scale = LossScale(lambda: self.accelerator.scaler)
+        self.checkpoints = CheckpointStore()
+        for name, owner in (("metrics", self.metrics_buffer), ("seconds", self._clock), ("best", self._best)):
+            self.checkpoints.register(name, owner)
 
     # Several processes
 
@@ -136,48 +150,22 @@ class ResumableTrainer(HubTrainer):
     # Precision
 
     def create_accelerator_and_postprocess(self) -> None:
-        """On a CPU Accelerate leaves fp16 out without a word; torch has it there too."""
+        """Turns fp16 on on a CPU, where Accelerate ignores it silently (2026-11, accelerate 1.15)."""
         super().create_accelerator_and_postprocess()
         if self.args.fp16 and self.args.device.type == "cpu":
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
-    @property
-    def loss_scale(self) -> LossScale:
-        """Scales losses and gradients under fp16."""
-        return LossScale(self.accelerator.scaler)
-
     # Batches
 
-    def keyed_loader(
-        self, sources: dict[Stream, KeyedSource], phases: list[tuple[Stream, int]]
-    ) -> AlternatingDataLoader:
-        """Returns a loader of tagged batches, already divided between the processes (so not to be prepared again)."""
-        sampler = AlternationSampler(phases, seed=self.args.key_seed, rank=self.args.process_index)
-        num_examples = sum(sources[stream].batch_size * steps for stream, steps in phases)
-        return AlternatingDataLoader(
-            KeyedDataset(sources, num_examples),
-            sampler,
+    def keyed_loader(self, *phases: tuple[Stream, int]) -> AlternatingDataLoader:
+        """Returns a loader of tagged batches of some streams, each with its steps in an epoch."""
+        return self.streams.loader(
+            phases,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
-
-    def move_and_transform(self, inputs: dict[str, Any], key: StepKey, transform: Transform | None) -> dict[str, Any]:
-        """Moves a batch to the device and makes its views there."""
-        # Trainer's own copy would wait for the device; one from pinned memory goes on in the background.
-        inputs = {
-            name: value.to(self.args.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in inputs.items()
-        }
-        inputs = self._prepare_inputs(inputs)
-        return transform(inputs, tuple(key)) if transform else inputs
-
-    @contextmanager
-    def model_randomness(self, key: StepKey) -> Iterator[None]:
-        """Seeds what a model draws in the step named by `key`."""
-        with keyed_random_state((*key, MODEL_RANDOMNESS)):
-            yield
 
     # Logs
 
@@ -215,10 +203,9 @@ class ResumableTrainer(HubTrainer):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Applies the evaluation transform on the device, and runs the model of [`~ResumableTrainer.evaluating`] if
         there is one. The loss is that of this process's own rows, without those that fill up the last batch."""
-        key = StepKey(self.args.key_seed, int(Stream.EVALUATION), 0, 0, self.args.process_index)
         rows = batch_rows(inputs)
         own, _ = split_rows(inputs, max(num_own_rows(self.accelerator, rows), 1))[0]
-        own = self.move_and_transform(own, key, self.eval_transform)
+        own = self.streams.prepare(own, self.streams.key(Stream.EVALUATION))
         with self.accelerator.autocast():
             loss, logits, labels = super().prediction_step(
                 self._evaluated or model, own, prediction_loss_only, ignore_keys
@@ -245,18 +232,105 @@ class ResumableTrainer(HubTrainer):
         if total == 0:
             return
         batch = min(self.args.per_device_eval_batch_size, total)
+        source = KeyedSource(self.train_dataset, batch, self.data_collator, steps_per_alternation=total // batch)
         for position in range(total // batch):
-            key = StepKey(self.args.key_seed, int(Stream.EVALUATION), 0, position, 0)
-            rows = batch_indices(len(self.train_dataset), batch, position, seed=key.seed, stream=key.stream)
-            with keyed_random_state((*key, READING_RANDOMNESS)):
-                inputs = self.data_collator(read_rows(self.train_dataset, rows))
-            yield self.move_and_transform(inputs, key, self.eval_transform)
+            key = self.streams.key(Stream.EVALUATION, step=position)._replace(rank=0)
+            yield self.streams.prepare(source.read(key), key)
+
+    # Hub. The overrides of Trainer's methods with a leading underscore: 2026-11, transformers 5.23.
+
+    def save_model(self, output_dir: str | os.PathLike[str] | None = None, _internal_call: bool = False) -> None:
+        """Writes the model that users load, which is also the root of its repository; Trainer's own calls write what a
+        checkpoint holds. It pushes nothing.
+
+        Args:
+            output_dir (`str` or `os.PathLike`, *optional*): the output folder of the run if not given.
+        """
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        if _internal_call:
+            super().save_model(folder, _internal_call=True)
+        elif self.args.should_save:
+            self.write_final_model(folder)
+
+    def write_final_model(self, folder: str) -> None:
+        """Writes what [`~ResumableTrainer.save_model`] is asked for. Called on one process. Subclasses write another
+        model, or more."""
+        save_model(self.model, folder, self.processing_class)
+
+    def _progress(self) -> Progress:
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return Progress(self.state.global_step, Path(best).name if best else None)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Checks the token and creates the repository; unlike Trainer's own, goes on when the Hub does not answer.
+
+        Raises:
+            `ValueError`: if the Hub refuses the token or the repository's name.
+        """
+        self.push_in_progress = None
+        if self.is_world_process_zero():
+            self.publisher.prepare(token=token, private=private)
+            self.hub_model_id = self.publisher.repo_id
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Leaves out the pickle of the arguments that Trainer writes beside the weights; nothing reads it."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer calls this before the checkpoint is whole, and would push its files as the model."""
+
+    def _finish_current_push(self) -> None:
+        """Ends the training with everything at the Hub that is to be there, or a message on what is not."""
+        self.publisher.finish()
+
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Starts to push a whole checkpoint that was saved, as `hub_strategy` says."""
+        if self.publisher.pushes_saves:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.publisher.push_checkpoint(checkpoint)
+
+    def push_outputs(self, commit_message: str = "End of training") -> None:
+        """Pushes the files of the run in the output folder, and prints what did not get there. Called on each process,
+        it does nothing without `push_to_hub`."""
+        self.publisher.push_outputs(commit_message)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Writes the model into the output folder and pushes that folder, as `transformers.Trainer` does.
+
+        Args:
+            commit_message (`str`, *optional*)
+            blocking (`bool`, *optional*, defaults to `True`): whether to return only when it is done.
+            token, revision, private: in the place of `HF_TOKEN`, `hub_revision` and `hub_private_repo`.
+            **kwargs: arguments of `create_model_card`.
+
+        Returns:
+            `CommitInfo`, a `Future` of it if `blocking` is false, or `None` on processes that do not push.
+
+        Raises:
+            `RuntimeError`: if the push failed, with the command that pushes later.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.is_world_process_zero():
+            return None
+        self.save_model()
+        self.create_model_card(**kwargs)
+        message = commit_message or "End of training"
+        return self.publisher.push_now(message, blocking=blocking, token=token, revision=revision, private=private)
 
     # Model card
 
-    def describe(self, folder: Path) -> Description:
-        """Returns what a card in `folder` says of this kind of model."""
-        return describe_classifier(self)
+    def record(self) -> RunRecord:
+        """Returns what a card says of this run. Subclasses say of which kind it is, and which data it has read."""
+        return record_run(self, "classifier", examples={"train": size_of(self.train_dataset)})
 
     def create_model_card(
         self,
@@ -285,32 +359,10 @@ class ResumableTrainer(HubTrainer):
         self._write_card(folder, self.facts)
 
     def _write_card(self, folder: Path, facts: ModelFacts, model_name: str | None = None) -> None:
-        card = build_model_card(self, self.describe(folder), facts, folder=folder, model_name=model_name)
+        card = build_model_card(self.record(), facts, folder=folder, model_name=model_name)
         write_model_card(card, folder)
 
     # Checkpoints
-
-    def run_state(self) -> dict[str, Any]:
-        """Returns what a resume needs beside Trainer's own files, as JSON. Called on every process. Subclasses add to
-        it."""
-        return {
-            "metrics": self.metrics_buffer.state_dict(),
-            "settings": self.resume_settings(),
-            "seconds": self._clock.read(),
-            "best_checkpoint": Path(best).name if (best := self.state.best_model_checkpoint) else None,
-        }
-
-    def load_run_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `run_state` returned."""
-        self.metrics_buffer.load_state_dict(state["metrics"])
-        self._clock.seconds = Seconds(*state["seconds"])
-
-    def run_tensors(self) -> dict[str, Tensor]:
-        """Returns what a resume needs as tensors, the same on each process. Subclasses may have some."""
-        return {}
-
-    def load_run_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `run_tensors` returned, on the device; called where there was something."""
 
     @property
     def training_seconds(self) -> float:
@@ -319,7 +371,7 @@ class ResumableTrainer(HubTrainer):
 
     @property
     def processor_seconds(self) -> float:
-        """Likewise, seconds of CPU time of this process, which other work on the machine does not lengthen."""
+        """Likewise, CPU seconds of this process; unlike wall time, unaffected by other load."""
         return self._clock.read().processor
 
     def resume_settings(self) -> dict[str, Any]:
@@ -343,8 +395,10 @@ class ResumableTrainer(HubTrainer):
             whole, _ = find_last_checkpoint(checkpoint.parent)
             advice = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
             raise ValueError(f"The checkpoint {checkpoint} is not whole: {defect}; {advice}.")
-        state = json.loads((checkpoint / RUN_STATE_NAME).read_text())
-        then = state["settings"]
+        if refused := find_refused_file(checkpoint):
+            raise ValueError(f"The checkpoint {checkpoint} cannot be resumed: {refused}. Resume from one of your own.")
+        content = read_run_state(checkpoint)
+        then = content["settings"]
         changed = [
             f"{name} was {then.get(name)} and is {now}"
             for name, now in self.resume_settings().items()
@@ -355,8 +409,13 @@ class ResumableTrainer(HubTrainer):
                 f"The checkpoint belongs to another run: {'; '.join(changed)}. Resume with the settings it was made "
                 "with."
             )
-        if self.args.load_best_model_at_end:
-            check_best_checkpoint(checkpoint, state.get("best_checkpoint"))
+        best = content["state"].get("best", {}).get("name")
+        if self.args.load_best_model_at_end and best and (defect := find_defect(checkpoint.with_name(best))):
+            raise ValueError(
+                f"{best} is the best checkpoint so far by what {checkpoint} says, and load_best_model_at_end needs it "
+                f"at the end; but {checkpoint.with_name(best)} is not whole: {defect}. Put it there, or set "
+                "load_best_model_at_end to false."
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         """Leads Trainer to the staging folder while a checkpoint is being written."""
@@ -378,25 +437,20 @@ class ResumableTrainer(HubTrainer):
             self._staging = None
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
-        run_state = self.run_state()
+        self._best.name = Path(best).name if (best := self.state.best_model_checkpoint) else None
+        state = self.checkpoints.collect()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            # Where the best checkpoint lies is told by name, in the run's state.
+            # A path would be wrong elsewhere; run_state.json keeps the name.
             replace(self.state, best_model_checkpoint=None).save_to_json(str(staging / name / TRAINER_STATE_NAME))
-            write_json(staging / name / RUN_STATE_NAME, run_state)
-            if tensors := self.run_tensors():
-                save_file(tensors, staging / name / RUN_TENSORS_NAME)
+            self.checkpoints.write(staging / name, state, self.resume_settings())
             write_manifest(staging / name)
             publish(staging / name, final)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            keep = {self._best.name} if self._best.name else set()
+            rotate_checkpoints(run_dir, self.args.save_total_limit, keep=keep)
         self.accelerator.wait_for_everyone()
         if self.is_local_process_zero() and (staging / name).is_dir():
-            # Another machine with a disk of its own: here lie the random states of its processes.
+            # Another machine with a disk of its own: these are the random states of its processes.
             publish(staging / name, final)
         if self.is_local_process_zero():
             shutil.rmtree(staging, ignore_errors=True)
@@ -406,13 +460,8 @@ class ResumableTrainer(HubTrainer):
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         self.check_checkpoint(resume_from_checkpoint)
         self._restore_weights(resume_from_checkpoint)
-        state = json.loads((Path(resume_from_checkpoint) / RUN_STATE_NAME).read_text())
-        self.load_run_state(state)
-        self._best.find(Path(resume_from_checkpoint), state.get("best_checkpoint"))
-        tensors = Path(resume_from_checkpoint) / RUN_TENSORS_NAME
-        if tensors.is_file():
-            # To the host first: among several processes a CPU is called "cpu:0", which safetensors does not know.
-            self.load_run_tensors({name: value.to(self.args.device) for name, value in load_file(tensors).items()})
+        self.checkpoints.load(Path(resume_from_checkpoint), self.args.device)
+        self._best.find_beside(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Loads the weights of the best checkpoint."""
@@ -423,24 +472,3 @@ class ResumableTrainer(HubTrainer):
         which only `from_pretrained` translates back; the weights would stay as they are without an error."""
         restored = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(restored.state_dict())
-
-
-class _EpochBoundary(TrainerCallback):
-    """Keeps a checkpoint of an epoch's last step until the log and the evaluation of that epoch are done, so that a
-    resume from it misses neither; and lets the workers of the loader go at the end."""
-
-    def __init__(self) -> None:
-        self._waiting = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
-        if control.should_save and ends_epoch:
-            control.should_save, self._waiting = False, True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._waiting:
-            control.should_save, self._waiting = True, False
-
-    def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        if isinstance(train_dataloader, AlternatingDataLoader):
-            train_dataloader.close()

@@ -1,7 +1,6 @@
 """What the stages before and after BiSSL share: one model, one data set, one optimizer."""
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +10,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, default_data_collator
 
-from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, read_rows
+from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream
+from ..data.streams import Transform, model_randomness
 from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.saving import save_model
-from ..optim.optimizers import build_optimizer
-from ..optim.schedule import Schedule, level_schedule
-from .resumable_trainer import ResumableTrainer, Transform
+from .resumable_trainer import ResumableTrainer
 from .training_args import ResumableTrainingArguments
 
 
@@ -51,7 +49,6 @@ class SingleLevelTrainer(ResumableTrainer):
         **trainer_kwargs: Any,
     ) -> None:
         self.task, self.stream = task, stream
-        self.train_transform = train_transform
         data_collator = data_collator or default_data_collator
         self.source = KeyedSource(
             train_dataset,
@@ -61,46 +58,38 @@ class SingleLevelTrainer(ResumableTrainer):
             world_size=args.world_size,
         )
         super().__init__(args=args, train_dataset=train_dataset, data_collator=data_collator, **trainer_kwargs)
+        self.streams.add(stream, self.source, train_transform)
 
     def get_train_dataloader(self) -> AlternatingDataLoader:
         """Returns the loader of tagged batches."""
-        return self.keyed_loader({self.stream: self.source}, [(self.stream, self.source.steps_per_alternation)])
+        return self.keyed_loader((self.stream, self.source.steps_per_alternation))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Returns the optimizer; weight decay applies to every parameter."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(
-                self.args.optim,
-                [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-                learning_rate=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                options=self.args.optimizer_options,
-                field="optim",
-            )
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.optimizer = self.args.level(num_steps=self.num_planned_steps).build_optimizer(parameters)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Returns the schedule, whose warm-up starts with the first step."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), self._schedule(num_training_steps))
+            schedule = self.args.level(num_steps=num_training_steps).build_schedule()
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), schedule)
+            # 2026-11, transformers 5.23: Trainer saves a schedule only if it is marked as its own.
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _schedule(self, steps: int) -> Schedule:
-        return level_schedule(
-            self.args.lr_scheduler_type,
-            num_steps=steps,
-            learning_rate=self.args.learning_rate,
-            warmup_steps=self.args.get_warmup_steps(steps),
-            options=self.args.lr_scheduler_kwargs,
-            field="lr_scheduler_type",
-        )
+    @property
+    def num_planned_steps(self) -> int:
+        """Steps of the whole run."""
+        epochs = math.ceil(self.args.num_train_epochs * self.source.steps_per_alternation)
+        return self.args.max_steps if self.args.max_steps > 0 else epochs
 
     def try_settings(self) -> None:
         """Builds the optimizer and the schedule of the whole run."""
         self.create_optimizer()
-        epochs = math.ceil(self.args.num_train_epochs * self.source.steps_per_alternation)
-        self._schedule(self.args.max_steps if self.args.max_steps > 0 else epochs)
+        self.args.level(num_steps=self.num_planned_steps).build_schedule()
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what the stream of batches reads."""
@@ -109,10 +98,10 @@ class SingleLevelTrainer(ResumableTrainer):
     def first_gradients(self) -> list[Tensor | None]:
         """Returns the gradients of the loss on the first batch; in evaluation mode, so that no running statistics
         move."""
-        key = StepKey(self.args.key_seed, int(self.stream), 0, 0, self.args.process_index)
-        batch = self.move_and_transform(self.source.read(key), key, self.train_transform)
+        key = self.streams.key(self.stream)
+        batch = self.streams.read(key)
         self.model.eval()
-        with self.model_randomness(key), self.accelerator.autocast():
+        with model_randomness(key), self.accelerator.autocast():
             loss = self.compute_loss(self.model, batch)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return list(torch.autograd.grad(loss, parameters, allow_unused=True))
@@ -122,9 +111,9 @@ class SingleLevelTrainer(ResumableTrainer):
     ) -> Tensor:
         """Makes the views of a tagged batch and takes Trainer's step on them."""
         key = inputs["key"]
-        batch = self.move_and_transform(inputs["inputs"], key, self.train_transform)
+        batch = self.streams.prepare(inputs["inputs"], key)
         self.count_samples(batch)
-        with self.model_randomness(key):
+        with model_randomness(key):
             loss = super().training_step(model, batch, num_items_in_batch)
         average_flat([], in_place=running_statistics(self.model))
         self.metrics_buffer.add("loss", loss)
@@ -132,18 +121,17 @@ class SingleLevelTrainer(ResumableTrainer):
 
     def try_loss(self, rows: int) -> None:
         """Computes the loss on the first rows, and builds the optimizer and the schedule of the whole run, so that
-        what does not fit comes to light before training. Model and random state stay as they are."""
+        wrong settings fail before training. Model and random state stay as they are."""
         self.try_settings()
-        key = StepKey(self.args.key_seed, int(self.stream), 0, 0, 0)
-        inputs = self.source.collator(read_rows(self.train_dataset, range(min(rows, len(self.train_dataset)))))
+        batch, key = self.streams.first_rows(self.stream, rows)
         self.model.eval()
-        with torch.no_grad(), self.model_randomness(key), self.accelerator.autocast():
-            self.model(**self.move_and_transform(inputs, key, self.train_transform))
+        with torch.no_grad(), model_randomness(key), self.accelerator.autocast():
+            self.model(**batch)
 
     def final_model(self) -> PreTrainedModel:
         """Returns the model to keep, in evaluation mode."""
         return self.model.eval()
 
-    def write_model(self, folder: str | os.PathLike[str]) -> None:
+    def write_final_model(self, folder: str) -> None:
         """Writes the final model, and the processing class beside it."""
         save_model(self.final_model(), folder, self.processing_class)

@@ -13,9 +13,13 @@ from transformers.training_args import OptimizerNames
 from ..bilevel.curvature import CURVATURE_MODES as FIXED_CURVATURE_MODES
 from ..bilevel.hypergradient import SOLVERS
 from ..optim.optimizers import parse_optimizer_options, resolve_optimizer, takes_momentum
+from ..optim.pull import TYPICAL_PULL
 from ..optim.schedule import level_schedule
+from ..optim.two_level import LevelSettings
 from .data_parallel import refuse_other_parallelism
 
+PAPER_DAMPING = 10.0
+CURVATURE_KINDS = ("hessian", "gauss_newton")
 CURVATURE_MODES = ("auto", *FIXED_CURVATURE_MODES)
 
 # Smallest values allowed, for each trainer and for BiSSL.
@@ -25,10 +29,10 @@ _AT_LEAST = {
     **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers", "num_train_epochs"), 0),
 }
 _BISSL_AT_LEAST = {
-    **dict.fromkeys(("num_alternations", "lower_steps", "upper_steps", "solver_max_iterations"), 1),
+    **dict.fromkeys(("num_alternations", "lower_steps", "upper_steps", "solver_max_iterations", "solver_memory"), 1),
     **dict.fromkeys(("per_device_lower_batch_size", "curvature_batch_size"), 1),
     **dict.fromkeys(("lower_micro_batch_size", "upper_micro_batch_size"), 1),
-    **dict.fromkeys(("damping", "direct_weight", "solver_tolerance", "lower_weight_decay"), 0),
+    **dict.fromkeys(("direct_weight", "solver_tolerance", "lower_weight_decay"), 0),
     **dict.fromkeys(("head_warmup_epochs", "bn_recalibration_images", "upper_adaptation_every"), 0),
     **dict.fromkeys(("lower_warmup_steps", "lower_max_grad_norm"), 0),
 }
@@ -135,6 +139,31 @@ class ResumableTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is not supported: leave it out.")
         if not self.eval_do_concat_batches:
             raise ValueError("eval_do_concat_batches is False, which is not supported: leave it out.")
+
+    def level(self, name: str = "upper", *, num_steps: int) -> LevelSettings:
+        """Returns how a level is optimized; trainers of one level call theirs the upper one.
+
+        Args:
+            name (`str`, *optional*, defaults to `"upper"`): `"lower"` for BiSSL only.
+            num_steps (`int`): steps of the level in the whole run.
+
+        Raises:
+            `ValueError`: for a level that there is not.
+        """
+        if name != "upper":
+            raise ValueError(f"name is {name!r}; {type(self).__name__} have the level 'upper' only.")
+        return LevelSettings(
+            prefix="",
+            optim=self.optim,
+            optimizer_options=self.optimizer_options,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            schedule=self.lr_scheduler_type,
+            schedule_options=self.lr_scheduler_kwargs,  # type: ignore[arg-type] # read from text by now
+            num_steps=num_steps,
+            warmup_steps=self.get_warmup_steps(num_steps),
+            max_grad_norm=self.max_grad_norm,
+        )
 
     @property
     def key_seed(self) -> int:
@@ -252,12 +281,25 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
         num_alternations (`int`, *optional*, defaults to 500): T.
         lower_steps (`int`, *optional*, defaults to 20): N_L, lower steps per alternation.
         upper_steps (`int`, *optional*, defaults to 8): N_U, upper steps per alternation.
-        proximal_weight (`float`, *optional*, defaults to 0.001): lambda, the pull of theta_P towards theta_D.
-        damping (`float`, *optional*, defaults to 10.0): delta, added to lambda in the linear solve only.
+        target_pull (`float`, *optional*, defaults to 10 unless `proximal_weight` is given): the pull of theta_P
+            towards theta_D over the whole run, for which lambda is found before the first alternation and corrected
+            between alternations. Below 1 theta_P hardly feels theta_D.
+        proximal_weight (`float`, *optional*): lambda itself (the paper's 0.001), in place of `target_pull`.
+        damping (`float` or `"auto"`, *optional*): delta, added to lambda in the linear solve only; `"auto"` is the
+            horizon of the lower steps of an alternation (see [`~optim.pull.horizon_damping`]). Defaults to `"auto"`
+            with `target_pull`, and to the paper's 10 with `proximal_weight`.
         direct_weight (`float`, *optional*, defaults to 0.01): gamma, weight of the upper loss at theta_D itself.
-        solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"recycled"`, `"blockwise_cg"` or `"identity"`.
+        solver (`str`, *optional*, defaults to `"cg"`): `"cg"`, `"recycled"` or `"blockwise_cg"`, which take products
+            with the curvature; `"mfac"`, `"identity"` (x = rhs) or `"none"` (x = 0), which build no second-order
+            graph.
+        solver_memory (`int`, *optional*, defaults to 20): pretext gradients that `"mfac"` keeps.
+        solver_per_tensor (`bool`, *optional*, defaults to `False`): whether `"mfac"` solves a system of its own for
+            each tensor.
         solver_max_iterations (`int`, *optional*, defaults to 5): Hessian-vector products per upper step, at most.
         solver_tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which a solve stops.
+        curvature_kind (`str`, *optional*, defaults to `"hessian"`): `"hessian"`, the paper's; or `"gauss_newton"`,
+            which is never indefinite and holds the memory of a first-order graph, for lower losses that are known as
+            convex functions of outputs (see [`convex_outputs`]).
         curvature_mode (`str`, *optional*, defaults to `"auto"`): `"cached"` keeps the graph of the lower gradient for
             an upper phase; `"recompute"` builds it for each product, slower, and holds none in between; `"auto"` keeps
             it while it fits the memory of the GPU, and otherwise, with a warning, takes the curvature batch in parts.
@@ -295,12 +337,25 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
     num_alternations: int = field(default=500, metadata={"help": "Alternations of lower and upper phases (T)."})
     lower_steps: int = field(default=20, metadata={"help": "Lower steps per alternation (N_L)."})
     upper_steps: int = field(default=8, metadata={"help": "Upper steps per alternation (N_U)."})
-    proximal_weight: float = field(default=0.001, metadata={"help": "Pull of theta_P towards theta_D (lambda)."})
-    damping: float = field(default=10.0, metadata={"help": "Added to lambda in the linear solve only (delta)."})
+    target_pull: float | None = field(
+        default=None, metadata={"help": "Pull of the run, from which lambda is found; 10 without proximal_weight."}
+    )
+    proximal_weight: float | None = field(
+        default=None, metadata={"help": "Pull of theta_P towards theta_D in a step (lambda), in place of target_pull."}
+    )
+    damping: float | str | None = field(
+        default=None,
+        metadata={"help": "Added to lambda in the linear solve only (delta): a number, or auto (with target_pull)."},
+    )
     direct_weight: float = field(default=0.01, metadata={"help": "Weight of the upper loss at theta_D (gamma)."})
     solver: str = field(default="cg", metadata={"help": f"Linear solver: {', '.join(SOLVERS)}."})
+    solver_memory: int = field(default=20, metadata={"help": "Pretext gradients that solver mfac keeps."})
+    solver_per_tensor: bool = field(default=False, metadata={"help": "Solver mfac: a system for each tensor."})
     solver_max_iterations: int = field(default=5, metadata={"help": "Hessian-vector products per upper step at most."})
     solver_tolerance: float = field(default=0.0, metadata={"help": "Relative residual at which a solve stops."})
+    curvature_kind: str = field(
+        default="hessian", metadata={"help": f"Matrix of the linear systems: {', '.join(CURVATURE_KINDS)}."}
+    )
     curvature_mode: str = field(
         default="auto",
         metadata={"help": f"Graph of the curvature: {', '.join(CURVATURE_MODES)} (cached while it fits the GPU)."},
@@ -349,14 +404,23 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
         super().__post_init__()
 
     def _check_ranges(self) -> None:
+        self._set_coupling()
         check_at_least(self, **_BISSL_AT_LEAST)
-        for name in ("proximal_weight", "learning_rate", "lower_learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number above 0.")
+        for name in ("target_pull", "proximal_weight", "learning_rate", "lower_learning_rate"):
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be a finite number above 0.")
+        if self.solver == "none" and self.direct_weight == 0:
+            raise ValueError(
+                "solver is 'none' and direct_weight 0, so that nothing would move theta_D. Set direct_weight above 0."
+            )
         for name in ("lower_momentum", "upper_adaptation_strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
-        for name, allowed in (("solver", SOLVERS), ("curvature_mode", CURVATURE_MODES)):
+        for name, allowed in (
+            ("solver", SOLVERS),
+            ("curvature_mode", CURVATURE_MODES),
+            ("curvature_kind", CURVATURE_KINDS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if self.lower_gradient_cache and self.lower_micro_batch_size is None:
@@ -368,6 +432,25 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
                 f"solver_tolerance is {self.solver_tolerance}, and solver 'blockwise_cg' has no stopping rule: its "
                 "recursion does not follow the residual. Set solver_tolerance to 0 or solver to 'cg'."
             )
+
+    def _set_coupling(self) -> None:
+        """Fills in what couples the levels: exactly one of `target_pull` and `proximal_weight`, and the damping."""
+        if self.target_pull is not None and self.proximal_weight is not None:
+            raise ValueError(
+                f"target_pull is {self.target_pull} and proximal_weight {self.proximal_weight}; the first finds the "
+                "second. Leave one of them out."
+            )
+        if self.target_pull is None and self.proximal_weight is None:
+            self.target_pull = TYPICAL_PULL
+        if self.damping is None:
+            self.damping = "auto" if self.proximal_weight is None else PAPER_DAMPING
+        if isinstance(self.damping, str) and self.damping != "auto":
+            try:
+                self.damping = float(self.damping)
+            except ValueError as error:
+                raise ValueError(f"damping is {self.damping!r}; it must be a number or 'auto'.") from error
+        if self.damping != "auto":
+            check_at_least(self, damping=0)
 
     def _set_epochs(self) -> None:
         if self.num_train_epochs is not None and self.num_train_epochs != self.num_alternations:
@@ -396,6 +479,25 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
                 f"lower_warmup_steps is {self.lower_warmup_steps}; a run has {total} lower steps (num_alternations x "
                 "lower_steps)."
             )
+
+    def level(self, name: str = "upper", *, num_steps: int | None = None) -> LevelSettings:
+        """Returns how the `"lower"` or the `"upper"` level is optimized over the run."""
+        if name == "upper":
+            return super().level(name, num_steps=num_steps or self.num_alternations * self.upper_steps)
+        if name != "lower":
+            raise ValueError(f"name is {name!r}; it must be 'lower' or 'upper'.")
+        return LevelSettings(
+            prefix="lower_",
+            optim=self.lower_optim,
+            optimizer_options=self.lower_optimizer_options,
+            learning_rate=self.lower_learning_rate,
+            weight_decay=self.lower_weight_decay,
+            schedule=self.lower_lr_scheduler_type,
+            schedule_options=self.lower_lr_scheduler_kwargs,  # type: ignore[arg-type] # read from text by now
+            num_steps=num_steps or self.num_alternations * self.lower_steps,
+            warmup_steps=self.get_lower_warmup_steps(),
+            max_grad_norm=self.lower_max_grad_norm,
+        )
 
     def get_lower_warmup_steps(self) -> int:
         """Number of warm-up steps of the lower level."""

@@ -18,8 +18,8 @@ from bissl_hf.benchmark.report import format_report
 from bissl_hf.benchmark.run import raise_damping, run_benchmark
 from bissl_hf.benchmark.workload import WORKLOADS, benchmark_images, build_model, build_trainer
 from bissl_hf.bilevel.linear_solve import SolveStatus
+from bissl_hf.cli import benchmark
 from bissl_hf.data.alternation import Stream
-from recipes import benchmark
 
 CPU = torch.device("cpu")
 TINY = WORKLOADS["quick"].changed(

@@ -1,4 +1,3 @@
-import inspect
 import math
 from itertools import pairwise
 
@@ -163,11 +162,7 @@ def test_iterating_on_a_solved_system_is_no_breakdown(dtype, blockwise):
 
 def never_reading(monkeypatch):
     """Makes the recursion treat the CPU as it treats an accelerator: all iterations run, none reads a number."""
-    source, cpu = inspect.getsource(linear_solve._iterate), 'rhs[0].device.type == "cpu"'
-    assert source.count(cpu) == 1
-    namespace = dict(vars(linear_solve))
-    exec(source.replace(cpu, "False"), namespace)
-    monkeypatch.setattr(linear_solve, "_iterate", namespace["_iterate"])
+    monkeypatch.setattr(linear_solve, "may_read_device", lambda rhs, tolerance: False)
 
 
 @pytest.mark.parametrize("case", ["limit", "solved", "zero", "indefinite", "not finite", "rhs not finite"])

@@ -1,122 +1,134 @@
-"""Each test breaks the hypergradient in one way, by changing the text of a function, and shows that the comparison
-with the restated algorithm (`test_the_trainer_follows_the_algorithm`) notices."""
+"""Each test breaks the hypergradient in one way, by another function in the place of one of its own, and shows that
+the comparison with the restated algorithm (`test_the_trainer_follows_the_algorithm`) notices."""
 
-import inspect
-import sys
-import textwrap
+from dataclasses import replace
 
 import pytest
+import torch
 
-from bissl_hf.bilevel import hypergradient, recycling
-from bissl_hf.trainer.bissl_trainer import BiSSLTrainer
+from bissl_hf import BiSSLTrainingArguments
+from bissl_hf.bilevel import upper_phase
+from bissl_hf.bilevel.curvature import Curvature
+from bissl_hf.bilevel.hypergradient import implicit_gradient
+from bissl_hf.bilevel.level_losses import LevelLosses
+from bissl_hf.bilevel.recycling import Directions
+from bissl_hf.bilevel.upper_phase import Solve, UpperPhase
+from bissl_hf.tensors import add_scaled, cosine
 
 from ..trainer.restatement import Settings
 from ..trainer.test_restatement import check_against_restatement
 
-MUTANTS = {
-    "identity for the inverse": [(hypergradient, "implicit_gradient", 'if solver == "identity":', "if True:")],
-    "damping dropped": [
-        (hypergradient, "implicit_gradient", "1.0 / (proximal_weight + damping)", "1.0 / proximal_weight")
-    ],
-    "gamma dropped": [(BiSSLTrainer, "_upper_step", "if at_theta_d:", "if False:")],
-    "theta_D for theta_P in the right-hand side": [
-        (
-            BiSSLTrainer,
-            "_upper_step",
-            'self.model.without_side_effects("aligned"), inputs, (*theta_p, *phi_d)',
-            'self.model.without_side_effects("upper"), inputs, (*theta_d, *phi_d)',
+upper_gradient = LevelLosses.upper_gradient
+level = BiSSLTrainingArguments.level
+
+
+def identity_for_the_inverse(patch):
+    def solve(curvature, rhs, **settings):
+        return rhs, implicit_gradient(curvature, rhs, **settings)[1]
+
+    patch.setattr(upper_phase, "implicit_gradient", solve)
+
+
+def damping_dropped(patch):
+    def solve(curvature, rhs, **settings):
+        return implicit_gradient(curvature, rhs, **{**settings, "damping": 0.0})
+
+    patch.setattr(upper_phase, "implicit_gradient", solve)
+
+
+def gamma_dropped(patch):
+    def gradient(losses, model, inputs, parameters, **settings):
+        loss, found = upper_gradient(losses, model, inputs, parameters, **settings)
+        is_direct = model is losses.model.upper and len(parameters) > len(losses.model.upper_head_parameters())
+        return loss, tuple(torch.zeros_like(part) for part in found) if is_direct else found
+
+    patch.setattr(LevelLosses, "upper_gradient", gradient)
+
+
+def theta_d_for_theta_p_in_the_right_hand_side(patch):
+    def gradient(losses, model, inputs, parameters, **settings):
+        if model is not losses.model.upper:
+            own = losses.model
+            model = own.without_side_effects("upper")
+            parameters = (*own.upper_shared_parameters(), *own.upper_head_parameters())
+        return upper_gradient(losses, model, inputs, parameters, **settings)
+
+    patch.setattr(LevelLosses, "upper_gradient", gradient)
+
+
+def a_stale_curvature(patch):
+    build = UpperPhase.curvature
+
+    def curvature(phase, alternation):
+        return phase._curvature or build(phase, alternation)
+
+    patch.setattr(UpperPhase, "curvature", curvature)
+    patch.setattr(UpperPhase, "leave", lambda phase: None)
+    patch.setattr(Curvature, "check_unchanged", lambda curvature: None)
+
+
+def directions_of_another_phase(patch):
+    def forget(phase):
+        phase._curvature = None
+
+    patch.setattr(UpperPhase, "_forget", forget)
+    patch.setattr(Directions, "bind", lambda directions, curvature, shift: None)
+
+
+def phi_p_live_in_the_derivative(patch):
+    def solve(phase, alternation, rhs, proximal_weight, damping):
+        curvature, heads = phase.curvature(alternation), phase.losses.model.lower_head_parameters()
+        joint = Curvature(curvature._terms, (*curvature.parameters, *heads), mode="recompute")
+        solution, info = implicit_gradient(
+            joint,
+            (*rhs, *(torch.zeros_like(head) for head in heads)),
+            proximal_weight=proximal_weight,
+            damping=damping,
+            max_iterations=phase.settings.max_iterations,
+            tolerance=phase.settings.tolerance,
         )
-    ],
-    "a stale curvature": [
-        (BiSSLTrainer, "leave_upper_phase", "self._curvature = self._directions = None", "pass"),
-        (
-            BiSSLTrainer,
-            "_curvature_of",
-            "self._curvature is None or self._curvature[0] != key.alternation",
-            "self._curvature is None",
-        ),
-        (hypergradient.Curvature, "check_unchanged", "if self._current_versions() != self._versions:", "if False:"),
-    ],
-    "directions of another phase": [
-        (BiSSLTrainer, "leave_upper_phase", "self._curvature = self._directions = None", "self._curvature = None"),
-        (
-            BiSSLTrainer,
-            "_directions_of",
-            "self._directions is None or self._directions[0] != key.alternation",
-            "self._directions is None",
-        ),
-        (recycling.Directions, "bind", "if self._matrix is None:", "if True:"),
-    ],
-    "phi_P live in the derivative": [
-        (
-            BiSSLTrainer,
-            "_build_curvature",
-            "self.model.lower_shared_parameters()",
-            "(*self.model.lower_shared_parameters(), *self.model.lower_head_parameters())",
-        ),
-        (
-            BiSSLTrainer,
-            "_solve",
-            "        curvature,\n        rhs,\n",
-            "        curvature,\n        (*rhs, *[torch.zeros_like(p) for p in "
-            "self.model.lower_head_parameters()]),\n",
-        ),
-        (BiSSLTrainer, "_upper_step", "(*solution,", "(*solution[: len(theta_p)],"),
-        (BiSSLTrainer, "_solve", "cosine(curvature.gradient, rhs)", "rhs[0].sum()"),
-        (BiSSLTrainer, "solve", "cosine(solution, rhs)", "rhs[0].sum()"),
-    ],
-    "proximal term counted in H": [
-        (
-            BiSSLTrainer,
-            "_build_curvature",
-            "self.lower_loss_terms(model, inputs, key)",
-            "[*self.lower_loss_terms(model, inputs, key), lambda: 0.5 * self.args.proximal_weight * sum((p**2).sum()"
-            " for p in self.model.lower_shared_parameters())]",
-        )
-    ],
-    "learning rates of the levels swapped": [
-        (
-            BiSSLTrainer,
-            "create_optimizer",
-            "learning_rate=self.args.lower_learning_rate",
-            "learning_rate=self.args.learning_rate",
-        ),
-        (
-            BiSSLTrainer,
-            "_build_upper_optimizer",
-            "learning_rate=self.args.learning_rate",
-            "learning_rate=self.args.lower_learning_rate",
-        ),
-    ],
-}
+        return Solve(solution[: len(rhs)], info, cosine(curvature.gradient, rhs))
+
+    patch.setattr(UpperPhase, "_solve", solve)
 
 
-def mutate(monkeypatch, owner, name: str, old: str, new: str, sources: dict) -> None:
-    """Replaces `old` by `new` in the text of a function or method and puts the result in its place."""
-    function = getattr(owner, name)
-    source = sources.get((owner, name)) or textwrap.dedent(inspect.getsource(function))
-    assert source.count(old) == 1, f"{old!r} must stand once in {name}"
-    sources[owner, name] = source = source.replace(old, new)
-    namespace = dict(vars(sys.modules[function.__module__]))
-    # A method that says super() needs the cell of its class.
-    body = f"def _make(__class__):\n{textwrap.indent(source, '    ')}    return {name}\n"
-    exec(compile(body, f"<mutant of {name}>", "exec"), namespace)
-    mutant = namespace["_make"](owner)
-    monkeypatch.setattr(owner, name, mutant)
-    if inspect.ismodule(owner):
-        for module in list(sys.modules.values()):
-            if vars(module).get(name) is function:  # `getattr` would have lazy modules import more
-                monkeypatch.setattr(module, name, mutant)
+def proximal_term_counted_in_h(patch):
+    def solve(curvature, rhs, **settings):
+        def with_proximal_term(vector):
+            return add_scaled(curvature(vector), vector, settings["proximal_weight"])
+
+        return implicit_gradient(with_proximal_term, rhs, **settings)
+
+    patch.setattr(upper_phase, "implicit_gradient", solve)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_the_restatement_notices(name, monkeypatch, tmp_path):
-    sources: dict = {}
-    for owner, function, old, new in MUTANTS[name]:
-        mutate(monkeypatch, owner, function, old, new, sources)
+def learning_rates_of_the_levels_swapped(patch):
+    def swapped(args, name, **settings):
+        other = level(args, "upper" if name == "lower" else "lower")
+        return replace(level(args, name, **settings), learning_rate=other.learning_rate)
+
+    patch.setattr(BiSSLTrainingArguments, "level", swapped)
+
+
+MUTANTS = [
+    identity_for_the_inverse,
+    damping_dropped,
+    gamma_dropped,
+    theta_d_for_theta_p_in_the_right_hand_side,
+    a_stale_curvature,
+    directions_of_another_phase,
+    phi_p_live_in_the_derivative,
+    proximal_term_counted_in_h,
+    learning_rates_of_the_levels_swapped,
+]
+
+
+@pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
+def test_the_restatement_notices(mutate, monkeypatch, tmp_path):
+    mutate(monkeypatch)
     # A stale graph of cached products would be refused by torch itself, so this runs with rebuilt ones.
-    mode = "cached" if name != "a stale curvature" else "recompute"
-    solver = "recycled" if name == "directions of another phase" else "cg"
+    mode = "cached" if mutate is not a_stale_curvature else "recompute"
+    solver = "recycled" if mutate is directions_of_another_phase else "cg"
     with pytest.raises(AssertionError, match="largest_difference"):
         check_against_restatement(Settings(), tmp_path, curvature_mode=mode, solver=solver)
 

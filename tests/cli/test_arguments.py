@@ -1,11 +1,15 @@
 """Arguments from YAML and the command line, and refusals."""
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bissl_hf.cli.arguments import parse_arguments, refuse, refusing_bad_input
 
@@ -88,7 +92,22 @@ def test_arguments_of_the_process_by_default(monkeypatch: pytest.MonkeyPatch) ->
         ("scale:\n  - 1e-3\n  - -2", "scale", [0.001, -2.0]),
         ("name: a b = c", "name", "a b = c"),
         ("name: '--steps'", "name", "--steps"),
-        ("name: 007", "name", "7"),
+        ("name: 007", "name", "007"),
+        ("name: 2026_01_15", "name", "2026_01_15"),
+        ("name: 1:30", "name", "1:30"),
+        ("name: 2020-01-01", "name", "2020-01-01"),
+        ("name: 1e3", "name", "1e3"),
+        ("name: true", "name", "true"),
+        ("name: 'null'", "name", "null"),
+        ("name: |\n  a\n  b", "name", "a\nb"),
+        ("steps: 1_000", "steps", 1000),
+        ("use_cpu: on", "use_cpu", True),
+        ("cache: OFF", "cache", False),
+        (
+            "options: {a: 1e-3, b: 010, c: '5', d: 7, e: [1, x], f: 1_0, g: ~}",
+            "options",
+            '{"a": 0.001, "b": "010", "c": "5", "d": 7, "e": [1, "x"], "f": "1_0", "g": null}',
+        ),
         ("name: no", "name", "no"),
         ("name: Off", "name", "Off"),
         ("use_cpu: Yes", "use_cpu", True),
@@ -126,7 +145,9 @@ def test_help_names_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["--stepz", "3"], "Unknown argument --stepz; did you mean steps?"),
-        (["--stepz=3"], "Unknown argument --stepz=3; did you mean steps?"),
+        (["--stepz=3"], "Unknown argument --stepz; did you mean steps?"),
+        (["--hub_tokn=SECRET"], "Unknown argument --hub_tokn; see --help for those that exist."),
+        (["hf_abcdefgh"], "Unknown argument (a word like a token); see --help for those that exist."),
         (["--qqqq"], "Unknown argument --qqqq; see --help for those that exist."),
         (["stray"], "Unknown argument stray; see --help for those that exist."),
         (["--seed", "-1"], "seed is -1; it must be at least 0."),
@@ -203,3 +224,125 @@ def test_errors_about_input_become_one_sentence(kind: type[Exception], capsys: p
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError), refusing_bad_input():
         raise ZeroDivisionError
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", ""], "name is empty, as a variable of a script is that was not set: give a value, or leave name"),
+        (["--name="], "name is empty"),
+        (["--name", "  "], "name is empty"),
+        (["--scale", "0.5", ""], "scale is empty"),
+        (["--steps="], "steps is empty"),
+        (["--seed", "010"], "seed is '010', which can be read in more than one way; write it in decimal digits"),
+        (["--seed", "2026_01_15"], "seed is '2026_01_15', which can be read in more than one way"),
+        (["--rate", "00.5"], "rate is '00.5', which can be read in more than one way"),
+        (["--seed", "\uff11"], "seed is '\uff11', which can be read in more than one way"),
+        (["--seed", "9" * 5000], "seed is a text of 5000 characters (99999999999999999999...); it must be a number."),
+        (["--seed", str(2**63)], f"seed is {2**63}; it must be below 2^63."),
+        (["--rate", "NaN"], "rate is 'NaN'; it must be a number."),
+        (["--rate", "1:30"], "argument --rate: invalid float value: '1:30'"),
+        (["--name=--"], "name is '--', which is no value."),
+        (["--output_dir", "$NOT_SET/x"], "output_dir is '$NOT_SET/x'; the environment variable $NOT_SET is not set"),
+        (["--output_dir", "x/${NOT_SET}"], "output_dir is 'x/${NOT_SET}'; the environment variable ${NOT_SET} is not"),
+        (["--output_dir", "~nobody-here/x"], "output_dir is '~nobody-here/x'; there is no user '~nobody-here'"),
+    ],
+)
+def test_refuses_values(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, arguments).startswith(message)
+
+
+def test_long_values_are_cut_in_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(refusal(capsys, ["--use_cpu", "x" * 100_000])) < 600
+
+
+def test_home_and_variables_in_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", "/runs")
+    for text, expected in (("~/out", f"{tmp_path}/out"), ("$RUNS/a", "/runs/a"), ("cost$5", "cost$5")):
+        assert parse(["--output_dir", text])[1].output_dir == expected
+        assert parse([], f"output_dir: {text}", tmp_path)[1].output_dir == expected
+    # Only paths: a name is a name.
+    assert parse(["--name", "~/$RUNS"])[0].name == "~/$RUNS"
+    (tmp_path / "c.yaml").write_text("steps: 4")
+    assert parse(["--config", "~/c.yaml"])[0].steps == 4
+
+
+def test_an_existing_path_with_a_dollar_is_meant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$HOME").mkdir()
+    assert parse(["--output_dir", "$HOME"])[1].output_dir == "$HOME"
+
+
+_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"options:\n  k: 1\n{''.join('  ' + line + chr(10) for line in _LAUGHS.splitlines())}", "more than 10,000"),
+        ("options: &a {b: *a}", "more than 50 inside one another (line 1)"),
+        ("scale: &a [*a]", "more than 50 inside one another (line 1)"),
+        ("options: " + "{a: " * 60 + "1" + "}" * 60, "more than 50 inside one another"),
+        ("options: " + "[" * 5000 + "]" * 5000, "it is nested too deeply."),
+        ("name: !!binary aGk=", "the tag 'tag:yaml.org,2002:binary' is not supported (line 1)."),
+        ("options: {a: !!set {b}}", "the tag 'tag:yaml.org,2002:set' is not supported"),
+        ("name: !!python/object/apply:os.system [ls]", "is not supported (line 1)."),
+        ("[1, 2]: 4", "a field must have a name; there is a sequence (line 1)."),
+        ("~: 4", "Unknown field '~'"),
+        ("3: 4", "Unknown field '3'"),
+        ("&a\n<<: *a", "is not valid YAML"),
+        ("name: ''", "name is empty"),
+        ("seed: 010", "seed is '010', which can be read in more than one way"),
+        ("steps: " + "9" * 5000, "steps is a text of 5000 characters"),
+        ('scale: [0.5, "--use_cpu"]', "holds '--use_cpu'; an item must not start with a dash."),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_refuses_hostile_yaml(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refusal(capsys, [], content, tmp_path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(str.strip))
+def test_text_is_taken_as_it_is(tmp_path: Path, text: str) -> None:
+    """Whatever the text means in YAML 1.1, quoted or, where YAML takes it for one scalar, plain."""
+    quoted = yaml.safe_dump({"name": text}, allow_unicode=True)
+    assert parse([], quoted, tmp_path)[0].name == text
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.from_regex(r"[0-9a-z_:.+-]{1,12}", fullmatch=True).filter(lambda text: text not in ("null", "--")))
+def test_plain_words_and_numbers_are_text(tmp_path: Path, text: str) -> None:
+    try:
+        node = yaml.compose(f"name: {text}")
+    except yaml.YAMLError:
+        return
+    value = node.value[0][1]
+    if isinstance(value, yaml.ScalarNode) and value.value == text:
+        assert parse([], f"name: {text}", tmp_path)[0].name == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(-(2**63) + 1, 2**63 - 1))
+def test_whole_numbers_are_read_exactly(number: int) -> None:
+    assert parse([f"--steps={number}"])[0].steps == number
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(allow_nan=False))
+def test_numbers_are_read_exactly(number: float) -> None:
+    assert parse([f"--rate={number!r}"])[0].rate == number
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.text(max_size=60), st.text("&*!|>-[]{}:,#'\"? \n~<a1", max_size=60)))
+def test_any_configuration_is_read_or_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with contextlib.suppress(SystemExit):
+        parse(["--config", str(tmp_path / "run.yaml")])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import ResNetForImageClassification
 
-from bissl_hf.cli.finetuning import FineTuning, metrics_of, summarise
+from bissl_hf.cli.finetuning import FineTuning, summarise, without_times
 from bissl_hf.cli.images import LabelledImages
 from bissl_hf.cli.models import new_classifier
 from bissl_hf.data.augment import EvalTransform, TrainTransform
@@ -87,4 +87,4 @@ def test_summaries():
     assert summarise([1.0, 2.0, 6.0]) == {"mean": 3.0, "std": pytest.approx(7**0.5), "values": [1.0, 2.0, 6.0]}
     assert summarise([2.0])["std"] is None
     evaluation = {"test_loss": 1.0, "test_map": 0.5, "test_runtime": 3.0, "test_samples_per_second": 2.0, "epoch": 1}
-    assert metrics_of(evaluation, "test") == {"test_loss": 1.0, "test_map": 0.5}
+    assert without_times(evaluation, "test") == {"test_loss": 1.0, "test_map": 0.5}

@@ -33,10 +33,10 @@ def split(brightness: Sequence[int], labels: Sequence[int] | None) -> datasets.D
 
 
 def test_the_digits_are_loaded_by_their_columns() -> None:
-    splits = load_labelled(DataArguments(image_column="image", label_column="label"), seed=0)
+    splits = load_labelled(DataArguments(dataset="digits", image_column="image", label_column="label"), seed=0)
     assert {name: len(part) for name, part in splits.items()} == {"train": 1295, "validation": 143, "test": 359}
     with pytest.raises(ValueError, match="no column 'photo'"):
-        load_labelled(DataArguments(image_column="photo"), seed=0)
+        load_labelled(DataArguments(dataset="digits", image_column="photo"), seed=0)
 
 
 def test_a_single_class_is_refused(tmp_path) -> None:
@@ -95,8 +95,8 @@ def test_a_range_is_two_numbers(name: str) -> None:
 
 
 def test_some_training_images_are_chosen_and_all_of_them_stay_for_the_pretext_task() -> None:
-    whole = load_labelled(DataArguments(), seed=3)
-    some = load_labelled(DataArguments(train_examples=50), seed=3)
+    whole = load_labelled(DataArguments(dataset="digits"), seed=3)
+    some = load_labelled(DataArguments(dataset="digits", train_examples=50), seed=3)
     assert len(some["train"]) == 50
     assert set(some["train"]["label"]) == set(range(10))
     assert some["unlabeled"].column_names == ["image"]
@@ -104,12 +104,12 @@ def test_some_training_images_are_chosen_and_all_of_them_stay_for_the_pretext_ta
     for name in ("validation", "test"):
         assert some[name]["label"][:] == whole[name]["label"][:]
     with pytest.raises(ValueError, match="9 labelled examples are asked for; there must be between 10, one per class"):
-        load_labelled(DataArguments(train_examples=9), seed=0)
+        load_labelled(DataArguments(dataset="digits", train_examples=9), seed=0)
 
 
 def test_a_revision_is_for_the_hub() -> None:
     with pytest.raises(ValueError, match=r"\['revision'\] apply to data sets on the Hub only"):
-        load_labelled(DataArguments(dataset_revision="main"), seed=0)
+        load_labelled(DataArguments(dataset="digits", dataset_revision="main"), seed=0)
 
 
 def test_unlabelled_images_are_taken_without_those_of_the_test_split() -> None:
@@ -135,3 +135,17 @@ def test_the_kind_of_task_is_that_of_the_labels() -> None:
     images = decode_labelled(several, 14)
     assert images.problem_type == "multi_label_classification"
     assert images.class_names == ["dark", "light"]
+
+
+def test_unreadable_images_stop_or_are_left_out() -> None:
+    good = split(range(10), [0, 1] * 5)
+    broken = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"no image", "path": None}], "label": [0]}, features=good.features
+    )
+    some = datasets.concatenate_datasets([good, broken])
+    splits = {"train": some, "validation": good, "test": some}
+    with pytest.raises(ValueError, match=r"'train' cannot be read: .*row 10 of the split 'test' cannot be read"):
+        decode_labelled(splits, 8)
+    images = decode_labelled(splits, 8, unreadable="skip")
+    assert (len(images.train), len(images.validation), len(images.test)) == (10, 10, 10)
+    assert len(decode_unlabelled(splits, 8, unreadable="skip")) == 10

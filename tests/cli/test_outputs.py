@@ -38,7 +38,7 @@ def test_a_folder_in_use_needs_a_resume(resume: str | bool | None, tmp_path: Pat
     checkpoint(tmp_path, 4)
     with pytest.raises(ValueError, match="holds files, maybe of an unfinished run; pass --resume_from_checkpoint tr"):
         outputs.open_output_dir(str(tmp_path), resume)
-    (tmp_path / outputs.RESULTS_NAME).write_text("{}")
+    (tmp_path / outputs.RUN_RESULTS).write_text("{}")
     with pytest.raises(ValueError, match="holds a finished run; pass --resume_from_checkpoint true"):
         outputs.open_output_dir(str(tmp_path), resume)
 

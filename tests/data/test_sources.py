@@ -169,7 +169,7 @@ class TestFolder:
             ({}, "There are no images in"),
             ({"train": 0, "test/a": 1}, "has the splits \\['test'\\]; it must have a split 'train'"),
             ({".": 3}, "No labels were found in .* columns are \\['image'\\].*label_column"),
-            ({".": 1, "a": 2}, "lies beside the class folders"),
+            ({".": 1, "a": 2}, "is beside the class folders"),
             ({"cat": 3, "dog": 3, "test": 1}, "has \\['test'\\], which name splits, beside 'cat'"),
             ({"train/a": 3, "val/a": 1, "valid/a": 1}, "has two splits that mean 'validation'"),
             ({"train/a": 3, "test/b": 1}, "row 0 of the split 'test' .* is 'b'; it must be a class of 'train': 'a'"),
@@ -237,6 +237,32 @@ class TestHub:
         calls = hub(train=make_split([0, 1] * 10, ClassLabel(names=["a", "b"])))
         load_image_dataset("user/name", revision="v1", data_files="x")
         assert calls == [("user/name", {"revision": "v1", "data_files": "x"})]
+
+    def test_a_configuration_is_passed_on(self, monkeypatch):
+        calls = []
+
+        def fake(path, name=None, **options):
+            calls.append((path, name, options))
+            return DatasetDict(train=make_split([0, 1] * 10, ClassLabel(names=["a", "b"])))
+
+        monkeypatch.setattr(hub_module, "load_dataset", fake)
+        load_image_dataset("user/name", dataset_config="mini")
+        assert calls == [("user/name", "mini", {"revision": None})]
+
+    @pytest.mark.parametrize(
+        "message",
+        [
+            "Config name is missing.\nPlease pick one among the available configs: ['full', 'mini']\nExample:",
+            "BuilderConfig 'x' not found. Available: ['full', 'mini']",
+        ],
+    )
+    def test_a_configuration_is_asked_for(self, monkeypatch, message):
+        def failing(path, **options):
+            raise ValueError(message)
+
+        monkeypatch.setattr(hub_module, "load_dataset", failing)
+        with pytest.raises(ValueError, match=r"of 'user/name' with `dataset_config`, one of \['full', 'mini'\]\."):
+            load_image_dataset("user/name")
 
     def test_column_candidates(self, hub):
         train = make_split([0, 1] * 10, ClassLabel(names=["a", "b"]), "img", "fine_label")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
+from bissl_hf.evaluation import metrics
 from bissl_hf.evaluation.metrics import (
     MAIN_METRIC,
     Accuracy,
@@ -145,7 +146,7 @@ def test_metrics_of_one_label_take_the_largest_logit(random: np.random.Generator
     found = compute(EvalPrediction(logits, labels))
     right = [max(range(5), key=row.__getitem__) == label for row, label in zip(logits, labels, strict=True)]
     assert found["accuracy"] == sum(right) / 40
-    assert set(found) == {"accuracy", "mean_class_accuracy"}
+    assert set(found) == {"accuracy", "mean_class_accuracy", "macro_f1"}
     # The same function serves one evaluation after the other; nothing of the first may remain.
     assert compute(EvalPrediction(np.eye(3), np.array([0, 1, 0])))["accuracy"] == pytest.approx(2 / 3)
 
@@ -154,7 +155,7 @@ def test_metrics_of_more_than_five_classes_include_the_first_five(random: np.ran
     logits, labels = random.normal(size=(90, 6)).astype(np.float32), random.integers(0, 6, 90)
     found = classification_metrics(num_labels=6)(EvalPrediction(logits, labels))
     assert found["top5_accuracy"] == np.mean([rank(row, y) < 5 for row, y in zip(logits, labels, strict=True)])
-    assert set(found) == {"accuracy", "top5_accuracy", "mean_class_accuracy"}
+    assert set(found) == {"accuracy", "top5_accuracy", "mean_class_accuracy", "macro_f1"}
     assert MAIN_METRIC["single_label_classification"] in found
 
 
@@ -169,5 +170,37 @@ def test_metrics_of_several_labels_are_the_mean_average_precision(random: np.ran
 
 
 def test_metrics_refuse_another_kind_of_task() -> None:
-    with pytest.raises(ValueError, match="problem_type is 'regression'; it must be one of single_label"):
+    with pytest.raises(ValueError, match="problem_type is 'regression'; it must be single_label"):
         classification_metrics("regression")
+
+
+def test_macro_f1_and_per_class_accuracy_are_those_of_a_loop(random: np.random.Generator) -> None:
+    scores, labels = random.normal(size=(60, 6)), random.integers(0, 4, 60)
+    predicted = scores.argmax(-1)
+    f1, accuracy = [], {}
+    for c in range(6):
+        hits = sum(p == c == y for p, y in zip(predicted, labels, strict=True))
+        f1.append(2 * hits / (sum(predicted == c) + sum(labels == c)))
+        if c < 4:
+            accuracy["abcdef"[c]] = pytest.approx(hits / sum(labels == c))
+    found = metrics.classification_metrics(num_labels=4)(EvalPrediction(scores, labels))
+    assert found["macro_f1"] == pytest.approx(np.mean(f1))
+    assert metrics.per_class_scores("single_label_classification", scores, labels, "abcdef") == accuracy
+
+
+def test_per_class_scores_of_several_labels_average_to_the_map(random: np.random.Generator) -> None:
+    scores, labels = random.normal(size=(40, 3)), random.integers(0, 2, (40, 3))
+    labels[:, 1] = 0
+    found = metrics.per_class_scores("multi_label_classification", scores, labels, "abc")
+    assert list(found) == ["a", "c"]
+    assert np.mean(list(found.values())) == pytest.approx(eleven_point_map(scores, labels))
+
+
+def test_regression_metrics_are_those_of_their_definitions(random: np.random.Generator) -> None:
+    labels = random.normal(size=30)
+    found = labels + random.normal(size=30)
+    computed = metrics.regression_metrics(EvalPrediction(found[:, None], labels))
+    residual = sum((a - b) ** 2 for a, b in zip(found, labels, strict=True))
+    assert computed["r2"] == pytest.approx(1 - residual / sum((y - labels.mean()) ** 2 for y in labels))
+    assert computed["rmse"] == pytest.approx((residual / 30) ** 0.5)
+    assert computed["mae"] == pytest.approx(sum(abs(found - labels)) / 30)

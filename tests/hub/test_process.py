@@ -1,6 +1,10 @@
 """Jobs at the Hub end in any case, and tell what came of them."""
 
+import os
 import re
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -139,3 +143,32 @@ def test_a_folder_is_downloaded_if_it_is_there(hub, tmp_path):
     assert not (tmp_path / "target" / "b.json").exists()
     hub.fail("hang")
     assert HubProcess(DownloadJob("name", "sub", target)).result().outcome == "stalled"
+
+
+def test_a_hanging_job_ends_with_the_process_that_ordered_it_also_when_that_is_killed(hub, tree):
+    hub.fail("hang")
+    code = (
+        "import sys, time; from bissl_hf.hub import process; process.PATIENCE_SECONDS = 600.0\n"
+        f"job = process.HubProcess(process.UploadJob('name', folder={str(tree)!r}))\n"
+        "print(job._process.pid, flush=True); time.sleep(600)"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, **hub.environment(tree)}
+    )
+    pid = int(owner.stdout.readline())
+    while not hub.requests:
+        time.sleep(0.05)
+    owner.kill()
+    owner.communicate()
+    deadline = time.monotonic() + 10
+    while _is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_running(pid)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stream:
+            return stream.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -187,7 +187,7 @@ def test_no_pickle_of_arguments_and_no_token_leaves_the_machine(hub, tmp_path, c
     output = tmp_path / "run"
     trainer = make_bissl_trainer(output, hub_strategy="all_checkpoints")
     trainer.train()
-    trainer.write_model(output)
+    trainer.save_model(output)
     (output / "notes.json").write_text(json.dumps({"token": TOKEN}))
     (output / "all_results.json").write_text("{}")
     (output / "training_args.bin").write_bytes(pickle.dumps(trainer.args))
@@ -237,7 +237,7 @@ def test_a_run_goes_on_from_the_hub_alone_to_the_bit(hub, tmp_path, make):
     whole.train()
     first = make(tmp_path / "first" / "run")
     first.add_callback(Stop(3))
-    first.resume_files = ("before.json", "pretraining/model")
+    first.publisher.resume_files = ("before.json", "pretraining/model")
     (tmp_path / "first" / "run" / "pretraining" / "model").mkdir(parents=True)
     (tmp_path / "first" / "run" / "pretraining" / "model" / "config.json").write_text("{}")
     (tmp_path / "first" / "run" / "before.json").write_text('{"a": 1}')
@@ -323,7 +323,7 @@ def test_code_in_a_checkpoint_of_others_is_not_run(hub, tmp_path, name):
     files["last-checkpoint/manifest.json"] = json.dumps(manifest).encode()
     checkpoint = fetch_last_checkpoint("user/run", tmp_path / "again")
     second = make_pretext_trainer(tmp_path / "again", max_steps=6, push_to_hub=False)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=f"{name} holds more than tensors and numbers; it is not read"):
         second.train(resume_from_checkpoint=str(checkpoint))
     assert not (tmp_path / "witness").exists()
 
@@ -375,7 +375,7 @@ def wait_for_push(trainer):
 
     class Wait(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
-            while trainer.pushes._upload is not None and trainer.pushes._upload.running():
+            while trainer.publisher.queue._upload is not None and trainer.publisher.queue._upload.running():
                 time.sleep(0.02)
 
     trainer.add_callback(Wait())
@@ -456,7 +456,9 @@ def test_a_run_that_was_killed_leaves_its_push_to_the_next(hub, tmp_path):
     trainer = make_pretext_trainer(tmp_path / "run", hub_strategy="all_checkpoints")
     hub.fail("500", path="/commit/")
     trainer.train()
-    trainer.pushes.unpushed.replace(tmp_path / "run" / ".pushing")  # as if the process had died during the push
+    trainer.publisher.queue.unpushed.replace(
+        tmp_path / "run" / ".pushing"
+    )  # as if the process had died during the push
     hub.recover()
     checkpoint = open_output_dir(str(tmp_path / "run"), "true")
     again = make_pretext_trainer(tmp_path / "run", hub_strategy="all_checkpoints", max_steps=6)

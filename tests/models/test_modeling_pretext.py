@@ -215,7 +215,7 @@ def test_hessian_vector_product_equals_finite_differences_of_the_gradient(task: 
 
 def test_only_convex_losses_offer_outputs() -> None:
     for task in ("vicreg", "barlow_twins"):
-        assert not hasattr(pretext_class(task), "outputs_for_loss")
+        assert not hasattr(pretext_class(task), "outputs_from_embeddings")
         assert not hasattr(pretext_class(task), "loss_from_outputs")
 
 

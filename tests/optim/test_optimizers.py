@@ -215,6 +215,15 @@ def test_options_are_read_as_literals():
             parse_optimizer_options(text, field="optim_args")
 
 
+@pytest.mark.parametrize(
+    "value", ["-" * 50_000 + "1", "-" * 3000 + "1", "(" * 5000, "[" * 3000 + "]" * 3000, "9" * 5000, "1+" * 5000 + "1"]
+)
+def test_options_that_are_too_deep_are_one_short_sentence(value):
+    with pytest.raises(ValueError, match=r"characters.; it must read like") as info:
+        parse_optimizer_options(f"x={value}", field="optim_args")
+    assert len(str(info.value)) < 300
+
+
 def test_the_effective_step_length_of_each_optimizer():
     weights = parameters((3, 4), (4,))
     gradients = [torch.full_like(w, 0.5) for w in weights]

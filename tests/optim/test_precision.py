@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-import bissl_hf.trainer.level_curvature as level_curvature
-from bissl_hf.data.alternation import StepKey, Stream
+from bissl_hf.bilevel import upper_phase
 from bissl_hf.optim.precision import LossScale
 
 from ..conftest import tiny_model, vit_model
@@ -81,7 +80,7 @@ def test_gradients_are_those_of_float64_within_the_precision(tmp_path, exact, pr
 @pytest.mark.parametrize("precision", HALF, ids=ids)
 def test_weights_momenta_and_solver_vectors_stay_in_float32(tmp_path, monkeypatch, precision, device):
     dtypes = set()
-    solve = level_curvature.implicit_gradient
+    solve = upper_phase.implicit_gradient
 
     def watching(curvature, rhs, **keywords):
         def product(vector):
@@ -93,7 +92,7 @@ def test_weights_momenta_and_solver_vectors_stay_in_float32(tmp_path, monkeypatc
         dtypes.update(tensor.dtype for tensor in (*rhs, *solution))
         return solution, info
 
-    monkeypatch.setattr(level_curvature, "implicit_gradient", watching)
+    monkeypatch.setattr(upper_phase, "implicit_gradient", watching)
     trainer = make_trainer(tmp_path, num_alternations=1, use_cpu=device == "cpu", **precision)
     trainer.train()
     assert dtypes == {torch.float32}
@@ -110,7 +109,7 @@ def test_the_curvature_is_that_of_float32_under_fp16_and_not_under_bf16(tmp_path
     for precision in ({}, *HALF):
         trainer = layer_norm_trainer(tmp_path, **precision)
         trainer.model.train()
-        curvature = trainer._curvature_of(StepKey(7, int(Stream.UPPER), 0, 0, 0))
+        curvature = trainer.upper_phase.curvature(0)
         products.append(curvature(tuple(torch.ones_like(part) for part in curvature.gradient)))
     full, bf16, fp16 = products
     assert all_equal(full, fp16)
@@ -157,9 +156,9 @@ def overflowing(output_dir, *steps, device="cpu", **settings):
 def test_an_overflow_skips_the_step_of_its_level_and_nothing_else(tmp_path, monkeypatch, settings, device):
     """Steps 0 to 2 are lower ones, 3 and 4 upper ones, and so on; the second of each level overflows."""
     solves = []
-    solve = level_curvature.implicit_gradient
+    solve = upper_phase.implicit_gradient
     monkeypatch.setattr(
-        level_curvature, "implicit_gradient", lambda *args, **keywords: solves.append(1) or solve(*args, **keywords)
+        upper_phase, "implicit_gradient", lambda *args, **keywords: solves.append(1) or solve(*args, **keywords)
     )
     trainer = overflowing(tmp_path, 1, 4, device=device, **settings)
     seen = []
@@ -252,7 +251,7 @@ def test_weights_in_half_precision_are_refused(tmp_path, dtype):
 
 
 def test_a_loss_scale_is_nothing_without_a_scaler():
-    scale, tensor = LossScale(None), torch.tensor([float("inf")])
+    scale, tensor = LossScale(lambda: None), torch.tensor([float("inf")])
     assert not scale.is_active
     assert scale(tensor) is tensor
     assert scale.remove((tensor,)) == (tensor,)
@@ -261,7 +260,7 @@ def test_a_loss_scale_is_nothing_without_a_scaler():
 
 def test_a_loss_scale_scales_what_it_is_given_and_skips_overflows():
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    scale, parameter = LossScale(scaler), torch.nn.Parameter(torch.ones(2))
+    scale, parameter = LossScale(lambda: scaler), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     assert scale(torch.tensor(3.0)).item() == 24.0
     assert all_equal(scale.remove((torch.tensor([8.0, 16.0]),)), (torch.tensor([1.0, 2.0]),))

@@ -14,8 +14,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from transformers import ResNetForImageClassification
 
 from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
+from bissl_hf.cli import analyze
 from bissl_hf.data.augment import image_processor
-from recipes import analyze
 
 from .runs import CLASSES, as_arguments, launch, refusal, resnet_config, write_splits
 

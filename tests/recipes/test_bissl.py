@@ -23,9 +23,9 @@ from transformers import AutoModelForImageClassification, ResNetForImageClassifi
 
 from bissl_hf import SimCLRConfig, SimCLRForPreTraining, load_image_dataset
 from bissl_hf.checkpoints import STAGING_FOLDER, find_last_checkpoint
+from bissl_hf.cli import align
 from bissl_hf.data.augment import EvalTransform
 from bissl_hf.data.decoded import DecodedImages
-from recipes import bissl
 
 from . import runs
 from .runs import CLASSES, ROOT, as_arguments, environment, launch, only_sentence, resnet_config, write_splits
@@ -83,7 +83,7 @@ def settings(images: Path, models: Path, output: Path, **changes: Any) -> list[s
 
 def test_a_plan_leaves_nothing_behind(images, models, tmp_path, capsys):
     output = tmp_path / "out"
-    bissl.main(settings(images, models, output, plan=True, num_alternations=50))
+    align.main(settings(images, models, output, plan=True, num_alternations=50))
     screen = capsys.readouterr().out
     assert not output.exists()
     assert re.search(r"lower step +\d+\.\d+ s +100 ", screen)
@@ -97,7 +97,7 @@ def test_a_plan_leaves_nothing_behind(images, models, tmp_path, capsys):
 
 
 def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    return runs.refusal(capsys, bissl.main, arguments)
+    return runs.refusal(capsys, align.main, arguments)
 
 
 WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
@@ -461,7 +461,7 @@ def test_going_on_with_a_finished_run_ends_at_once(
     output, printed = finished
     copy = shutil.copytree(output, tmp_path / "out")
     arguments = settings(images, models, copy, head_warmup_epochs=10, resume_from_checkpoint=True)
-    bissl.main(arguments)
+    align.main(arguments)
     again = capsys.readouterr().out
     assert "Pre-training" not in again
     assert again.partition("\n\n")[2] == printed.partition("\n\n")[2].replace(str(output), str(copy))

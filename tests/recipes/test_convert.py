@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from bissl_hf import SimCLRForPreTraining
-from recipes import convert
+from bissl_hf.cli import convert
 
 from ..models.test_timm_resnet import plain_resnet, projection_head
 from .runs import ROOT, as_arguments, launch, refusal

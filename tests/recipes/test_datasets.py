@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from bissl_hf import load_image_dataset
+from bissl_hf.cli import align, finetune
 from bissl_hf.data.augment import EvalTransform
 from bissl_hf.data.catalogue import CATALOGUE
 from bissl_hf.data.decoded import DecodedImages
-from recipes import bissl, finetune
 from tests.data.hub_parquet import make_split, png, serve
 from tests.hub_stand_in import HubStandIn
 from tests.recipes.runs import as_arguments
@@ -96,7 +96,7 @@ def test_voc2007_with_several_classes_per_image(
     monkeypatch.setitem(CATALOGUE, "voc2007", entry)
     serve(hub, entry, {split: make_split(entry, rows, side=8) for split, rows in entry.rows.items()})
     hub.patch(monkeypatch, tmp_path / "home")
-    bissl.main(settings(tmp_path, dataset="voc2007", head_warmup_epochs=30, learning_rate=0.1))
+    align.main(settings(tmp_path, dataset="voc2007", head_warmup_epochs=30, learning_rate=0.1))
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     rows = [line for line in printed.splitlines() if line.startswith("aligned model, after BiSSL")]
@@ -171,6 +171,6 @@ def test_duplicates_of_test_images_are_left_out_on_request(tmp_path: Path, capsy
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{value}.png").write_bytes(png(value, side=8))
     with pytest.raises(SystemExit):
-        bissl.main(settings(tmp_path, dataset=folder, drop_test_duplicates=True, per_device_lower_batch_size=23))
+        align.main(settings(tmp_path, dataset=folder, drop_test_duplicates=True, per_device_lower_batch_size=23))
     # 30 unlabelled images, 8 of which are test images.
     assert "makes a batch of 23, and lower_dataset has 22 examples" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
-from recipes import finetune
+from bissl_hf.cli import finetune
 
 from . import runs
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageClassification, ResNetForImageClassification, pipeline
 
 from bissl_hf import BiSSLModel, SimCLRForPreTraining
-from recipes import bissl, convert, finetune, pretrain
+from bissl_hf.cli import align, convert, finetune, pretrain
 
 from ..hub_stand_in import HubStandIn
 from . import runs
@@ -76,7 +76,7 @@ def test_a_pretext_model_goes_up_and_serves_bissl_which_goes_up_too(hub: HubStan
     )
     assert SimCLRForPreTraining.from_pretrained("user/simclr").config.projection_dims == [6, 5]
     changes = {**BISSL, "backbone": None, "lower_model": "user/simclr", "pretrain_steps": None}
-    bissl.main(settings(tmp_path / "run", **changes, hub_model_id="user/aligned"))
+    align.main(settings(tmp_path / "run", **changes, hub_model_id="user/aligned"))
     files = hub.files("user/aligned")
     assert hub.repositories["model", "user/aligned"].private
     messages = [commit.message for commit in hub.commits("user/aligned")]
@@ -94,24 +94,24 @@ def test_a_run_goes_on_from_the_hub_in_an_empty_folder_to_the_bit(
     hub: HubStandIn, tmp_path: Path, monkeypatch
 ) -> None:
     changes = {**BISSL, "hub_strategy": "checkpoint"}
-    bissl.main(settings(tmp_path / "whole" / "run", **changes, hub_model_id="user/whole"))
+    align.main(settings(tmp_path / "whole" / "run", **changes, hub_model_id="user/whole"))
 
     class KilledError(Exception):
         """The machine is gone."""
 
     def kill(self, checkpoint: Path) -> None:
         push(self, checkpoint)
-        self.pushes.wait()
+        self.publisher.queue.wait()
         raise KilledError
 
-    push = bissl.BiSSLTrainer.push_checkpoint
-    monkeypatch.setattr(bissl.BiSSLTrainer, "push_checkpoint", kill)
+    push = align.BiSSLTrainer.push_checkpoint
+    monkeypatch.setattr(align.BiSSLTrainer, "push_checkpoint", kill)
     with pytest.raises(KilledError):
-        bissl.main(settings(tmp_path / "first" / "run", **changes, hub_model_id="user/run"))
-    monkeypatch.setattr(bissl.BiSSLTrainer, "push_checkpoint", push)
+        align.main(settings(tmp_path / "first" / "run", **changes, hub_model_id="user/run"))
+    monkeypatch.setattr(align.BiSSLTrainer, "push_checkpoint", push)
     shutil.rmtree(tmp_path / "first")
     arguments = settings(tmp_path / "second" / "run", **changes, hub_model_id="user/run", resume_from_checkpoint="hub")
-    bissl.main(arguments)
+    align.main(arguments)
     assert weights(hub.files("user/run")) == weights(hub.files("user/whole"))
     assert len(weights(hub.files("user/run"))) == 4  # root, both levels, checkpoint, pre-trained
 
@@ -131,7 +131,7 @@ def test_fine_tuning_pushes_the_model_that_it_has_chosen(hub: HubStandIn, tmp_pa
 
 @pytest.mark.parametrize(
     ("recipe", "specific"),
-    [(bissl, BISSL), (pretrain, PRETRAIN), (finetune, FINETUNE)],
+    [(align, BISSL), (pretrain, PRETRAIN), (finetune, FINETUNE)],
     ids=["bissl", "pretrain", "finetune"],
 )
 def test_a_wrong_token_is_one_sentence_before_training(hub, tmp_path, capsys, monkeypatch, recipe, specific) -> None:
@@ -148,7 +148,7 @@ def test_a_dead_hub_costs_nothing_but_the_push(hub: HubStandIn, tmp_path: Path, 
     hub.fail("500")
     pretrain.main(settings(tmp_path / "run", **images, **PRETRAIN))
     out, err = capsys.readouterr()
-    assert "The SimCLR model lies in" in out
+    assert "The SimCLR model is in" in out
     assert err.count("Not there yet: the model, figures/. Everything is on disk") == 1
     assert f"hf upload run {tmp_path / 'run' / 'unpushed'} . --private" in err
     assert SimCLRForPreTraining.from_pretrained(tmp_path / "run" / "unpushed")

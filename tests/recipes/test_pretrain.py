@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import ResNetForImageClassification
 
 from bissl_hf import SimCLRForPreTraining
-from recipes import pretrain
+from bissl_hf.cli import pretrain
 
 from . import runs
 

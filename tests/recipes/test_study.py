@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes import study
+from bissl_hf.cli import study
 
 from . import runs
 

@@ -87,7 +87,7 @@ def test_the_report_says_what_each_arm_is_matched_to(
 ) -> None:
     study, runs, _ = finished
     results = build_results(study.plan, runs)
-    shown = write_report(results, tmp_path)
+    shown = " ".join(write_report(results, tmp_path).split())
     sentences = {
         "plain": f"{COMMON_STEPS} common pretext steps, then 3 more, as many as BiSSL takes",
         "both": f"{COMMON_STEPS} common pretext steps, then 3 steps on both losses at once, as many as BiSSL's lower",

@@ -5,11 +5,13 @@ import json
 import pytest
 
 from bissl_hf.cli.images import ViewArguments
+from bissl_hf.study.arms import LABELLED_BATCH
 from bissl_hf.study.plan import Plan, StudyArguments
 from bissl_hf.trainer.training_args import JointTrainingArguments
 
 CONVENTIONAL = {"name": "plain", "kind": "conventional"}
 BISSL = {"name": "ours", "kind": "bissl"}
+JOINT = {"name": "both", "kind": "joint"}
 
 
 def plan(**changes) -> Plan:
@@ -33,7 +35,57 @@ def plan(**changes) -> Plan:
         ({"arms": [CONVENTIONAL, {**BISSL, "name": "plain"}]}, "Several arms are named 'plain'"),
         ({"arms": [{**CONVENTIONAL, "kind": "both"}]}, "The kind of the arm plain is 'both'; it must be one of"),
         ({"arms": [{**CONVENTIONAL, "match": "epochs"}]}, "The match of the arm plain is 'epochs'"),
-        ({"arms": [{**CONVENTIONAL, "match": "wall_clock"}]}, "is for a conventional arm beside a BiSSL arm"),
+        ({"arms": [{**CONVENTIONAL, "match": "wall_clock"}]}, "is for an arm beside a BiSSL arm"),
+        (
+            {"arms": [{**CONVENTIONAL, "match": "rows"}]},
+            "The match of the arm plain is 'rows'; it must be one of st",
+        ),
+        (
+            {"arms": [CONVENTIONAL, BISSL, {**JOINT, "match": "wall_clock"}]},
+            "The match of the joint arm both is 'wall_clock', at the pace of another joint arm; add one",
+        ),
+        (
+            {"arms": [CONVENTIONAL, BISSL, {**JOINT, "match": "rows", "overrides": {LABELLED_BATCH: 4}}]},
+            "The arm both sets per_device_labelled_batch_size, which its match 'rows' decides",
+        ),
+        (
+            {"arms": [CONVENTIONAL, BISSL, {**CONVENTIONAL, "name": "l", "match": "wall_clock", "search": [{}]}]},
+            "The arm l has a search and the match 'wall_clock', under which it takes the setting of another arm",
+        ),
+        (
+            {"arms": [CONVENTIONAL, {**BISSL, "search": {"upper_steps": 8}}]},
+            "The search of arm ours sets upper_steps to 8; it must be a list of values",
+        ),
+        (
+            {"arms": [CONVENTIONAL, {**BISSL, "search": "cg"}]},
+            "The search of arm ours is 'cg'; it must hold a list of values for each field, or a list of settings",
+        ),
+        (
+            {"arms": [CONVENTIONAL, {**BISSL, "search": {"upper_steps": [8, 8]}}]},
+            "The search of arm ours is .*, which tries a setting twice; name each once",
+        ),
+        (
+            {"arms": [CONVENTIONAL, {**BISSL, "search": {"upper_step": [8]}}]},
+            "the search of arm ours sets 'upper_step', which BiSSLTrainingArguments does not have",
+        ),
+        (
+            {"arms": [CONVENTIONAL, {**BISSL, "search": {"solver": ["cg", "lu"]}}]},
+            "arm ours-try2: solver is 'lu'; it must be one of",
+        ),
+        (
+            {"arms": [CONVENTIONAL, {**BISSL, "search": {"upper_steps": [4, 8]}}, JOINT]},
+            r"The arms try different numbers of settings \(ours 2, both 0\); give the same number to each",
+        ),
+        (
+            {"arms": [CONVENTIONAL, {**BISSL, "search": {"upper_steps": [4]}}, {**BISSL, "name": "ours-try1"}]},
+            "Several arms are named 'ours-try1'",
+        ),
+        ({"rival": "other"}, "rival is 'other'; it must be one of the arms plain, ours"),
+        ({"seeds": 1001}, "seeds is 1001; it must be at most 1000, where choice_seeds begin"),
+        ({"search_once": True, "search_trials": 0}, "search_once is true and search_trials is 0; there is no search"),
+        ({"choice_seeds": 0}, "choice_seeds is 0; it must be at least 1"),
+        ({"curve_every": -1}, "curve_every is -1; it must be at least 0"),
+        ({"pretrain": {"max_steps": 5}}, "pretrain sets max_steps, which the study sets by itself"),
         ({"arms": [{**CONVENTIONAL, "solver": "cg"}]}, "An arm has the unknown field 'solver'; it may have name"),
         ({"arms": [{"name": "plain"}]}, "has no field 'kind'"),
         ({"arms": [{**CONVENTIONAL, "name": "a/b"}]}, "An arm is named 'a/b'; use letters"),
@@ -172,3 +224,39 @@ def test_a_search_needs_optuna(monkeypatch):
     with pytest.raises(ValueError, match="The backend of search_trials is 'optuna', which is not installed"):
         plan()
     plan(search_trials=0, finetune={"learning_rate": 0.5})
+
+
+def test_a_search_tries_all_combinations_in_their_order():
+    made = plan(arms=[CONVENTIONAL, {**BISSL, "search": {"proximal_weight": [1, "1e-1"], "upper_steps": [2, 3]}}])
+    ours = made.study.compared[1]
+    assert [variant.name for variant in ours.variants] == [f"ours-try{number}" for number in (1, 2, 3, 4)]
+    assert [tuple(variant.overrides.values()) for variant in ours.variants] == [(1, 2), (1, 3), (0.1, 2), (0.1, 3)]
+    assert made.bissl_arguments("unused", 0, ours.variants[2]).proximal_weight == 0.1
+    assert list(made.choice_seeds) == [1000, 1001]
+    assert not plan().choice_seeds
+
+
+def test_conventional_arms_choose_their_steps_or_do_without():
+    searched = {**CONVENTIONAL, "name": "longer", "search": [{"max_steps": 30}, {"max_steps": 60}]}
+    ours = {**BISSL, "search": {"upper_steps": [4, 8]}}
+    made = plan(arms=[CONVENTIONAL, searched, ours], bissl={"num_alternations": 6, "lower_steps": 5})
+    second = made.study.compared[1].variants[1]
+    args = made.arm_arguments("unused", 0, second, made.matched_steps)
+    assert (args.max_steps, args.warmup_steps) == (60, 6), "the warm-up in proportion"
+
+
+def test_a_joint_arm_reads_as_many_labelled_images_as_the_upper_steps():
+    bissl = {"num_alternations": 6, "lower_steps": 5, "upper_steps": 4, "per_device_train_batch_size": 8}
+    made = plan(arms=[CONVENTIONAL, BISSL, {**JOINT, "match": "rows"}], bissl=bissl)
+    matched = made.row_matched(made.study.compared[2], made.clock_arm)
+    args = made.arm_arguments("unused", 0, matched, made.matched_steps)
+    assert args.max_steps * args.per_device_labelled_batch_size == 210, "192 in whole batches of 30 steps"
+
+
+def test_an_arm_that_gets_the_time_of_another_takes_the_setting_of_its_pace():
+    clocked = {"name": "clock", "kind": "joint", "match": "wall_clock", "overrides": {"weight_decay": 0.5}}
+    made = plan(arms=[CONVENTIONAL, BISSL, clocked, {**JOINT, "overrides": {"downstream_weight": 3.0}}])
+    arm = made.study.compared[2]
+    assert made.pace_arm(arm).name == "both"
+    assert made.timed(arm, made.pace_arm(arm)).overrides == {"downstream_weight": 3.0, "weight_decay": 0.5}
+    assert [each.name for each in made.ordered_arms] == ["plain", "ours", "both", "clock"]

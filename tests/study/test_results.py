@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bissl_hf.cli import study
 from bissl_hf.study.statistics import compare
-from recipes import study
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"

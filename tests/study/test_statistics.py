@@ -76,3 +76,28 @@ def test_arms_are_compared_seed_by_seed_whatever_their_order():
         comparison = row["measures"]["score"]["comparison"]
         assert comparison["p_value"] == pytest.approx(expected)
         assert comparison["holm_p_value"] == pytest.approx(min(1.0, 2 * expected))
+
+
+def test_ten_seeds_of_eight_arms_are_compared_with_one_correction():
+    """Eight arms against one, 10 seeds: t intervals with 9 degrees of freedom, whose 97.5 % point is 2.262157, and the
+    step-down correction over the eight, written out."""
+    generator = np.random.default_rng(3)
+    baseline = generator.normal(0.6, 0.02, 10)
+    scores = {f"arm{number}": baseline + generator.normal(0.004 * number, 0.01, 10) for number in range(8)}
+    runs = [
+        {"dataset": "d", "train_examples": 100, "arm": arm, "seed": seed, "metric": "accuracy", "score": float(value)}
+        for arm, values in {"plain": baseline, **scores}.items()
+        for seed, value in enumerate(values)
+    ]
+    found = {row["arm"]: row["measures"]["score"]["comparison"] for row in compare(runs, "plain")}
+    ordered = sorted(scores, key=lambda arm: found[arm]["p_value"])
+    largest = 0.0
+    for rank, arm in enumerate(ordered):
+        differences = scores[arm] - baseline
+        half = 2.262157 * differences.std(ddof=1) / math.sqrt(10)
+        assert found[arm]["interval"] == pytest.approx(
+            [differences.mean() - half, differences.mean() + half], rel=1e-5
+        )
+        largest = max(largest, min(1.0, (8 - rank) * found[arm]["p_value"]))
+        assert found[arm]["holm_p_value"] == pytest.approx(largest, rel=1e-12)
+    assert found["plain"] is None

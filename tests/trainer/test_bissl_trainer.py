@@ -751,10 +751,10 @@ def test_another_model_is_refused(tmp_path):
 
 
 REFUSED = [
-    ({"train_rows": None}, "train_dataset is missing; both levels need data"),
-    ({"lower_rows": None}, "lower_dataset is missing; both levels need data"),
-    ({"train_rows": 0}, "train_dataset is empty; both levels need data"),
-    ({"lower_rows": 0}, "lower_dataset is empty; both levels need data"),
+    ({"train_rows": None}, "train_dataset is missing; it is needed"),
+    ({"lower_rows": None}, "lower_dataset is missing; it is needed"),
+    ({"train_rows": 0}, "train_dataset is empty; it is needed"),
+    ({"lower_rows": 0}, "lower_dataset is empty; it is needed"),
     ({"lower_rows": 7}, "per_device_lower_batch_size makes a batch of 8, and lower_dataset has 7 examples"),
     ({"curvature_batch_size": 25}, "curvature_batch_size makes a batch of 25, and lower_dataset has 24 examples"),
 ]

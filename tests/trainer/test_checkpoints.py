@@ -284,7 +284,7 @@ def test_a_resume_inside_an_upper_phase_finds_what_the_solver_has_learned(recycl
     for forgetful in (False, True):
         resumed = make_trainer(tmp_path, **RECYCLED)
         if forgetful:
-            monkeypatch.setattr(resumed, "load_run_tensors", lambda tensors: None)
+            monkeypatch.setattr(resumed.upper_phase, "load_state_dict", lambda state: None)
         resumed.train(resume_from_checkpoint=str(checkpoint))
         same = same_tensors(resumed.model.state_dict(), recycled_run.model.state_dict())
         assert same is not forgetful, "the directions must matter in this test"

@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-import bissl_hf.trainer.level_curvature as level_curvature
 from bissl_hf import BiSSLModel, BiSSLTrainer
+from bissl_hf.bilevel import upper_phase
+from bissl_hf.bilevel.level_losses import LevelLosses
 from bissl_hf.data.alternation import StepKey
+from bissl_hf.data.streams import model_randomness
 
-from ..conftest import TinyImages, tiny_model, vit_model
+from ..conftest import TinyImages, vit_model
 from .test_bissl_trainer import all_equal, make_trainer, recorded, snapshot
 
 CACHED = {"lower_micro_batch_size": 3, "lower_gradient_cache": True}
@@ -59,8 +61,8 @@ def test_one_solve_per_step_whatever_the_parts(tmp_path, monkeypatch):
         solves.append(snapshot(rhs))
         return solve(curvature, rhs, **keywords)
 
-    solve = level_curvature.implicit_gradient
-    monkeypatch.setattr(level_curvature, "implicit_gradient", counting)
+    solve = upper_phase.implicit_gradient
+    monkeypatch.setattr(upper_phase, "implicit_gradient", counting)
     for size in (None, 2):
         train(tmp_path, upper_micro_batch_size=size, num_alternations=1, upper_steps=2)
     assert len(solves) == 4
@@ -77,15 +79,15 @@ def test_both_passes_see_the_same_dropout_masks(tmp_path):
     parameters = list(model.lower.parameters())
     pixels = TinyImages(8, pairs=True, dtype=torch.float64).images
     key = StepKey(7, 0, 0, 0, 0)
-    with trainer.model_randomness(key):
+    with model_randomness(key):
         embeddings = torch.cat([model.lower(part, return_loss=False).embeddings for part in pixels.split(3)])
         whole = model.lower.loss_from_embeddings(embeddings)
         undisturbed = torch.rand(1)
     expected = torch.autograd.grad(whole, parameters, allow_unused=True)
-    with trainer.model_randomness(key):
+    with model_randomness(key):
         terms = [
             term()
-            for term in trainer.lower_loss_terms(model.without_side_effects("lower"), {"pixel_values": pixels}, key)
+            for term in trainer.losses.lower_terms(model.without_side_effects("lower"), {"pixel_values": pixels}, key)
         ]
         assert torch.equal(torch.rand(1), undisturbed)
     assert len(terms) == 3
@@ -95,17 +97,19 @@ def test_both_passes_see_the_same_dropout_masks(tmp_path):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
 
 
-def test_the_pull_is_estimated_in_parts(tmp_path):
+def test_the_pull_is_estimated_in_parts(tmp_path, monkeypatch):
     rows = []
 
-    class Counting(BiSSLTrainer):
-        def _embed(self, model, part):
-            rows.append(len(part["pixel_values"]))
-            return super()._embed(model, part)
+    embed = LevelLosses.embed
 
+    def counting(losses, model, part):
+        rows.append(len(part["pixel_values"]))
+        return embed(losses, model, part)
+
+    monkeypatch.setattr(LevelLosses, "embed", counting)
     pulls = [
         make_trainer(
-            tmp_path, cls=Counting, model=layer_norm_model(), dtype=torch.float64, lower_optim="lars", **split
+            tmp_path, model=layer_norm_model(), dtype=torch.float64, lower_optim="lars", **split
         ).estimate_pull()
         for split in ({}, CACHED)
     ]
@@ -144,11 +148,38 @@ def test_the_cache_needs_a_loss_of_embeddings(tmp_path):
         make_trainer(tmp_path, model=model, **CACHED)
 
 
-def test_the_cache_does_not_pass_over_a_loss_of_ones_own(tmp_path):
+def test_a_loss_of_ones_own_goes_through_the_cache(tmp_path):
+    """It sees the whole batch, whose embeddings were taken in parts, and may log, weigh and add to it."""
+    seen = []
+
     class Own(BiSSLTrainer):
         def compute_lower_loss(self, model, inputs):
-            return 2 * model(**inputs).loss
+            outputs = model(**inputs)
+            seen.append(len(outputs.embeddings))
+            return 2 * outputs.loss + outputs.embeddings.square().mean()
 
-    with pytest.raises(ValueError, match="would pass over the compute_lower_loss of Own"):
-        make_trainer(tmp_path, cls=Own, model=tiny_model(), **CACHED)
-    assert make_trainer(tmp_path, cls=Own, lower_micro_batch_size=3)
+    runs = [
+        make_trainer(
+            tmp_path / name, cls=Own, model=layer_norm_model(), dtype=torch.float64, num_alternations=1, **settings
+        )
+        for name, settings in (("whole", {}), ("parts", CACHED))
+    ]
+    for run in runs:
+        seen.clear()
+        run.train()
+        assert set(seen) == {8}
+    assert largest_difference(*(run.model.state_dict() for run in runs)) < 1e-10
+
+
+def test_a_loss_that_the_cache_cannot_take_is_refused(tmp_path):
+    class RunsTwice(BiSSLTrainer):
+        def compute_lower_loss(self, model, inputs):
+            return model(**inputs).loss + model(pixel_values=0.5 * inputs["pixel_values"]).loss
+
+    class Penalised(BiSSLTrainer):
+        def compute_lower_loss(self, model, inputs):
+            return model(**inputs).loss + sum((p**2).sum() for p in self.model.lower_shared_parameters())
+
+    for cls, message in ((RunsTwice, "runs the model on other inputs"), (Penalised, "uses parameters beside")):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, cls=cls, model=layer_norm_model(), dtype=torch.float64, **CACHED).train()

@@ -6,9 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-import bissl_hf.trainer.level_curvature as level_curvature
-from bissl_hf import BiSSLTrainer
-from bissl_hf.bilevel.gradient_cache import EmbeddingCurvature
 from bissl_hf.distributed import rank, world_size
 
 from ..processes import run_in_processes
@@ -31,43 +28,11 @@ def recycled_run(folder: Path, resume_from: str | None = None, **changes: Any) -
     return {"model": trainer.model.state_dict(), "logs": [row for row in logged(trainer) if "loss" in row]}
 
 
-def tight_run(folder: Path) -> dict[str, Any]:
-    """On several processes the second one has too little memory: by its estimate for the whole batch, and when it
-    tries also for halves. It finds out alone, without leaving the first one waiting."""
-    seen: list[tuple[int, int, int]] = []
-
-    class Tight(BiSSLTrainer):
-        def _estimate_halvings(self, inputs, key):
-            return rank_outside
-
-        def _build_curvature(self, inputs, key, halvings=0):
-            curvature = super()._build_curvature(inputs, key, halvings)
-            parts = len(curvature._embed_parts) if isinstance(curvature, EmbeddingCurvature) else 1
-            seen.append((halvings, parts, world_size()))
-            if rank_outside == 1 and halvings < 2:
-                curvature._product = self._run_out
-            return curvature
-
-        def _run_out(self, vector):
-            raise torch.OutOfMemoryError("CUDA out of memory (by the test).")
-
-    rank_outside = rank()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(level_curvature, "has_own_memory", lambda device: world_size() > 1)
-        trainer = build(
-            folder, layer_norm_model(rank()), num_alternations=2, lower_rows=80, cls=Tight,
-            per_device_lower_batch_size=64 // world_size(),
-        )  # fmt: skip
-        trainer.train()
-    return {"model": trainer.model.state_dict(), "seen": seen, "halvings": trainer.curvature_halvings}
-
-
 def all_runs(folder: Path) -> None:
     results = {"recycled": recycled_run(folder / "run", save_strategy="steps", save_steps=2, save_total_limit=None)}
     if world_size() > 1:
         for step in INSIDE:
             results[f"resumed at {step}"] = recycled_run(folder / f"resumed-{step}", f"{folder}/run/checkpoint-{step}")
-    results["tight"] = tight_run(folder / "tight")
     torch.save({"world size": world_size(), **results}, folder / f"rank-{rank()}.pt")
 
 
@@ -112,14 +77,3 @@ def test_a_resume_inside_an_upper_phase_finds_the_directions_on_every_process(
         assert same_tensors(result[f"resumed at {step}"]["model"], result["recycled"]["model"])
         last, wanted = result[f"resumed at {step}"]["logs"][-1], result["recycled"]["logs"][-1]
         assert last["solver/iterations"] == wanted["solver/iterations"]
-
-
-@pytest.mark.distributed
-def test_processes_agree_on_how_the_curvature_fits_them_all(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    assert one["tight"]["halvings"] == 0
-    for result in two:
-        assert result["tight"]["halvings"] == 2
-        torch.testing.assert_close(result["tight"]["model"], one["tight"]["model"], rtol=0, atol=1e-9)
-    tried = [[entry for entry in result["tight"]["seen"] if entry[-1] == 1] for result in two]
-    assert tried == [[(0, 1, 1)], [(1, 2, 1)]], "each alone; two halvings are the most, and not tried"
-    assert [entry for entry in two[0]["tight"]["seen"] if entry[-1] == 2] == [(2, 4, 2)] * 2

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from bissl_hf.data.alternation import StepKey, keyed_random_state
+from bissl_hf.data.alternation import StepKey, Stream, keyed_random_state
+from bissl_hf.data.streams import model_randomness
 from bissl_hf.trainer.metrics_buffer import MetricsBuffer
 from bissl_hf.trainer.resumable_trainer import ResumableTrainer
 from bissl_hf.trainer.training_args import ResumableTrainingArguments
@@ -81,13 +82,12 @@ def test_no_optimizers_are_accepted(tmp_path):
     assert isinstance(trainer.args, TrainingArguments)
 
 
-def test_a_models_randomness_follows_the_key_and_differs_from_that_of_its_views(tmp_path):
-    trainer = ResumableTrainer(args=keyed_args(tmp_path), model=torch.nn.Linear(1, 1))
+def test_a_models_randomness_follows_the_key_and_differs_from_that_of_its_views():
     key = StepKey(1, 0, 2, 3, 0)
     before = torch.get_rng_state()
     draws = []
     for name in (key, key, key._replace(step=4), key._replace(rank=1)):
-        with trainer.model_randomness(name):
+        with model_randomness(name):
             draws.append(float(torch.rand(())))
     with keyed_random_state(key):
         draws.append(float(torch.rand(())))
@@ -105,8 +105,10 @@ def test_a_transform_gets_the_key_as_plain_numbers(tmp_path):
         return {"x": inputs["x"] + 1}
 
     key = StepKey(1, 0, 2, 3, 0)
-    moved = trainer.move_and_transform({"x": torch.zeros(2)}, key, transform)
+    trainer.streams.add(Stream.LOWER, None, transform)
+    moved = trainer.streams.prepare({"x": torch.zeros(2)}, key)
     assert torch.equal(moved["x"], torch.ones(2))
     assert seen == [(1, 0, 2, 3, 0)]
     assert type(seen[0]) is tuple
-    assert torch.equal(trainer.move_and_transform({"x": torch.zeros(2)}, key, None)["x"], torch.zeros(2))
+    trainer.streams.add(Stream.LOWER, None, None)
+    assert torch.equal(trainer.streams.prepare({"x": torch.zeros(2)}, key)["x"], torch.zeros(2))

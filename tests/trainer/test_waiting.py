@@ -27,7 +27,7 @@ def batches(trainer) -> Iterator[tuple[StepKey, dict]]:
     for stream, steps in ((Stream.LOWER, trainer.args.lower_steps), (Stream.UPPER, trainer.args.upper_steps)):
         for step in range(steps):
             key = StepKey(0, int(stream), 0, step, 0)
-            yield key, trainer.sources[stream].read(key)
+            yield key, trainer.streams.sources[stream].read(key)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,201 @@
+"""Pre-trains a backbone with SimCLR on images without labels.
+
+    accelerate launch recipes/pretrain.py --config recipes/configs/digits_pretrain.yaml [--any_field value]
+
+The first stage of the pipeline. It writes a SimCLR checkpoint, which recipes/bissl.py takes as --lower_model and
+recipes/finetune.py as --model, and can watch on labelled images how good the features become.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Subset
+from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from .. import load_image_dataset
+from ..checkpoints import write_json
+from ..data.augment import EvalTransform, image_processor
+from ..evaluation.figures import plot_curves
+from ..trainer.knn_check import KnnCheck
+from ..trainer.pretext_trainer import PretextTrainer
+from ..trainer.training_args import PretextTrainingArguments
+from .arguments import parse_arguments, refusing_bad_input
+from .card import CardArguments, recipe_facts
+from .images import (
+    DataArguments,
+    LabelledImages,
+    ViewArguments,
+    build_view_transform,
+    check_dataset,
+    decode_labelled,
+    decode_unlabelled,
+    load_labelled,
+)
+from .loading import check_sources
+from .models import PretextModelArguments, build_pretext_model
+from .outputs import RUN_RESULTS, format_table, open_run
+from .pairs import check_pairs
+
+
+@dataclass
+class PretextDataArguments(DataArguments):
+    """What the backbone learns from, and on what it is watched."""
+
+    dataset: str = field(
+        default="",
+        metadata={
+            "help": "Images to learn from, by name, folder, Parquet file or Hub id: the `unlabeled` split where there "
+            "is one, else the training images. Labels are not used."
+        },
+    )
+    knn_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Labelled images for a running check of the features: training images find the classes of "
+            "validation images as their nearest neighbours. Columns as in --dataset. No check if not given."
+        },
+    )
+    knn_every: int = field(default=10, metadata={"help": "Epochs between two checks."})
+    knn_neighbors: int = field(default=20, metadata={"help": "Neighbours that vote."})
+    knn_images: int = field(default=5000, metadata={"help": "Training images among which neighbours are looked for."})
+
+
+def load_knn_images(data: PretextDataArguments, seed: int) -> LabelledImages | None:
+    """The images of the running check."""
+    if data.knn_dataset is None:
+        return None
+    for name in ("knn_every", "knn_neighbors", "knn_images"):
+        if getattr(data, name) < 1:
+            raise ValueError(f"{name} is {getattr(data, name)}; it must be at least 1.")
+    labelled = DataArguments(
+        dataset=data.knn_dataset,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        image_size=data.image_size,
+    )
+    images = decode_labelled(load_labelled(labelled, seed=seed), data.image_size, unreadable=data.unreadable)
+    if images.train.labels is not None and images.train.labels.ndim > 1:
+        raise ValueError(f"knn_dataset {data.knn_dataset} has several labels per image; the check needs one.")
+    return images
+
+
+def add_knn_check(trainer: PretextTrainer, images: LabelledImages, data: PretextDataArguments) -> None:
+    rows = np.random.default_rng(trainer.args.key_seed).permutation(len(images.train))[: data.knn_images]
+    check = KnnCheck(
+        trainer,
+        Subset(images.train, rows.tolist()),
+        images.validation,
+        eval_transform=EvalTransform(data.image_size),
+        every=data.knn_every,
+        neighbors=data.knn_neighbors,
+    )
+    trainer.add_callback(check)
+
+
+def build_trainer(
+    data: PretextDataArguments, views: ViewArguments, models: PretextModelArguments, args: PretextTrainingArguments
+) -> PretextTrainer:
+    check_pairs(args)
+    if data.train_examples is not None:
+        raise ValueError(
+            f"train_examples is {data.train_examples}, but pre-training uses no labels and all images; leave it out."
+        )
+    check_sources(models, "lower_model", "backbone")
+    view_transform = build_view_transform(data.image_size, views)
+    with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
+        splits = load_image_dataset(
+            data.dataset,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            seed=args.seed,
+            revision=data.dataset_revision,
+            dataset_config=data.dataset_config,
+            require_labels=False,
+        )
+        images = decode_unlabelled(splits, data.image_size, unreadable=data.unreadable)
+    return PretextTrainer(
+        build_pretext_model(models),
+        args,
+        train_dataset=images,
+        train_transform=view_transform,
+        processing_class=image_processor(data.image_size),
+    )
+
+
+def write_outputs(trainer: PretextTrainer) -> None:
+    output = Path(str(trainer.args.output_dir))
+    trainer.save_model(output)
+    history = [row for row in trainer.state.log_history if "step" in row]
+    panels = [("Pretext loss", [("loss", "NT-Xent")]), ("kNN accuracy", [("knn_accuracy", "validation")])]
+    plot_curves(history, panels, output / "figures" / "pretraining.png")
+    write_json(
+        output / RUN_RESULTS,
+        {
+            "train_loss": last(history, "loss"),
+            "knn_accuracy": last(history, "knn_accuracy"),
+            "train_steps": trainer.state.global_step,
+            "train_seconds": trainer.training_seconds,
+            "log_history": history,
+        },
+    )
+    trainer.create_model_card()
+
+
+def last(history: list[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(history) if name in row), None)
+
+
+def print_summary(trainer: PretextTrainer) -> None:
+    rows = []
+    for name, title, form in (("loss", "pretext loss", "{:.4f}"), ("knn_accuracy", "kNN accuracy", "{:.2%}")):
+        values = [row[name] for row in trainer.state.log_history if name in row]
+        if values:
+            rows.append({"": title, "first": form.format(values[0]), "last": form.format(values[-1])})
+    output = trainer.args.output_dir
+    print(f"\n{format_table(rows)}\n")
+    print(f"The SimCLR model is in {output}, its curves in {output}/figures. To go on with it:\n")
+    print(f"    accelerate launch recipes/bissl.py --lower_model {output} ...    aligns it with a downstream task")
+    print(f"    accelerate launch recipes/finetune.py --model {output} ...       fine-tunes it\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    data, views, models, card, args = parse_arguments(
+        (PretextDataArguments, ViewArguments, PretextModelArguments, CardArguments, PretextTrainingArguments),
+        arguments,
+        description=str(__doc__).split("\n\n")[-1],
+    )
+    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    with refusing_bad_input():
+        check_dataset(data, f"This command pre-trains with SimCLR for {args.num_train_epochs:g} epochs.")
+        checkpoint = open_run(args, leaves=("checkpoint-*",))
+        set_seed(args.seed)
+        trainer = build_trainer(data, views, models, args)
+        trainer.facts = recipe_facts(
+            card,
+            dataset=data.dataset,
+            base_models=models.loaded_models(),
+            settings={"Data": data, "Views": views, "Model": models},
+        )
+        trainer.publisher.outputs_follow = True
+        with args.main_process_first(desc="reading labelled images"):
+            knn_images = load_knn_images(data, args.seed)
+        if knn_images is not None:
+            add_knn_check(trainer, knn_images, data)
+        if checkpoint:
+            trainer.check_checkpoint(checkpoint)
+        trainer.try_loss(rows=4)
+
+    if checkpoint and (Path(args.output_dir) / RUN_RESULTS).is_file() and trainer.is_world_process_zero():
+        print("This run is finished already: unless it has become longer, nothing is trained again.")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_world_process_zero():
+        write_outputs(trainer)
+        print_summary(trainer)
+    trainer.push_outputs()
+
+
+if __name__ == "__main__":
+    main()

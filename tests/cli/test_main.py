@@ -1,0 +1,30 @@
+"""The console script: what it lists, what it refuses, and that it starts a command."""
+
+import sys
+
+import pytest
+
+from bissl_hf.cli import main as program
+from bissl_hf.cli import predict
+
+
+def test_every_command_is_listed_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"]):
+        program.main(arguments)
+        lines = capsys.readouterr().out.splitlines()
+        for name, text in program.COMMANDS.items():
+            assert [line.split() for line in lines].count([name, *text.split()]) == 1
+
+
+def test_an_unknown_command_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, message in (("aling", "'aling'; did you mean align?"), ("zzz", "'zzz'; see bissl-hf --help.")):
+        with pytest.raises(SystemExit):
+            program.main([name])
+        assert f"error: Unknown command {message}" in capsys.readouterr().err
+
+
+def test_a_command_gets_the_other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bissl-hf"])
+    monkeypatch.setattr(predict, "main", lambda arguments: sys.argv.append(arguments))
+    program.main(["predict", "--model", "x"])
+    assert sys.argv == ["bissl-hf predict", ["--model", "x"]]

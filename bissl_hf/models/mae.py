@@ -131,32 +131,19 @@ def without_masking(model: PreTrainedModel) -> Iterator[None]:
         config.mask_ratio = ratio
 
 
-# The convex form of the loss, for the Gauss-Newton curvature
-
-
-def masked_residuals(
-    model: ViTMAEForPreTraining, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any
-) -> Tensor:
-    """Returns what the loss of a ViT-MAE is the sum of squares of: the differences of predicted and true pixels of the
-    masked patches, divided by the root of their number, and zeros for the others; shape
-    `(batch, patches, patch_size ** 2 * channels)`. They are the predictions but for a shift and a constant factor, and
-    the loss is convex in them.
+def masked_error(model: ViTMAEForPreTraining, pixel_values: Tensor, predictions: Tensor, mask: Tensor) -> Tensor:
+    """Returns the loss of a ViT-MAE from its predictions, in which it is convex: the mean squared error of masked
+    patches (paper, section 3). The model itself computes it within its forward pass only.
 
     Args:
-        model (`Callable`): a ViT-MAE, or a callable that takes its inputs and returns its outputs, with the attribute
-            `config` and the method `patchify`.
+        model (`ViTMAEForPreTraining`): says how targets are made.
         pixel_values (`torch.Tensor`): shape `(batch, channels, height, width)`.
-        noise (`torch.Tensor`, *optional*): decides the mask, shape `(batch, patches)`.
+        predictions (`torch.Tensor`): shape `(batch, patches, patch_size ** 2 * channels)`.
+        mask (`torch.Tensor`): 1 for masked patches and 0 for others, shape `(batch, patches)`.
     """
-    outputs = model(pixel_values=pixel_values, noise=noise, **kwargs)
     target = model.patchify(pixel_values)
     if model.config.norm_pix_loss:
         mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()
-    number = outputs.mask.sum() * target.shape[-1]
-    return (outputs.logits - target) * (outputs.mask / number).sqrt()[..., None]
-
-
-def loss_from_residuals(residuals: Tensor) -> Tensor:
-    """Returns the loss of what `masked_residuals` returns, shape `()`."""
-    return residuals.square().sum()
+    errors = (predictions - target).square().mean(dim=-1)  # (batch, patches)
+    return (errors * mask).sum() / mask.sum()

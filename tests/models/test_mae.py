@@ -12,11 +12,11 @@ from transformers import ResNetModel, ViTConfig, ViTForImageClassification, ViTM
 from bissl_hf import SimCLRForPreTraining
 from bissl_hf.data.alternation import keyed_random_state
 from bissl_hf.evaluation.features import extract_features
+from bissl_hf.models.convex_outputs import convex_outputs
 from bissl_hf.models.mae import (
     freeze_positions,
-    loss_from_residuals,
     mae_from_backbone,
-    masked_residuals,
+    masked_error,
     without_masking,
 )
 from bissl_hf.models.pretext import build_pretext_model, pretext_tasks
@@ -150,15 +150,21 @@ def test_loss_and_gradient_equal_the_papers_in_loops(norm_pix_loss: bool) -> Non
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_the_loss_is_the_sum_of_squares_of_the_residuals(norm_pix_loss: bool) -> None:
+def test_the_loss_follows_from_convex_outputs(norm_pix_loss: bool) -> None:
     model = build(norm_pix_loss=norm_pix_loss).double().eval()
-    pixels, noise = images().double(), torch.rand(3, 16, generator=torch.Generator().manual_seed(4)).double()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    losses = model(pixels, noise=noise).loss, loss_from_residuals(masked_residuals(model, pixels, noise))
-    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
-    gradients = [torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True) for loss in losses]
-    for first, second in zip(*gradients, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-7)
+    inputs = {
+        "pixel_values": images().double(),
+        "noise": torch.rand(3, 16, generator=torch.Generator().manual_seed(4)).double(),
+    }
+    outputs = model(**inputs)
+    (gradient,) = torch.autograd.grad(outputs.loss, outputs.logits, retain_graph=True)
+    loss = masked_error(model, inputs["pixel_values"], outputs.logits, outputs.mask)
+    assert loss.item() == pytest.approx(outputs.loss.item(), rel=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(loss, outputs.logits)[0], gradient, rtol=0, atol=1e-14)
+    form = convex_outputs(model)
+    assert form is not None
+    again = form.loss(form.rows(model, inputs), inputs)
+    assert again.item() == pytest.approx(outputs.loss.item(), rel=1e-12)
 
 
 def test_without_masking_leaves_other_models_alone_and_restores_the_ratio() -> None:

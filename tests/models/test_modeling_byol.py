@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call, jvp
 
 from bissl_hf import BYOLConfig, BYOLForPreTraining
+from bissl_hf.models.convex_outputs import convex_outputs
 
 from .test_modeling_simclr import resnet_config, same_weights, two_views, vit_config
 
@@ -130,6 +131,11 @@ def test_outputs_are_a_convex_form_of_the_loss(train: bool) -> None:
     assert again.item() == pytest.approx(loss.item(), rel=1e-12)
     for first, second in zip(*(torch.autograd.grad(value, parameters) for value in (loss, again)), strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
+    form = convex_outputs(model)
+    assert form is not None
+    assert form.join is not None
+    rows = form.rows(model, {"pixel_values": views})
+    assert form.loss(form.join(rows), {}).item() == pytest.approx(loss.item(), rel=1e-12)
     hessian = torch.autograd.functional.hessian(model.loss_from_outputs, outputs.detach())
     assert torch.linalg.eigvalsh(hessian.reshape(outputs.numel(), outputs.numel())).min() > -1e-12
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTMAEForPreTraining
 
 from ..tensors import at_least_float32
+from .mae import masked_error
 
 Inputs = dict[str, Any]
 # Losses of transformers that are the cross-entropy of `logits` and `labels`, mean over the labels that are not -100.
@@ -72,4 +73,4 @@ def _masked_predictions(call: Callable[..., Any], part: Inputs) -> Tensor:
 
 
 def _masked_error(model: Any, outputs: Tensor, inputs: Inputs) -> Tensor:
-    return model.forward_loss(inputs["pixel_values"], outputs[..., :-1], outputs[..., -1].detach())
+    return masked_error(model, inputs["pixel_values"], outputs[..., :-1], outputs[..., -1].detach())

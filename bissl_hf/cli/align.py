@@ -24,8 +24,8 @@ from ..cards.facts import ModelFacts
 from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
 from ..data.alternation import Stream
-from ..data.augment import TwoViewTransform
 from ..data.decoded import DecodedImages
+from ..data.streams import Transform
 from ..evaluation.features import extract_features, tsne_layout, with_one_class
 from ..evaluation.figures import plot_layouts, plot_run
 from ..optim.optimizers import resolve_optimizer
@@ -55,7 +55,7 @@ class ModelArguments(PretextModelArguments):
 
     upper_model: str | None = field(default=None, metadata={"help": "Image classifier whose head is kept."})
     pretrain_steps: int | None = field(
-        default=None, metadata={"help": "SimCLR steps before BiSSL; if not given 1000, or 0 with --lower_model."}
+        default=None, metadata={"help": "Pretext steps before BiSSL; if not given 1000, or 0 with --lower_model."}
     )
     pretrain_batch_size: int | None = field(
         default=None, metadata={"help": "Batch per device in pre-training; per_device_lower_batch_size if not given."}
@@ -77,7 +77,7 @@ class PlanArguments:
 
 
 def build_trainer(
-    view_transform: TwoViewTransform,
+    view_transform: Transform,
     args: BiSSLTrainingArguments,
     model: BiSSLModel,
     images: Images,
@@ -270,7 +270,7 @@ def build_run(
     lower = build_pretext_model(models)
     task = DownstreamTask.from_images(images, data.image_size, views)
     model = BiSSLModel.from_models(lower, build_upper(models.upper_model, lower, task))
-    trainer = build_trainer(build_view_transform(data.image_size, views), args, model, images, task)
+    trainer = build_trainer(build_view_transform(data.image_size, views, models.pretext), args, model, images, task)
     pretrainer = build_pretrainer(models, args, trainer)
     try_out(trainer, pretrainer)
     return images, task, trainer, pretrainer
@@ -287,7 +287,7 @@ def print_plan(trainer: BiSSLTrainer, pretrainer: PretextTrainer, images: Images
 def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
     """What the command would do with these arguments, as a sentence."""
     steps = num_pretrain_steps(models)
-    before = f"pre-trains with SimCLR for {steps:,} steps, " if steps else ""
+    before = f"pre-trains with {models.pretext} for {steps:,} steps, " if steps else ""
     return (
         f"This command {before}trains a head on the frozen backbone, takes {args.num_alternations} alternations of "
         f"{args.lower_steps} lower and {args.upper_steps} upper steps, and writes the aligned model into "

@@ -49,7 +49,7 @@ def build_run(
     set_seed(args.seed)
     check_pairs(args)
     check_sources(models, "lower_model", "backbone", "upper_model")
-    view_transform = build_view_transform(data.image_size, views)
+    view_transform = build_view_transform(data.image_size, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
     task = DownstreamTask.from_images(images, data.image_size, views)

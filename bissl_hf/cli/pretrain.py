@@ -104,7 +104,7 @@ def build_trainer(
             f"train_examples is {data.train_examples}, but pre-training uses no labels and all images; leave it out."
         )
     check_sources(models, "lower_model", "backbone")
-    view_transform = build_view_transform(data.image_size, views)
+    view_transform = build_view_transform(data.image_size, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         splits = load_image_dataset(
             data.dataset,
@@ -129,7 +129,7 @@ def write_outputs(trainer: PretextTrainer) -> None:
     output = Path(str(trainer.args.output_dir))
     trainer.save_model(output)
     history = [row for row in trainer.state.log_history if "step" in row]
-    panels = [("Pretext loss", [("loss", "NT-Xent")]), ("kNN accuracy", [("knn_accuracy", "validation")])]
+    panels = [("Pretext loss", [("loss", "training")]), ("kNN accuracy", [("knn_accuracy", "validation")])]
     plot_curves(history, panels, output / "figures" / "pretraining.png")
     write_json(
         output / RUN_RESULTS,
@@ -156,7 +156,7 @@ def print_summary(trainer: PretextTrainer) -> None:
             rows.append({"": title, "first": form.format(values[0]), "last": form.format(values[-1])})
     output = trainer.args.output_dir
     print(f"\n{format_table(rows)}\n")
-    print(f"The SimCLR model is in {output}, its curves in {output}/figures. To go on with it:\n")
+    print(f"The pretext model is in {output}, its curves in {output}/figures. To go on with it:\n")
     print(f"    accelerate launch recipes/bissl.py --lower_model {output} ...    aligns it with a downstream task")
     print(f"    accelerate launch recipes/finetune.py --model {output} ...       fine-tunes it\n")
 
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
-        check_dataset(data, f"This command pre-trains with SimCLR for {args.num_train_epochs:g} epochs.")
+        check_dataset(data, f"This command pre-trains with {models.pretext} for {args.num_train_epochs:g} epochs.")
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)

@@ -1,5 +1,8 @@
 """Whether embeddings collapse: their spread by dimension, and how many dimensions they use."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -91,6 +94,25 @@ class EmbeddingMonitor:
         dim)`."""
         first = embeddings.detach() if embeddings.ndim == 2 else embeddings.detach()[:, 0]
         self._embeddings = first[: self.max_rows].clone()  # a view would keep the whole batch
+
+    def watching(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a forward pass that does the same and watches the embeddings of its output, if it has any."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            outputs = model(*args, **kwargs)
+            if isinstance(embeddings := getattr(outputs, "embeddings", None), Tensor):
+                self.watch(embeddings)
+            return outputs
+
+        return forward
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns what was seen last, for a resume."""
+        return {} if self._embeddings is None else {"embeddings": self._embeddings}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state_dict` returned."""
+        self._embeddings = state.get("embeddings")
 
     def pop_figures(self) -> dict[str, Tensor]:
         """Returns `embedding_figures` of what was seen last and forgets it; nothing if there was nothing."""

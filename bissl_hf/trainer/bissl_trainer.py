@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..cards.record import RunRecord
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
+from ..evaluation.monitors import EmbeddingMonitor
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
 from ..optim.pull import (
@@ -36,7 +38,7 @@ from ..optim.pull import (
     horizon_damping,
     warn_about_pull,
 )
-from ..optim.two_level import LEVELS, TwoLevelOptimizer, two_level_scheduler
+from ..optim.two_level import LEVELS, TwoLevelOptimizer, own_step, two_level_scheduler
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
 from .resumable_trainer import ResumableTrainer
 from .run_record import record_run, size_of
@@ -116,7 +118,7 @@ class BiSSLTrainer(ResumableTrainer):
             eval_dataset=eval_dataset,
             data_collator=data_collator,
             eval_transform=eval_transform,
-            callbacks=[*(callbacks or []), _BeforeFirstAlternation(self)],
+            callbacks=[*(callbacks or []), _BeforeFirstAlternation(self), _AfterLowerStep(self)],
             **trainer_kwargs,
         )
         if args.label_names is None:
@@ -158,6 +160,8 @@ class BiSSLTrainer(ResumableTrainer):
         self.checkpoints.register("pull", self.pull)
         self.checkpoints.register("proximal_weight", self.weight)
         self.checkpoints.register("upper_phase", self.upper_phase)
+        self.monitor = EmbeddingMonitor()
+        self.checkpoints.register("embeddings", self.monitor)
         self._level = "lower"
         self._damping: float | None = None
         self._start: Vector | None = None
@@ -262,7 +266,7 @@ class BiSSLTrainer(ResumableTrainer):
     def _lower_step(self, model: nn.Module, inputs: Inputs, key: StepKey) -> Tensor:
         """Gradient of  L_P(theta_P, phi_P) + lambda/2 ||theta_P - theta_D||^2  (section 2 of the paper)."""
         loss = torch.zeros((), device=self.args.device)
-        terms = self.losses.lower_terms(partial(model, level="lower"), inputs, key)
+        terms = self.losses.lower_terms(self.monitor.watching(partial(model, level="lower")), inputs, key)
         for index, term in enumerate(terms):
             with self._synchronised_if(index == len(terms) - 1, model):
                 part_loss = term()
@@ -375,16 +379,17 @@ class BiSSLTrainer(ResumableTrainer):
 
     # Optimization
 
-    def _level_parameters(self, level: str) -> tuple[Tensor, ...]:
+    def _level_parameters(self, level: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Returns theta and phi of a level."""
         if level == "lower":
-            return (*self.model.lower_shared_parameters(), *self.model.lower_head_parameters())
-        return (*self.model.upper_shared_parameters(), *self.model.upper_head_parameters())
+            return self.model.lower_shared_parameters(), self.model.lower_head_parameters()
+        return self.model.upper_shared_parameters(), self.model.upper_head_parameters()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Returns one optimizer for both levels; weight decay applies to every parameter."""
         if self.optimizer is None:
             self.optimizer = self.two_level_optimizer = TwoLevelOptimizer(
-                **{level: self.args.level(level).build_optimizer(self._level_parameters(level)) for level in LEVELS}
+                **{level: self.args.level(level).build_optimizer(*self._level_parameters(level)) for level in LEVELS}
             )
             for name in ("target_pull", "damping"):
                 wanted = self.args.damping == "auto" if name == "damping" else self.args.target_pull is not None
@@ -475,7 +480,7 @@ class BiSSLTrainer(ResumableTrainer):
         key = self.streams.key(Stream.LOWER)
         batch = self.streams.read(key)
         self.model.train()
-        parameters = self._level_parameters("lower")
+        parameters = list(chain(*self._level_parameters("lower")))
         gradients: list[Tensor | None] = [None] * len(parameters)
         with model_randomness(key):
             for term in self.losses.lower_terms(self.model.without_side_effects("lower"), batch, key):
@@ -493,7 +498,7 @@ class BiSSLTrainer(ResumableTrainer):
         """
         self.create_optimizer()
         settings = self.args.level("lower")
-        gradient = fill_missing(self.first_gradients(), self._level_parameters("lower"))
+        gradient = fill_missing(self.first_gradients(), list(chain(*self._level_parameters("lower"))))
         pull_at_one = estimate_pull(
             self.two_level_optimizer.lower,
             self.model.lower_shared_parameters(),
@@ -536,7 +541,10 @@ class BiSSLTrainer(ResumableTrainer):
         """Adds what is measured at the moment of the log."""
         theta_p = [p.detach() for p in self.model.lower_shared_parameters()]
         size = norm(theta_p)
-        rates = {group["level"]: group["lr"] for group in self.two_level_optimizer.param_groups}
+        # The first group of a level is that of its backbone.
+        rates = {group["level"]: group["lr"] for group in reversed(self.two_level_optimizer.param_groups)}
+        for name, figure in self.monitor.pop_figures().items():
+            self.metrics_buffer.add(f"lower/{name}", figure)
         collected = super().collect_logs()
         if collected.get("solver/negative_curvature", 0.0) >= 0.5 and not self._has_warned:
             self._has_warned = True
@@ -577,6 +585,20 @@ class BiSSLTrainer(ResumableTrainer):
         return {**super().resume_settings(), **streams, "lower_optim": self.args.lower_optim}
 
 
+class _AfterLowerStep(TrainerCallback):
+    """Moves the target of a lower model that has one (BYOL) after each of its steps."""
+
+    def __init__(self, trainer: BiSSLTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lower: Any = self.trainer.model.lower
+        lower_steps, upper_steps = args.lower_steps, args.upper_steps
+        if hasattr(lower, "update_target") and state.global_step % (lower_steps + upper_steps) < lower_steps:
+            step = own_step(state.global_step, "lower", lower_steps=lower_steps, upper_steps=upper_steps)
+            lower.update_target(step, args.num_alternations * lower_steps)
+
+
 class _BeforeFirstAlternation(TrainerCallback):
     """Warms the head up and looks at the pull, once the model is where it will be trained."""
 
@@ -586,6 +608,9 @@ class _BeforeFirstAlternation(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self.trainer.remember_start()
+            lower: Any = self.trainer.model.lower
+            if args.restart_target and hasattr(lower, "restart_target"):
+                lower.restart_target()
             self.trainer.warm_up_head()
             pull = self.trainer.estimate_pull()
             warn_about_pull(pull, self.trainer.proximal_weight)

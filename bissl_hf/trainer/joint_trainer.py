@@ -17,6 +17,7 @@ from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_
 from ..models.modeling_bissl import BiSSLModel
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
+from .target_update import TargetUpdate
 from .training_args import JointTrainingArguments
 
 
@@ -76,6 +77,8 @@ class JointTrainer(SingleLevelTrainer):
             world_size=args.world_size,
         )
         self.streams.add(Stream.UPPER, labelled, train_transform)
+        if hasattr(model.lower, "update_target"):
+            self.add_callback(TargetUpdate(model.lower))
         if args.label_names is None:
             self.label_names = find_labels(type(model.upper))
         # Columns that the downstream model takes; Trainer would look at the signature of BiSSLModel.
@@ -98,6 +101,11 @@ class JointTrainer(SingleLevelTrainer):
             loss = self.model(level="lower", **pretext).loss
         with model_randomness(labelled_key):
             return loss + self.args.downstream_weight * self.model(level="aligned", **labelled).loss
+
+    def backbone_and_heads(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns theta_P, and the heads of both tasks."""
+        heads: list[Tensor] = [*self.model.lower_head_parameters(), *self.model.upper_head_parameters()]
+        return list(self.model.lower_shared_parameters()), heads
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

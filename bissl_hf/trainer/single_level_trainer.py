@@ -67,8 +67,9 @@ class SingleLevelTrainer(ResumableTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Returns the optimizer; weight decay applies to every parameter."""
         if self.optimizer is None:
-            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            self.optimizer = self.args.level(num_steps=self.num_planned_steps).build_optimizer(parameters)
+            self.optimizer = self.args.level(num_steps=self.num_planned_steps).build_optimizer(
+                *self.backbone_and_heads()
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
@@ -79,6 +80,12 @@ class SingleLevelTrainer(ResumableTrainer):
             # 2026-11, transformers 5.23: Trainer saves a schedule only if it is marked as its own.
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def backbone_and_heads(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the trainable parameters of the base model, and the others."""
+        base = {id(parameter) for parameter in self.model.base_model.parameters()}
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [p for p in trainable if id(p) in base], [p for p in trainable if id(p) not in base]
 
     @property
     def num_planned_steps(self) -> int:

@@ -3,7 +3,7 @@ level's."""
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -184,6 +184,17 @@ class PretextTrainingArguments(ResumableTrainingArguments):
     )
     per_device_train_batch_size: int = field(default=1024, metadata={"help": "Pairs of views per device and step."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Bound on the gradient norm; 0 for none."})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the pretext head or decoder; learning_rate if not given."}
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least(self, head_learning_rate=0)
+        super().__post_init__()
+
+    def level(self, name: str = "upper", *, num_steps: int) -> LevelSettings:
+        """Returns how the model is optimized, see [`ResumableTrainingArguments.level`]."""
+        return replace(super().level(name, num_steps=num_steps), head_learning_rate=self.head_learning_rate)
 
 
 @dataclass
@@ -316,6 +327,10 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             theta_D <- (1 - s) theta_D + s theta_P; 0 for never.
         upper_adaptation_strength (`float`, *optional*, defaults to 0.1): s.
         lower_learning_rate (`float`, *optional*, defaults to 1.0)
+        lower_head_learning_rate (`float`, *optional*): of phi_P, such as the decoder of a masked autoencoder;
+            `lower_learning_rate` if not given.
+        restart_target (`bool`, *optional*, defaults to `False`): whether the moving target of a lower model that has
+            one (BYOL) starts as a copy of the online network, or goes on as it is.
         lower_optim (`str`, *optional*, defaults to `"lars"`): `"lars"` or an optimizer of `torch.optim` by name.
         lower_optim_args (`str`, *optional*): its further arguments, such as `"exclude_bias_and_norm=True"`.
         lower_weight_decay (`float`, *optional*, defaults to 1e-6)
@@ -376,6 +391,13 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
     upper_adaptation_strength: float = field(default=0.1, metadata={"help": "How far theta_D moves towards theta_P."})
 
     lower_learning_rate: float = field(default=1.0, metadata={"help": "Learning rate of the lower level."})
+    lower_head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the pretext head or decoder; lower_learning_rate if none."},
+    )
+    restart_target: bool = field(
+        default=False, metadata={"help": "BYOL: copy the target anew from the online network before BiSSL."}
+    )
     lower_optim: str = field(default="lars", metadata={"help": "Lower optimizer: lars or one of torch.optim."})
     lower_optim_args: str | None = field(default=None, metadata={"help": "Its further arguments: name=value,..."})
     lower_weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of the lower level."})
@@ -409,7 +431,9 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
     def _check_ranges(self) -> None:
         self._set_coupling()
         check_at_least(self, **_BISSL_AT_LEAST)
-        for name in ("target_pull", "proximal_weight", "learning_rate", "lower_learning_rate"):
+        for name in (
+            "target_pull", "proximal_weight", "learning_rate", "lower_learning_rate", "lower_head_learning_rate"
+        ):  # fmt: skip
             if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value}; it must be a finite number above 0.")
         if self.solver == "none" and self.direct_weight == 0:
@@ -500,6 +524,7 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             num_steps=num_steps or self.num_alternations * self.lower_steps,
             warmup_steps=self.get_lower_warmup_steps(),
             max_grad_norm=self.lower_max_grad_norm,
+            head_learning_rate=self.lower_head_learning_rate,
         )
 
     def get_lower_warmup_steps(self) -> int:

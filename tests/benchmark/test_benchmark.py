@@ -44,7 +44,9 @@ def test_every_part_is_measured_and_the_unit_costs_itself(report):
     # A product on a kept graph is two forward-backward passes, one on a new graph three, less what the first layer
     # saves.
     arithmetic = {name: part["arithmetic_alone"] for name, part in parts.items()}
-    assert arithmetic["baseline's product"] == pytest.approx(arithmetic["linearisation"] + arithmetic["product"])
+    # The baseline's, by torch's own second derivatives, takes the cotangent of the images, too.
+    ours = arithmetic["linearisation"] + arithmetic["product"]
+    assert ours < arithmetic["baseline's product"] < 1.1 * ours
     assert 1.0 < arithmetic["product"] < 2.1
     assert 0.7 < arithmetic["linearisation"] < 1.05
     # The optimizer takes no operations that are counted, and its bytes.

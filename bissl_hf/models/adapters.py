@@ -183,7 +183,7 @@ def add_lora(
     model: PreTrainedModel,
     *,
     rank: int,
-    alpha: float | None = None,
+    alpha: int | None = None,
     targets: Sequence[str] | None = None,
     dropout: float = 0.0,
 ) -> PreTrainedModel:
@@ -192,7 +192,7 @@ def add_lora(
     Args:
         model (`PreTrainedModel`)
         rank (`int`): of the products B A that are added to the weights.
-        alpha (`float`, *optional*): the products are scaled by `alpha / rank`; `rank` if not given.
+        alpha (`int`, *optional*): the products are scaled by `alpha / rank`; `rank` if not given.
         targets (`Sequence[str]`, *optional*): last parts of the names of the layers to adapt; by default the
             projections of queries and values.
         dropout (`float`, *optional*, defaults to 0): in front of the adapters.
@@ -219,12 +219,13 @@ def add_lora(
 
     wanted = tuple(targets) if targets else usual_targets(model.base_model)
     layers = _adapted_layers(model, wanted)
+    base: Any = model.base_model
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=layers,
-        base_model_name_or_path=_name(model.config) or _name(model.base_model.config),
+        base_model_name_or_path=_name(model.config) or _name(base.config),
     )
     model.add_adapter(config)
     return model

@@ -125,9 +125,9 @@ def test_the_frozen_backbone_is_one_set_of_tensors_with_the_lower_values():
 
 def test_a_move_to_another_dtype_keeps_one_set():
     model = adapted()
-    before = stored_bytes(model)
+    before = stored_bytes(model.lower) + stored_bytes(model.upper) - stored_bytes(model)
     model.double()
-    assert stored_bytes(model) == 2 * before
+    assert stored_bytes(model.lower) + stored_bytes(model.upper) - stored_bytes(model) == 2 * before > 0
 
 
 @pytest.mark.parametrize("way", ["add_adapter", "get_peft_model"])

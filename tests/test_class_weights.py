@@ -12,7 +12,7 @@ LABELS = torch.tensor([0, 0, 0, 1, 2, 2])
 
 def test_balanced_weights_give_each_class_the_same_sum():
     weights = resolve_class_weights("balanced", LABELS, 3)
-    sums = [float(weights[LABELS[LABELS == number]].sum()) for number in range(3)]
+    sums = [float(weights[LABELS[LABELS.eq(number)]].sum()) for number in range(3)]
     assert sums == pytest.approx([2.0, 2.0, 2.0])
     assert float(weights[LABELS].mean()) == pytest.approx(1.0)
 

@@ -31,6 +31,7 @@ from ..evaluation.figures import plot_layouts, plot_run
 from ..optim.optimizers import resolve_optimizer
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
+from .adapters import LoraArguments
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
@@ -50,12 +51,13 @@ PRETRAINING_NAME = "pretraining"
 
 
 @dataclass
-class ModelArguments(PretextModelArguments):
+class ModelArguments(LoraArguments, PretextModelArguments):
     """Where the models come from, and the pre-training that precedes BiSSL."""
 
     upper_model: str | None = field(default=None, metadata={"help": "Image classifier whose head is kept."})
     pretrain_steps: int | None = field(
-        default=None, metadata={"help": "Pretext steps before BiSSL; if not given 1000, or 0 with --lower_model."}
+        default=None,
+        metadata={"help": "Pretext steps before BiSSL; if not given 1000, or 0 with --lower_model or --lora_rank."},
     )
     pretrain_batch_size: int | None = field(
         default=None, metadata={"help": "Batch per device in pre-training; per_device_lower_batch_size if not given."}
@@ -112,9 +114,14 @@ def check_pretraining(arguments: ModelArguments, steps: int, batch: int, rows_pe
 
 def num_pretrain_steps(arguments: ModelArguments) -> int:
     """The steps before BiSSL; by default none for a model that is pre-trained already."""
+    if arguments.lora_rank is not None and arguments.pretrain_steps:
+        raise ValueError(
+            f"pretrain_steps is {arguments.pretrain_steps} and lora_rank is {arguments.lora_rank}; adapters go on a "
+            "model that is pre-trained already: pre-train it with the command pretrain and pass it as --lower_model."
+        )
     if arguments.pretrain_steps is not None:
         return arguments.pretrain_steps
-    return 0 if arguments.lower_model else 1000
+    return 0 if arguments.lower_model or arguments.lora_rank is not None else 1000
 
 
 def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, trainer: BiSSLTrainer) -> PretextTrainer:
@@ -269,7 +276,9 @@ def build_run(
         images = load_images(data, lower_data, args.seed)
     lower = build_pretext_model(models)
     task = DownstreamTask.from_images(images, data.image_size, views)
-    model = BiSSLModel.from_models(lower, build_upper(models.upper_model, lower, task))
+    upper = build_upper(models.upper_model, lower, task)
+    models.adapt(lower, upper)
+    model = BiSSLModel.from_models(lower, upper)
     trainer = build_trainer(build_view_transform(data.image_size, views, models.pretext), args, model, images, task)
     pretrainer = build_pretrainer(models, args, trainer)
     try_out(trainer, pretrainer)

@@ -20,6 +20,7 @@ from ..checkpoints import write_json
 from ..evaluation.figures import plot_curves
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
+from .adapters import LoraArguments
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
@@ -32,7 +33,7 @@ from .tasks import DownstreamTask
 
 
 @dataclass
-class JointModelArguments(PretextModelArguments):
+class JointModelArguments(LoraArguments, PretextModelArguments):
     """Where the models come from."""
 
     upper_model: str | None = field(default=None, metadata={"help": "Image classifier whose head is kept."})
@@ -54,8 +55,10 @@ def build_run(
         images = load_images(data, lower_data, args.seed)
     task = DownstreamTask.from_images(images, data.image_size, views)
     lower = build_pretext_model(models)
+    upper = build_upper(models.upper_model, lower, task)
+    models.adapt(lower, upper)
     trainer = JointTrainer(
-        BiSSLModel.from_models(lower, build_upper(models.upper_model, lower, task)),
+        BiSSLModel.from_models(lower, upper),
         args,
         train_dataset=images.train,
         lower_dataset=images.lower,

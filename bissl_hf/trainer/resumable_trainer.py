@@ -474,5 +474,8 @@ class ResumableTrainer(Trainer):
     def _restore_weights(self, checkpoint: str) -> None:
         """Trainer reads a state dict leniently. Checkpoints of some models (ViT) hold other names than the model,
         which only `from_pretrained` translates back; the weights would stay as they are without an error."""
-        restored = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+        # In the widest format among them, so that adapters in float32 on a backbone in bfloat16 lose nothing.
+        floating = {p.dtype for p in self.model.parameters() if p.dtype.is_floating_point}
+        widest = max(floating, key=lambda dtype: torch.finfo(dtype).bits)
+        restored = type(self.model).from_pretrained(checkpoint, dtype=widest)
         self.model.load_state_dict(restored.state_dict())

@@ -24,15 +24,16 @@ from ..data.alternation import Stream
 from ..evaluation.figures import plot_curves
 from ..models.batch_norm import recalibrate_batch_norm
 from ..models.saving import save_model
+from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, format_table, name_metrics, open_run
+from .outputs import RUN_RESULTS, afterwards, format_table, name_metrics, open_run
 from .pairs import check_pairs
 from .tasks import DownstreamTask
 
@@ -118,7 +119,6 @@ def write_outputs(trainer: JointTrainer, model: PreTrainedModel, metrics: dict[s
     output = Path(str(trainer.args.output_dir))
     save_model(model, output, trainer.processing_class)
     history = [row for row in trainer.state.log_history if "step" in row]
-    plot_curves(history, [("Joint loss", [("loss", "training")])], output / "figures" / "joint.png")
     write_json(
         output / RUN_RESULTS,
         {
@@ -130,7 +130,10 @@ def write_outputs(trainer: JointTrainer, model: PreTrainedModel, metrics: dict[s
     )
     trainer.facts.evaluations = [Evaluation("This model", "test", metrics_under(metrics, "test"), len(images.test))]
     trainer.model = model  # type: ignore[assignment]  # the card describes what has been written
-    trainer.create_model_card()
+    with afterwards("The figure of the losses"):
+        plot_curves(history, [("Joint loss", [("loss", "training")])], output / "figures" / "joint.png")
+    with afterwards("The model card"):
+        trainer.create_model_card()
 
 
 def print_summary(output: str, metrics: dict[str, Any]) -> None:
@@ -145,6 +148,7 @@ def print_summary(output: str, metrics: dict[str, Any]) -> None:
     print(f"    bissl-hf predict --model {output} --inputs FOLDER\n")
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
     data, lower_data, views, models, card, args = parse_arguments(
@@ -181,9 +185,11 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model = trained_model(trainer, images, models.bn_recalibration_images)
     metrics = evaluate(trainer, task, model, images)
+    check_metrics(metrics, of="the joint model")
     if trainer.is_world_process_zero():
         write_outputs(trainer, model, metrics, images)
-        print_summary(str(args.output_dir), metrics)
+        with afterwards("The summary"):
+            print_summary(str(args.output_dir), metrics)
     trainer.push_outputs()
 
 

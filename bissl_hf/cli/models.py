@@ -12,6 +12,7 @@ from ..models.backbone import load_backbone
 from ..models.configuration_backbone import resnet18_config
 from ..models.configuration_bissl import BiSSLConfig
 from ..models.configuration_simclr import SimCLRConfig
+from ..models.finite import with_finite_weights
 from ..models.modeling_bissl import BiSSLModel
 from ..models.modeling_simclr import SimCLRForPreTraining
 from .loading import load_config, loading
@@ -69,7 +70,7 @@ def _load_simclr(source: str) -> SimCLRForPreTraining:
             "it pass it as --backbone."
         )
     with loading("lower_model", source):
-        return SimCLRForPreTraining.from_pretrained(source)
+        return with_finite_weights(SimCLRForPreTraining.from_pretrained(source), source)
 
 
 def new_classifier(
@@ -99,6 +100,7 @@ def load_classifier(
     """
     with loading(field, source):
         model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False)
+        with_finite_weights(model, source)
     if model.config.num_labels != len(class_names):
         raise ValueError(
             f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "
@@ -195,7 +197,7 @@ def _load_backbone(source: str) -> PreTrainedModel:
     config = load_config("model", source)
     with loading("model", source):
         if isinstance(config, BiSSLConfig):
-            return BiSSLModel.from_pretrained(source).aligned_model().base_model
+            return with_finite_weights(BiSSLModel.from_pretrained(source), source).aligned_model().base_model
         return load_backbone(source)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .finite import check_finite_weights
+
 
 def save_model(model: PreTrainedModel, directory: str | os.PathLike[str], processing_class: Any = None) -> None:
     """Writes a model, and beside it what prepares its inputs. Files are written aside first and synchronised with the
@@ -18,7 +20,11 @@ def save_model(model: PreTrainedModel, directory: str | os.PathLike[str], proces
         model (`PreTrainedModel`)
         directory (`str` or `os.PathLike`): created if need be.
         processing_class (*optional*): image processor or tokenizer.
+
+    Raises:
+        `ValueError`: if the model has weights that are not finite; nothing is written then.
     """
+    check_finite_weights(model, "the training has diverged, and no model is written")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as staging:

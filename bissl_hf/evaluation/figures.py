@@ -31,8 +31,8 @@ def _new_figure(width: float, height: float) -> "Figure":
 
 
 def _plain(text: object) -> str:
-    """Text from outside as it is: a dollar sign begins no mathematics, and a backslash no command."""
-    return for_terminal(text).replace("\\", "\\\\").replace("$", r"\$")
+    """Text from outside as it is: escaped dollar signs begin no mathematics, where alone a backslash has a meaning."""
+    return for_terminal(text).replace("$", r"\$")
 
 
 def _save(figure: "Figure", path: str | Path) -> None:

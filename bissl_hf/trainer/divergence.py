@@ -123,10 +123,12 @@ class DivergenceGuard(TrainerCallback):
             )  # fmt: skip
         self._skipped_since = 0
         device = self.trainer.args.device
-        step, cause = min(
-            (-largest_over_processes(-(_NEVER if first is None else int(first)), device), cause)
+        steps = {
+            cause: -largest_over_processes(-(_NEVER if first is None else int(first)), device)
             for cause, first in (("loss", self._first_loss), ("gradient", self._first_gradient))
-        )
+        }
+        cause = min(steps, key=steps.__getitem__)  # of one step the loss, which comes first
+        step = steps[cause]
         self._first_loss = self._first_gradient = None
         damaged = not_finite_weights(self.trainer.model)
         if step == _NEVER and not largest_over_processes(len(damaged), device):

@@ -21,7 +21,7 @@ def test_parts_of_a_batch_with_their_shares():
         2 / 7,
         2 / 7,
         3 / 7,
-    ]  # not 3, 3 and 1: batch norm has no statistics of one row
+    ]
     for name in ("x", "y"):
         assert torch.equal(torch.cat([part[name] for part, _ in parts]), inputs[name])
     assert all(part["scale"] is inputs["scale"] and part["name"] == "both" for part, _ in parts)

@@ -130,6 +130,10 @@ class EpochBoundary(TrainerCallback):
             control.should_save, self._waiting = False, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        whole = state.epoch is None or float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        if not whole:
+            # Asked to stop inside an epoch: its figures are kept in the checkpoint, and logged when it is complete.
+            control.should_log = control.should_evaluate = False
         if self._waiting:
             control.should_save, self._waiting = True, False
 

@@ -1,6 +1,7 @@
 """What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without
 waiting."""
 
+import math
 import os
 import shutil
 import time
@@ -30,15 +31,17 @@ from ..checkpoints import (
     rotate_checkpoints,
     write_manifest,
 )
-from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream, keyed_random_state
+from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, keyed_random_state
 from ..data.batches import batch_rows, split_rows
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
+from ..models.finite import check_finite_weights
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
 from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, TrainingClock
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
+from .divergence import DivergenceGuard
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
 from .state_files import find_refused_file
@@ -102,7 +105,9 @@ class ResumableTrainer(Trainer):
         self._staging: Path | None = None
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
-        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), EpochBoundary()]
+        self.divergence = DivergenceGuard(self)
+        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or [])]
+        callbacks += [EpochBoundary(), self.divergence]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
@@ -122,6 +127,7 @@ class ResumableTrainer(Trainer):
         self.checkpoints = CheckpointStore()
         for name, owner in (("metrics", self.metrics_buffer), ("seconds", self._clock), ("best", self._best)):
             self.checkpoints.register(name, owner)
+        self.checkpoints.register("divergence", self.divergence)
 
     # Several processes
 
@@ -155,6 +161,25 @@ class ResumableTrainer(Trainer):
         if self.args.fp16 and self.args.device.type == "cpu":
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    # Divergence
+
+    def inputs_of_step(self, key: StepKey) -> list[dict[str, Any]]:
+        """Returns the batches of a step anew, to tell whether they were finite."""
+        return [self.streams.read(key)]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
+        """The norm of every step's gradient passes here (a private hook of transformers 5.23, 2026-11)."""
+        size = super()._get_grad_norm(model, grad_norm)
+        self.divergence.note_gradient(size)
+        return size
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A metric that is not finite is never the best (a private hook of transformers 5.23, 2026-11)."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if not math.isfinite(metrics.get(name, 0.0)):
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     # Batches
 
@@ -254,6 +279,7 @@ class ResumableTrainer(Trainer):
         if _internal_call:
             super().save_model(folder, _internal_call=True)
         elif self.args.should_save:
+            check_finite_weights(self.model, "the training has diverged, and no model is written")
             self.write_final_model(folder)
 
     def write_final_model(self, folder: str) -> None:
@@ -427,7 +453,11 @@ class ResumableTrainer(Trainer):
         return str(Path(output_dir) / STAGING_FOLDER) if self._staging else output_dir
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Has Trainer write the checkpoint aside, and renames it once it is whole."""
+        """Has Trainer write the checkpoint aside, and renames it once it is whole. Of weights that are not finite none
+        is written."""
+        self.divergence.check()
+        if self.divergence.found is not None:
+            return
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staging, final = run_dir / STAGING_FOLDER, run_dir / name
@@ -478,4 +508,5 @@ class ResumableTrainer(Trainer):
         floating = {p.dtype for p in self.model.parameters() if p.dtype.is_floating_point}
         widest = max(floating, key=lambda dtype: torch.finfo(dtype).bits)
         restored = type(self.model).from_pretrained(checkpoint, dtype=widest)
+        check_finite_weights(restored, f"{checkpoint} is of a run that has diverged; resume from an earlier one")
         self.model.load_state_dict(restored.state_dict())

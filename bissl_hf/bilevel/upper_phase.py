@@ -201,7 +201,7 @@ class UpperPhase:
         """Returns H of the loss that the lower steps take, on one batch. Under fp16 it is taken in float32: second
         derivatives overflow where first ones do not (docs/precision.md has figures)."""
         losses = self.losses
-        model, parameters = losses.model.without_side_effects("lower"), losses.model.lower_shared_parameters()
+        model, parameters = losses.model.without_side_effects("lower"), losses.model.backbone_parameters("lower")
         if self.settings.full_precision:
             model = in_full_precision(model, losses.model.device)
         rows = batch_rows(inputs)

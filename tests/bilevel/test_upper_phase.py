@@ -216,7 +216,7 @@ class RunsTwice(BiSSLTrainer):
 
 class Penalised(BiSSLTrainer):
     def compute_lower_loss(self, model, inputs):
-        weights = self.model.lower_shared_parameters()
+        weights = self.model.backbone_parameters("lower")
         return super().compute_lower_loss(model, inputs) + 0.01 * sum((w**2).sum() for w in weights)
 
 

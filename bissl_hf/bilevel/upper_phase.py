@@ -170,6 +170,7 @@ class UpperPhase:
             solver=self.settings.solver,
             memory=self._memory,
         )
+        # solution and rhs: one tensor per shared parameter; the pretext gradient, too
         pretext = self._lower_gradient if curvature is None else curvature.gradient
         return Solve(solution, info, None if pretext is None else cosine(pretext, rhs))
 

@@ -279,6 +279,7 @@ class BiSSLTrainer(ResumableTrainer):
 
         average_flat([], in_place=running_statistics(self.model.lower))
         proximal_weight = self.proximal_weight
+        # One tensor per shared parameter in all vectors over theta: offset, gradients, force.
         theta_p, theta_d = self.model.backbone_parameters("lower"), self.model.backbone_parameters("upper")
         offset = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
         gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
@@ -311,14 +312,18 @@ class BiSSLTrainer(ResumableTrainer):
         gamma = self.args.direct_weight
         theta_p, theta_d = self.model.backbone_parameters("lower"), self.model.backbone_parameters("upper")
         phi_d = self.model.head_parameters("upper")
+        # Losses have shape (); gradients are vectors over (theta, phi), still those of this process.
         aligned = self.model.without_side_effects("aligned")
         loss, at_theta_p = self.losses.upper_gradient(aligned, inputs, (*theta_p, *phi_d))
         direct_loss, at_theta_d = self.losses.upper_gradient(
             self.model.upper, inputs, (*theta_d, *phi_d), differentiate=gamma > 0
         )
+        # One all-reduce for both gradients and the running statistics: n_theta + n_phi entries each.
         reduced = average_flat([*at_theta_p, *at_theta_d], in_place=running_statistics(self.model.upper))
         at_theta_p, at_theta_d = reduced[: len(at_theta_p)], reduced[len(at_theta_p) :]
+        # rhs = grad_theta L_D(theta_P, phi_D), the right-hand side of the linear system
         rhs, at_phi_d = at_theta_p[: len(theta_p)], at_theta_p[len(theta_p) :]
+        # (x, grad_phi L_D(theta_P, phi_D)), then gamma times the direct term
         gradient: Vector = (*self._solve(key, rhs).solution, *at_phi_d)
         if at_theta_d:
             gradient = add_scaled(gradient, at_theta_d, gamma)

@@ -20,6 +20,7 @@ from .configuration_bissl import BiSSLConfig
 from .saving import save_model
 
 PASSES = ("lower", "upper", "aligned")
+EXPORT_LEVELS = ("aligned", "upper")
 
 
 class BiSSLModel(PreTrainedModel):
@@ -257,6 +258,11 @@ class BiSSLModel(PreTrainedModel):
         self._copy_backbone(self.lower.base_model, model.base_model, self.shared_parameter_names)
         return model
 
+    def _downstream_copy(self, level: str) -> PreTrainedModel:
+        if level not in EXPORT_LEVELS:
+            raise ValueError(f"level is {level!r}; it must be one of {', '.join(EXPORT_LEVELS)}.")
+        return self._aligned_copy() if level == "aligned" else copy.deepcopy(self.upper)
+
     def export(
         self,
         directory: str | os.PathLike[str],
@@ -264,9 +270,10 @@ class BiSSLModel(PreTrainedModel):
         processing_class: Any = None,
         recalibrate_on: Iterable[dict[str, Any]] | None = None,
         adapter_only: bool = False,
+        level: str = "aligned",
     ) -> PreTrainedModel:
-        """Writes the aligned model as a checkpoint of the upper model's class, which needs this package no more. Files
-        are written aside first, so that a failure leaves what is in `directory` as it was.
+        """Writes the aligned model, or the upper one, as a checkpoint of the upper model's class, which needs this
+        package no more. Files are written aside first, so that a failure leaves what is in `directory` as it was.
 
         Args:
             directory (`str` or `os.PathLike`): created if need be.
@@ -276,20 +283,22 @@ class BiSSLModel(PreTrainedModel):
             adapter_only (`bool`, *optional*, defaults to `False`): whether to write the adapter and the head alone,
                 in the format of `peft` (`adapter_config.json`, `adapter_model.safetensors`), for
                 `PeftModel.from_pretrained(model, directory)` on the model that they were trained on.
+            level (`str`, *optional*, defaults to `"aligned"`): `"aligned"`, theta_P with phi_D, or `"upper"`, theta_D
+                with phi_D.
 
         Returns:
             `PreTrainedModel`: the model that was written, in evaluation mode, with adapters merged.
 
         Raises:
-            `ValueError`: if `adapter_only` is true and the model has no adapters.
+            `ValueError`: for another level, or if `adapter_only` is true and the model has no adapters.
         """
         if adapter_only:
-            write_adapter(self._aligned_copy(), directory, processing_class)
-            return self.aligned_model().eval()
-        model = self.aligned_model()
+            write_adapter(self._downstream_copy(level), directory, processing_class)
+            return merged(self._downstream_copy(level)).eval()
+        model = merged(self._downstream_copy(level))
         if recalibrate_on is not None:
             recalibrate_batch_norm(model, recalibrate_on)
-        elif has_batch_norm(model):
+        elif has_batch_norm(model) and level == "aligned":
             warnings.warn(
                 "The aligned model has batch norm and is exported with the statistics of pretext views; pass "
                 "recalibrate_on "

@@ -41,6 +41,7 @@ from ..optim.pull import (
 from ..optim.two_level import LEVELS, TwoLevelOptimizer, own_step, two_level_scheduler
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, is_finite, norm, subtract
 from .divergence import check_first_batch
+from .export_level import better_level
 from .resumable_trainer import ResumableTrainer
 from .run_record import record_run, size_of
 from .training_args import BiSSLTrainingArguments
@@ -107,6 +108,11 @@ class BiSSLTrainer(ResumableTrainer):
         if not isinstance(model, BiSSLModel):
             raise TypeError(
                 f"model is a {type(model).__name__}; it must be a BiSSLModel (see BiSSLModel.from_models)."
+            )
+        if eval_dataset is None and args.export_level == "best":
+            raise ValueError(
+                "export_level is 'best', and there is no eval_dataset to find the better level; pass one, or set "
+                "export_level to aligned or upper."
             )
         if eval_dataset is None and args.eval_strategy != "no":
             logger.info("No eval_dataset was given, so nothing is evaluated during training.")
@@ -588,10 +594,25 @@ class BiSSLTrainer(ResumableTrainer):
         }
 
     def write_final_model(self, folder: str) -> None:
-        """Writes the aligned model as a native checkpoint, and both levels in `bilevel/` for going on."""
-        batches = list(self.recalibration_batches()) if self.train_dataset is not None else []
-        self.model.export(folder, processing_class=self.processing_class, recalibrate_on=batches or None)
+        """Writes the model of `export_level` as a native checkpoint, and both levels in `bilevel/` for going on."""
+        level = self.exported_level()
+        batches = list(self.recalibration_batches()) if self.train_dataset is not None and level == "aligned" else []
+        self.model.export(folder, processing_class=self.processing_class, recalibrate_on=batches or None, level=level)
         self.model.save_pretrained(Path(folder) / "bilevel")
+
+    def exported_level(self) -> str:
+        """Returns the level that `save_model` writes, `"aligned"` or `"upper"`: `export_level`, and for `"best"` the
+        one that did better in the last evaluation (of the best checkpoint, if training ended by loading it); the
+        aligned model if they did equally well or none has taken place.
+        """
+        if self.args.export_level != "best":
+            return self.args.export_level
+        return better_level(
+            self.state.log_history,
+            self.args.metric_for_best_model,
+            greater_is_better=self.args.greater_is_better,
+            step=self.state.best_global_step if self.args.load_best_model_at_end else None,
+        )
 
     def record(self) -> RunRecord:
         """Returns what a card says of the run and the aligned model."""

@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from ..bilevel.curvature import CURVATURE_MODES as FIXED_CURVATURE_MODES
 from ..bilevel.hypergradient import SOLVERS
+from ..models.modeling_bissl import EXPORT_LEVELS
 from ..optim.optimizers import parse_optimizer_options, resolve_optimizer, takes_momentum
 from ..optim.pull import TYPICAL_PULL
 from ..optim.schedule import level_schedule
@@ -332,6 +333,9 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             alone.
         bn_recalibration_images (`int`, *optional*, defaults to 1024): training images for the batch-norm statistics of
             the aligned model in evaluation and export; 0 keeps the pretext statistics.
+        export_level (`str`, *optional*, defaults to `"aligned"`): which model `save_model`, pushes and fine-tuning
+            take: `"aligned"`, theta_P with phi_D, the paper's; `"upper"`, theta_D with phi_D; or `"best"`, that of the
+            two which did better in the last evaluation, by `metric_for_best_model` or else by accuracy or the loss.
         upper_adaptation_every (`int`, *optional*, defaults to 0): after each such number of alternations
             theta_D <- (1 - s) theta_D + s theta_P; 0 for never.
         upper_adaptation_strength (`float`, *optional*, defaults to 0.1): s.
@@ -393,6 +397,9 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
     head_warmup_epochs: int = field(default=20, metadata={"help": "Passes that train the head on a frozen backbone."})
     bn_recalibration_images: int = field(
         default=1024, metadata={"help": "Training images for the aligned model's batch-norm statistics; 0 for none."}
+    )
+    export_level: str = field(
+        default="aligned", metadata={"help": "Model to save: aligned (the paper's), upper, or best on validation."}
     )
     upper_adaptation_every: int = field(
         default=0, metadata={"help": "Alternations between moves of theta_D towards theta_P; 0 for none."}
@@ -456,6 +463,7 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             ("solver", SOLVERS),
             ("curvature_mode", CURVATURE_MODES),
             ("curvature_kind", CURVATURE_KINDS),
+            ("export_level", (*EXPORT_LEVELS, "best")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..cards.card import build_model_card
 from ..cards.facts import ModelFacts
@@ -33,14 +33,16 @@ from ..checkpoints import (
 from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream, keyed_random_state
 from ..data.batches import batch_rows, split_rows
 from ..data.streams import Streams, Transform
-from ..distributed import average_flat, copy_from_first, world_size
+from ..distributed import average_flat, copy_from_first, from_first_process, world_size
 from ..hub.publisher import Progress, Publisher
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
+from ..run_lock import hold_folder, release_folder
 from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, TrainingClock
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
+from .signals import StopSignals, leave_signals_to_the_run
 from .state_files import find_refused_file
 from .training_args import ResumableTrainingArguments
 
@@ -100,9 +102,12 @@ class ResumableTrainer(Trainer):
         self.metrics_buffer = MetricsBuffer(average_flat)
         self._clock, self._best = TrainingClock(), BestCheckpoint()
         self._staging: Path | None = None
+        self._resumed_step = 0
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
-        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), EpochBoundary()]
+        self._stop_signals = StopSignals()
+        observers = trainer_kwargs.pop("callbacks", None) or []
+        callbacks = [self._clock, self._best, *observers, self._stop_signals, EpochBoundary()]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
@@ -165,7 +170,53 @@ class ResumableTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=leave_signals_to_the_run,
         )
+
+    # Training
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Trains as `transformers.Trainer` does; as the one run in its folder, and with signals that stop it politely.
+        A run that is resumed after its last step takes no further one.
+
+        Raises:
+            `ValueError`: if another run uses the output folder.
+            `SystemExit`: if a signal has ended it (see [`StopSignals`]).
+        """
+        self._resumed_step = 0
+        taken = self._hold_output_dir()
+        try:
+            with self._stop_signals.watching():
+                output = super().train(resume_from_checkpoint, trial, *args, **kwargs)
+        finally:
+            if taken:
+                release_folder(str(self.args.output_dir))
+        self._stop_signals.exit_if_stopped(self.state, speaks=self.is_world_process_zero())
+        return output
+
+    def _hold_output_dir(self) -> bool:
+        """Takes the lock of the output folder on the first process; a refusal reaches all of them."""
+        taken, refusal = False, None
+        if self.is_world_process_zero():
+            try:
+                taken = hold_folder(str(self.args.output_dir))
+            except ValueError as error:
+                refusal = str(error)
+        if (refusal := from_first_process(refusal)) is not None:
+            raise ValueError(refusal)
+        return taken
+
+    def set_initial_training_values(
+        self, args: Any, dataloader: Any
+    ) -> tuple[int, int, int, int, int, int | None, int]:
+        """Leaves no epoch to a run that is resumed after its last step: Trainer (2026-11, transformers 5.23) takes one
+        more step where that was inside an epoch."""
+        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._resumed_step >= max_steps:
+            epochs = self._resumed_step // steps_per_epoch
+        return epochs, steps_per_epoch, *others, max_steps  # type: ignore[return-value]
 
     # Logs
 
@@ -463,6 +514,9 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         self.check_checkpoint(resume_from_checkpoint)
+        self._resumed_step = TrainerState.load_from_json(
+            str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
+        ).global_step
         self._restore_weights(resume_from_checkpoint)
         self.checkpoints.load(Path(resume_from_checkpoint), self.args.device)
         self._best.find_beside(Path(resume_from_checkpoint))

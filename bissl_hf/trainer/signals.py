@@ -1,0 +1,151 @@
+"""Signals that ask a run to end: the step is finished, a checkpoint saved, and the process ends with 128 + number."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from ..distributed import world_size
+
+# What a shell, a terminal and schedulers send: SLURM sends SIGUSR1 where it is asked to warn before the time limit.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# How often a process looks whether its launcher is still there, and how long it has to end without it.
+_WATCH_SECONDS, _GRACE_SECONDS = 0.5, 30.0
+# A launcher passes on what the terminal has sent to its processes already.
+_SAME_SIGNAL_SECONDS = 0.5
+# Read on import: transformers sets variables of this kind itself. The first is torchrun's, the second accelerate's.
+_HAS_LAUNCHER = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_USE_CPU" in os.environ
+
+
+class StopSignals(TrainerCallback):
+    """Ends training politely at the first signal of [`STOP_SIGNALS`], on all processes at the same step; a second
+    signal ends the process at once, and so does one that comes when no steps are taken.
+
+    Attributes:
+        stopped_by (`int`, *optional*): number of the signal that has ended the training.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_by: int | None = None
+        self._received = 0
+        self._received_at = 0.0
+        self._takes_steps = False
+        self._group: Any = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Handles signals meanwhile. Only the main thread can, and in others nothing changes."""
+        self.stopped_by, self._received = None, 0
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        end_with_launcher()
+        try:
+            yield
+        finally:
+            self._takes_steps = False
+            for number, handler in previous.items():
+                # None is a handler that was not set from Python.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._takes_steps and not self._received:
+            self._received, self._received_at = number, time.monotonic()
+            return
+        if self._received and _HAS_LAUNCHER and time.monotonic() - self._received_at < _SAME_SIGNAL_SECONDS:
+            return
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def _agreed(self) -> int:
+        """Returns the signal that any process has received, or 0. The exchange is between hosts and does not wait for
+        the device."""
+        if world_size() == 1:
+            return self._received
+        number = torch.tensor(self._received)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
+        return int(number)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if world_size() > 1 and self._group is None and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")
+        self._takes_steps = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if number := self._agreed():
+            self.stopped_by = number
+            control.should_training_stop = True
+            control.should_save = not state.is_hyper_param_search  # a trial starts anew
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped_by and state.global_step < state.max_steps and not float(state.epoch).is_integer():
+            # The run that goes on logs and evaluates the whole epoch.
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._takes_steps = False
+
+    def exit_if_stopped(self, state: Any, *, speaks: bool) -> None:
+        """Ends the process if a signal has ended the training.
+
+        Args:
+            state (`TrainerState`): of the trainer.
+            speaks (`bool`): whether this process says so.
+
+        Raises:
+            `SystemExit`: with 128 + the number of the signal.
+        """
+        if self.stopped_by is None:
+            return
+        if speaks:
+            name = signal.Signals(self.stopped_by).name
+            print(
+                f"Interrupted by {name} after step {state.global_step} of {state.max_steps}, which is saved. Go on "
+                "with --resume_from_checkpoint true.",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise SystemExit(128 + self.stopped_by)
+
+
+_watched: set[int] = set()
+
+
+def end_with_launcher() -> None:
+    """Has this process stop politely once the launcher that has started it has ended, and in any case half a minute
+    later: nobody would end it, and the next start would meet it in its folder."""
+    if not _HAS_LAUNCHER or os.getpid() in _watched:
+        return
+    _watched.add(os.getpid())
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_SECONDS)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Initialises a loader worker: signals to a whole group of processes do not end it before the run that it serves
+    has finished its step. Its loader may end it by SIGTERM, some seconds later."""
+
+    def end_later(number: int, frame: Any) -> None:
+        timer = threading.Timer(_GRACE_SECONDS / 3, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, end_later if number == signal.SIGTERM else signal.SIG_IGN)

@@ -118,8 +118,19 @@ def find_last_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | Non
     return None, passed_over
 
 
+def synchronise(folder: Path) -> None:
+    """Waits until the files of a folder, and their names, are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def publish(staged: Path, final: Path) -> None:
-    """Moves a finished checkpoint to its place, in which it replaces one of the same step."""
+    """Moves a finished checkpoint, once it is on the disk, to its place, in which it replaces one of the same step."""
+    synchronise(staged)
     if final.exists():
         outgoing = staged.with_name(f"{staged.name}.old")
         final.replace(outgoing)

@@ -6,7 +6,6 @@ Started from nothing it pre-trains with SimCLR first. Then it trains a head on t
 problem, and writes an ordinary transformers checkpoint of the aligned model.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -40,9 +39,9 @@ from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, format_table, name_metrics, open_run
 from .pairs import check_pairs
-from .parts import SETTINGS_NAME, Stage
+from .parts import SETTINGS_NAME, Stage, read_mapping
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
-from .pretraining import FINISHED_NAME, pretrain
+from .pretraining import FINISHED_NAME, describe_images, pretrain
 from .tasks import DownstreamTask
 
 TSNE_ROWS = 1000
@@ -155,11 +154,14 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
     )
 
 
-def keep_pretraining_settings(pretrainer: PretextTrainer, models: ModelArguments) -> None:
+def keep_pretraining_settings(
+    pretrainer: PretextTrainer, models: ModelArguments, views: ViewArguments, image_size: int
+) -> None:
     """Keeps what the pre-trained model comes from, and refuses to go on from one that comes from something else."""
     args = pretrainer.args
     steps = {"pretrain_steps": args.max_steps, "pretrain_batch_size": args.per_device_train_batch_size}
-    settings = {**asdict(models), **steps, "seed": args.seed}
+    source = {"lower images": describe_images(pretrainer.train_dataset), "image_size": image_size, **asdict(views)}
+    settings = {**asdict(models), **steps, **source, "seed": args.seed}
     del settings["upper_model"]
     Stage(str(args.output_dir), settings, writes=pretrainer.is_world_process_zero())
 
@@ -339,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.publisher.outputs_follow = True
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
-        keep_pretraining_settings(pretrainer, models)
+        keep_pretraining_settings(pretrainer, models, views, data.image_size)
 
     if trainer.is_world_process_zero():
         print(task.describe_splits(images))
@@ -353,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
         if trainer.is_world_process_zero():
             write_json(before_file, before)
     else:
-        before = json.loads(before_file.read_text())
+        before = read_mapping(before_file)
     if checkpoint and (output / RUN_RESULTS).is_file() and trainer.is_world_process_zero():
         print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
     if checkpoint is None:

@@ -5,12 +5,14 @@ import json
 import os
 import re
 import sys
+import time
 from argparse import Action
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError
+from torch.distributed import DistError
 from transformers import HfArgumentParser
 
 from ..data.paths import expand_path
@@ -21,13 +23,19 @@ from .values import checked_value
 
 EXIT_BAD_INPUT = 2
 _LONGEST_MESSAGE = 500
+# How long a process waits for the first one of its machine, and one that has lost another for that one, to speak.
+_FIRST_SPEAKS_SECONDS, _OTHERS_SPEAK_SECONDS = 1.5, 5.0
 _NEGATIVE = re.compile(r"-\.?[0-9]")
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends the process with one sentence on stderr and the exit code for bad input."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Ends the process with one sentence on stderr and the exit code for bad input.
+
+    Of several processes any may find what is wrong, and mostly all do. The first of a machine speaks at once; its
+    launcher then ends the others, which wait for that before they speak."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and (number := int(os.environ.get("LOCAL_RANK") or 0)) > 0:
+        time.sleep(_FIRST_SPEAKS_SECONDS + number / 2)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_INPUT)
 
 
@@ -38,7 +46,14 @@ def refusing_bad_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        if _is_about_others(error):
+            time.sleep(_OTHERS_SPEAK_SECONDS)
         refuse(str(error) or type(error).__name__)
+
+
+def _is_about_others(error: Exception) -> bool:
+    """Whether an exchange failed, as it does when another process has ended: that one knows why."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 class _Parser(HfArgumentParser):

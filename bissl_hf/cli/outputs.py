@@ -10,8 +10,10 @@ from accelerate.state import PartialState
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
-from ..checkpoints import find_defect, find_last_checkpoint, list_checkpoints
+from ..checkpoints import find_defect, find_last_checkpoint
+from ..distributed import from_first_process
 from ..hub.folder import fetch_last_checkpoint
+from ..run_lock import LOCK_NAME, hold_folder
 from ..text import for_terminal
 
 RESUME_FROM_HUB = "hub"
@@ -56,7 +58,8 @@ def open_output_dir(
         ) from error
     wants = resume if isinstance(resume, bool) else str(resume or "").lower()
     if wants in (False, "", "false", "none"):
-        finished, started = (folder / RUN_RESULTS).is_file(), bool(list_checkpoints(folder)) or any(folder.iterdir())
+        finished = (folder / RUN_RESULTS).is_file()
+        started = any(path.name != LOCK_NAME for path in folder.iterdir())
         if finished or started:
             state = "a finished run" if finished else "files, maybe of an unfinished run"
             raise ValueError(
@@ -110,7 +113,28 @@ def open_run(args: TrainingArguments, *, leaves: Sequence[str]) -> Path | None:
             revision=args.hub_revision,
         )
     PartialState().wait_for_everyone()
+    hold_for_this_process(str(args.output_dir), writes=args.process_index == 0)
     return checkpoint
+
+
+def hold_for_this_process(output_dir: str, *, writes: bool) -> None:
+    """Takes the lock of a run's folder until this process ends.
+
+    Args:
+        output_dir (`str`)
+        writes (`bool`): whether this is the process that does; a refusal reaches all of them.
+
+    Raises:
+        `ValueError`: if another run uses the folder.
+    """
+    refusal = None
+    if writes:
+        try:
+            hold_folder(output_dir)
+        except ValueError as error:
+            refusal = str(error)
+    if (refusal := from_first_process(refusal)) is not None:
+        raise ValueError(refusal)
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

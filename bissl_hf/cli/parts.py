@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import list_checkpoints, write_json
+from ..run_lock import LOCK_NAME
 
 SETTINGS_NAME = "settings.json"
 RESULT_NAME = "result.json"
@@ -74,7 +75,7 @@ class Stage:
     def _left(self) -> bool:
         """Whether there is anything that other settings would spoil."""
         files = (path for path in self.folder.rglob("*") if path.is_file())
-        return any(path.name not in (SETTINGS_NAME, f".{SETTINGS_NAME}.tmp") for path in files)
+        return any(path.name not in (SETTINGS_NAME, f".{SETTINGS_NAME}.tmp", LOCK_NAME) for path in files)
 
     def begin(self) -> None:
         """Creates the folder and keeps the settings, with which alone the part can go on once it has left anything."""

@@ -16,7 +16,7 @@ from ..study.report import STUDY_RESULTS, build_results, write_report
 from ..study.running import Study
 from .arguments import parse_arguments, refusing_bad_input
 from .images import ViewArguments
-from .outputs import open_output_dir
+from .outputs import hold_for_this_process, open_output_dir
 from .parts import read_mapping
 
 
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         plan = Plan(settings, views)
         open_output_dir(settings.output_dir, True)
         study = Study(plan)
+        hold_for_this_process(settings.output_dir, writes=study.writes)
         study.try_out()
     runs = study.run()
     if study.writes:

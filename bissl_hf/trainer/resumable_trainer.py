@@ -32,6 +32,7 @@ from ..checkpoints import (
 )
 from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream, keyed_random_state
 from ..data.batches import batch_rows, split_rows
+from ..data.shared_memory import check_shared_memory, processes_here
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, from_first_process, world_size
 from ..hub.publisher import Progress, Publisher
@@ -42,6 +43,7 @@ from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, Tra
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
+from .same_arguments import check_same_arguments
 from .signals import StopSignals, leave_signals_to_the_run
 from .state_files import find_refused_file
 from .training_args import ResumableTrainingArguments
@@ -116,6 +118,7 @@ class ResumableTrainer(Trainer):
             self.add_callback(ShortProgressCallback)
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
+        check_same_arguments(args)
         check_whole_model(self.model)
         copy_from_first([*self.model.parameters(), *self.model.buffers()], args.device)
         self.streams = Streams(device=args.device, seed=args.key_seed, rank=args.process_index)
@@ -162,6 +165,15 @@ class ResumableTrainer(Trainer):
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
     # Batches
+
+    def check_room(self) -> None:
+        """Refuses loader workers whose batches do not fit in shared memory."""
+        check_shared_memory(
+            [(source.dataset, source.batch_size // source.world_size) for source in self.streams.sources.values()],
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            num_processes=processes_here(),
+        )
 
     def keyed_loader(self, *phases: tuple[Stream, int]) -> AlternatingDataLoader:
         """Returns a loader of tagged batches of some streams, each with its steps in an epoch."""

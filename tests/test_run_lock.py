@@ -1,0 +1,109 @@
+"""One run in a folder, with owners in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from bissl_hf import run_lock
+from bissl_hf.run_lock import LOCK_NAME, hold_folder, holding_folder, release_folder
+
+OWNER = "import sys, time; from bissl_hf.run_lock import hold_folder; hold_folder(sys.argv[1]); "
+
+
+def start_owner(folder, then: str = "print('held', flush=True); time.sleep(60)") -> subprocess.Popen:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER + then, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "held\n"
+    return owner
+
+
+def test_a_second_run_is_refused_and_a_dead_owner_is_taken_over(tmp_path, capsys):
+    owner = start_owner(tmp_path)
+    try:
+        with pytest.raises(ValueError, match=f"is in use by process {owner.pid} on .* another output_dir"):
+            hold_folder(tmp_path)
+    finally:
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+    with holding_folder(tmp_path):
+        assert f"from process {owner.pid}" in capsys.readouterr().err
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path):
+    fork = textwrap.dedent(
+        """
+        import os
+        if os.fork() == 0:
+            time.sleep(60)
+        print('held', flush=True)
+        time.sleep(60)
+        """
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER + "\n" + fork, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert owner.stdout.readline() == "held\n"
+    try:
+        owner.kill()
+        owner.wait()
+        with holding_folder(tmp_path):
+            pass
+    finally:
+        os.killpg(owner.pid, signal.SIGKILL)
+
+
+def test_the_same_process_may_hold_a_folder_inside_a_longer_hold(tmp_path):
+    assert hold_folder(tmp_path)
+    with holding_folder(tmp_path):
+        pass
+    assert (tmp_path / LOCK_NAME).exists(), "the longer hold goes on"
+    release_folder(tmp_path)
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+@pytest.mark.parametrize(("age", "refused"), [(0, True), (60, True), (600, False)])
+def test_the_lock_of_another_machine_counts_while_it_is_renewed(tmp_path, age, refused):
+    lock = tmp_path / LOCK_NAME
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": "then"}))
+    os.utime(lock, (time.time() - age,) * 2)
+    if refused:
+        with pytest.raises(ValueError, match="process 1 on elsewhere"):
+            hold_folder(tmp_path)
+    else:
+        with holding_folder(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("content", ["", "[", "[]", '{"pid": 3}'])
+def test_a_lock_that_says_nothing_is_taken(tmp_path, content):
+    (tmp_path / LOCK_NAME).write_text(content)
+    with holding_folder(tmp_path):
+        pass
+
+
+def test_without_locks_of_the_kernel_the_process_decides(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "lockf", no_locks)
+    owner = subprocess.Popen(["sleep", "60"])
+    lock = tmp_path / LOCK_NAME
+    lock.write_text(json.dumps({"pid": owner.pid, "host": run_lock.socket.gethostname(), "started": "then"}))
+    try:
+        with pytest.raises(ValueError, match=f"process {owner.pid}"):
+            hold_folder(tmp_path)
+    finally:
+        owner.kill()
+        owner.wait()
+    with holding_folder(tmp_path):
+        pass

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from .distributed import from_first_process
+from .text import for_terminal
+
 LOCK_NAME = ".run.lock"
 # An owner on another machine renews its lock; one that has not done so for long has ended.
 _RENEW_SECONDS = 20.0
@@ -43,7 +46,7 @@ class RunLock:
             self._stream.close()
             raise ValueError(_refusal(self.path, owner))
         if owner:
-            print(f"Taking over {folder} from {_name(owner)}, which has ended.", file=sys.stderr)
+            print(f"Taking over {for_terminal(folder)} from {_name(owner)}, which has ended.", file=sys.stderr)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         self._stream.seek(0)
         self._stream.truncate()
@@ -87,7 +90,7 @@ def _read(stream: IO[str]) -> dict[str, Any]:
     stream.seek(0)
     try:
         owner = json.load(stream)
-        return {name: str(owner[name]) for name in ("pid", "host", "started")}
+        return {name: for_terminal(owner[name]) for name in ("pid", "host", "started")}
     except (ValueError, LookupError, TypeError):
         return {}
 
@@ -143,6 +146,27 @@ def release_folder(folder: str | os.PathLike[str]) -> None:
     """Releases the lock of a folder, if this process holds it."""
     if (lock := _held.pop(Path(folder).resolve(), None)) is not None:
         lock.release()
+
+
+def hold_for_run(folder: str | os.PathLike[str], *, writes: bool) -> bool:
+    """Takes the lock of a run's folder, as [`hold_folder`] does, for all processes of the run. Called on each of them.
+
+    Args:
+        folder (`str` or `os.PathLike`): the output folder.
+        writes (`bool`): whether this is the process that takes it: the first one.
+
+    Raises:
+        `ValueError`: on each process, if another run holds it.
+    """
+    taken, refusal = False, None
+    if writes:
+        try:
+            taken = hold_folder(folder)
+        except ValueError as error:
+            refusal = str(error)
+    if (refusal := from_first_process(refusal)) is not None:
+        raise ValueError(refusal)
+    return taken
 
 
 @contextmanager

@@ -17,11 +17,13 @@ from transformers import HfArgumentParser
 
 from ..data.paths import expand_path
 from ..text import for_terminal
+from ..trainer.divergence import DivergenceError
 from .configuration import read_configuration
 from .help import HELP_FLAGS, HelpFormatter, format_grouped_help, group_fields
 from .values import checked_value
 
 EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
 _LONGEST_MESSAGE = 500
 # How long a process waits for the first one of its machine, and one that has lost another for that one, to speak.
 _FIRST_SPEAKS_SECONDS, _OTHERS_SPEAK_SECONDS = 1.5, 5.0
@@ -33,10 +35,14 @@ def refuse(message: str) -> NoReturn:
 
     Of several processes any may find what is wrong, and mostly all do. The first of a machine speaks at once; its
     launcher then ends the others, which wait for that before they speak."""
+    _speak(message)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _speak(message: str) -> None:
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and (number := int(os.environ.get("LOCAL_RANK") or 0)) > 0:
         time.sleep(_FIRST_SPEAKS_SECONDS + number / 2)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_BAD_INPUT)
+    print(f"error: {for_terminal(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -54,6 +60,16 @@ def refusing_bad_input() -> Iterator[None]:
 def _is_about_others(error: Exception) -> bool:
     """Whether an exchange failed, as it does when another process has ended: that one knows why."""
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+@contextmanager
+def stopping_at_divergence() -> Iterator[None]:
+    """Ends the process with one sentence and `EXIT_DIVERGED` where the training diverges."""
+    try:
+        yield
+    except DivergenceError as error:
+        _speak(str(error))
+        sys.exit(EXIT_DIVERGED)
 
 
 class _Parser(HfArgumentParser):

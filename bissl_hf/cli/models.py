@@ -13,6 +13,7 @@ from ..models.auto import PRETEXT_MODELS, pretext_class
 from ..models.backbone import load_backbone
 from ..models.configuration_backbone import resnet18_config
 from ..models.configuration_bissl import BiSSLConfig
+from ..models.finite import with_finite_weights
 from ..models.mae import freeze_positions
 from ..models.modeling_bissl import BiSSLModel
 from ..models.pretext import pretext_tasks
@@ -91,9 +92,9 @@ def _load_pretext_model(source: str) -> PreTrainedModel:
     config = load_config("lower_model", source)
     with loading("lower_model", source):
         if config.model_type in PRETEXT_MODELS:
-            return pretext_class(config.model_type).from_pretrained(source)
+            return with_finite_weights(pretext_class(config.model_type).from_pretrained(source), source)
         if config.model_type == "vit_mae":
-            return freeze_positions(ViTMAEForPreTraining.from_pretrained(source))
+            return with_finite_weights(freeze_positions(ViTMAEForPreTraining.from_pretrained(source)), source)
     raise ValueError(
         f"lower_model {source} is a {config.model_type!r} model; it must be one of a pretext task "
         f"({', '.join(pretext_tasks())}). To put the head of a pretext task on it pass it as --backbone."
@@ -127,6 +128,7 @@ def load_classifier(
     """
     with loading(field, source):
         model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False)
+        with_finite_weights(model, source)
     if model.config.num_labels != len(class_names):
         raise ValueError(
             f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "
@@ -223,7 +225,7 @@ def _load_backbone(source: str) -> PreTrainedModel:
     config = load_config("model", source)
     with loading("model", source):
         if isinstance(config, BiSSLConfig):
-            return BiSSLModel.from_pretrained(source).aligned_model().base_model
+            return with_finite_weights(BiSSLModel.from_pretrained(source), source).aligned_model().base_model
         return load_backbone(source)
 
 

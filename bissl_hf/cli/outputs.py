@@ -2,7 +2,8 @@
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 from ..checkpoints import find_defect, find_last_checkpoint
-from ..distributed import from_first_process
 from ..hub.folder import fetch_last_checkpoint
-from ..run_lock import LOCK_NAME, hold_folder
+from ..run_lock import LOCK_NAME, hold_for_run
 from ..text import for_terminal
 
 RESUME_FROM_HUB = "hub"
@@ -113,41 +113,23 @@ def open_run(args: TrainingArguments, *, leaves: Sequence[str]) -> Path | None:
             revision=args.hub_revision,
         )
     PartialState().wait_for_everyone()
-    hold_for_this_process(str(args.output_dir), writes=args.process_index == 0)
+    hold_for_run(str(args.output_dir), writes=args.process_index == 0)
     return checkpoint
 
 
-def hold_for_this_process(output_dir: str, *, writes: bool) -> None:
-    """Takes the lock of a run's folder until this process ends.
+@contextmanager
+def afterwards(what: str) -> Iterator[None]:
+    """Has what comes after a finished run (a figure, a card, a line) fail with a warning: the results are there.
 
     Args:
-        output_dir (`str`)
-        writes (`bool`): whether this is the process that does; a refusal reaches all of them.
-
-    Raises:
-        `ValueError`: if another run uses the folder.
+        what (`str`): what is made, for the message.
     """
-    refusal = None
-    if writes:
-        try:
-            hold_folder(output_dir)
-        except ValueError as error:
-            refusal = str(error)
-    if (refusal := from_first_process(refusal)) is not None:
-        raise ValueError(refusal)
-
-
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lays rows out as a table of text, one column per key; no text for no rows. Cells are for the terminal."""
-    if not rows:
-        return ""
-    columns = list(rows[0])
-    cells = [
-        [for_terminal(cell) for cell in row] for row in (columns, *([row[name] for name in columns] for row in rows))
-    ]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        message = f"warning: {what} failed, and the run's results are whole without it: {reason}\n"
+        sys.stderr.write(for_terminal(message.strip()).encode("ascii", "backslashreplace").decode() + "\n")
 
 
 def name_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, str]:

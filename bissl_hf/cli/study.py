@@ -11,12 +11,13 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from ..run_lock import hold_for_run
 from ..study.plan import Plan, StudyArguments
 from ..study.report import STUDY_RESULTS, build_results, write_report
 from ..study.running import Study
-from .arguments import parse_arguments, refusing_bad_input
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .images import ViewArguments
-from .outputs import hold_for_this_process, open_output_dir
+from .outputs import open_output_dir
 from .parts import read_mapping
 
 
@@ -41,6 +42,7 @@ def report_anew(output: Path) -> str:
         ) from error
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     settings, views = parse_arguments(
         (StudyArguments, ViewArguments), arguments, description=str(__doc__).split("\n\n")[-1]
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         plan = Plan(settings, views)
         open_output_dir(settings.output_dir, True)
         study = Study(plan)
-        hold_for_this_process(settings.output_dir, writes=study.writes)
+        hold_for_run(settings.output_dir, writes=study.writes)
         study.try_out()
     runs = study.run()
     if study.writes:

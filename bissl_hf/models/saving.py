@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .finite import check_finite_weights
+
 
 def save_model(model: PreTrainedModel, directory: str | os.PathLike[str], processing_class: Any = None) -> None:
     """Writes a model, and beside it what prepares its inputs. Files are written aside first and synchronised with the
@@ -19,7 +21,11 @@ def save_model(model: PreTrainedModel, directory: str | os.PathLike[str], proces
         model (`PreTrainedModel`)
         directory (`str` or `os.PathLike`): created if need be.
         processing_class (*optional*): image processor or tokenizer.
+
+    Raises:
+        `ValueError`: if the model has weights that are not finite; nothing is written then.
     """
+    check_finite_weights(model, "the training has diverged, and no model is written")
     with replacing_files(directory) as staging:
         model.save_pretrained(staging)
         if processing_class is not None:

@@ -1,4 +1,5 @@
-"""Callbacks of all trainers: the progress bar, the clock, the best checkpoint and the end of an epoch."""
+"""Callbacks of all trainers: the progress bar, the clock, the best checkpoint, the lock of the folder and the end of an
+epoch."""
 
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 from transformers import ProgressCallback, TrainerCallback
 
 from ..data.alternation import AlternatingDataLoader
+from ..run_lock import hold_for_run, release_folder
 
 _SHOWN = {
     "loss": "loss",
@@ -117,6 +119,21 @@ class BestCheckpoint(TrainerCallback):
             state.best_model_checkpoint, self._found = str(self._found), None
 
 
+class OneRunInFolder(TrainerCallback):
+    """Holds the lock of the output folder while a run trains, unless this process holds it for longer."""
+
+    def __init__(self) -> None:
+        self._taken = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._taken |= hold_for_run(args.output_dir, writes=args.process_index == 0)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._taken:
+            release_folder(args.output_dir)
+            self._taken = False
+
+
 class EpochBoundary(TrainerCallback):
     """Keeps a checkpoint of the last step of an epoch, or of the run, until the log and the evaluation of that epoch
     are done, so that a resume from it misses neither; and ends the workers of the loader after training."""
@@ -130,6 +147,10 @@ class EpochBoundary(TrainerCallback):
             control.should_save, self._waiting = False, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        whole = state.epoch is None or float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        if not whole:
+            # Asked to stop inside an epoch: its figures are kept in the checkpoint, and logged when it is complete.
+            control.should_log = control.should_evaluate = False
         if self._waiting:
             control.should_save, self._waiting = True, False
 

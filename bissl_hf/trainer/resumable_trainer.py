@@ -1,6 +1,7 @@
 """What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without
 waiting."""
 
+import math
 import os
 import shutil
 import time
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..cards.card import build_model_card
 from ..cards.facts import ModelFacts
@@ -30,17 +31,18 @@ from ..checkpoints import (
     rotate_checkpoints,
     write_manifest,
 )
-from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream, keyed_random_state
+from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, keyed_random_state
 from ..data.batches import batch_rows, split_rows
 from ..data.shared_memory import check_shared_memory, processes_here
 from ..data.streams import Streams, Transform
-from ..distributed import average_flat, copy_from_first, from_first_process, world_size
+from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
+from ..models.finite import check_finite_weights
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
-from ..run_lock import hold_folder, release_folder
-from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, TrainingClock
+from .callbacks import BestCheckpoint, EpochBoundary, OneRunInFolder, ShortProgressCallback, TrainingClock
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
+from .divergence import DivergenceGuard
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
 from .same_arguments import check_same_arguments
@@ -107,9 +109,10 @@ class ResumableTrainer(Trainer):
         self._resumed_step = 0
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
-        self._stop_signals = StopSignals()
+        self.divergence, self._stop_signals = DivergenceGuard(self), StopSignals()
         observers = trainer_kwargs.pop("callbacks", None) or []
-        callbacks = [self._clock, self._best, *observers, self._stop_signals, EpochBoundary()]
+        callbacks = [OneRunInFolder(), self._clock, self._best, *observers]
+        callbacks += [self._stop_signals, EpochBoundary(), self.divergence]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
@@ -130,6 +133,7 @@ class ResumableTrainer(Trainer):
         self.checkpoints = CheckpointStore()
         for name, owner in (("metrics", self.metrics_buffer), ("seconds", self._clock), ("best", self._best)):
             self.checkpoints.register(name, owner)
+        self.checkpoints.register("divergence", self.divergence)
 
     # Several processes
 
@@ -164,6 +168,25 @@ class ResumableTrainer(Trainer):
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
+    # Divergence
+
+    def inputs_of_step(self, key: StepKey) -> list[dict[str, Any]]:
+        """Returns the batches of a step anew, to tell whether they were finite."""
+        return [self.streams.read(key)]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
+        """The norm of every step's gradient passes here (a private hook of transformers 5.23, 2026-11)."""
+        size = super()._get_grad_norm(model, grad_norm)
+        self.divergence.note_gradient(size)
+        return size
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A metric that is not finite is never the best (a private hook of transformers 5.23, 2026-11)."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if not math.isfinite(metrics.get(name, 0.0)):
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
     # Batches
 
     def check_room(self) -> None:
@@ -185,49 +208,15 @@ class ResumableTrainer(Trainer):
             worker_init_fn=leave_signals_to_the_run,
         )
 
-    # Training
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
-        """Trains as `transformers.Trainer` does; as the one run in its folder, and with signals that stop it politely.
-        A run that is resumed after its last step takes no further one.
-
-        Raises:
-            `ValueError`: if another run uses the output folder.
-            `SystemExit`: if a signal has ended it (see [`StopSignals`]).
-        """
-        self._resumed_step = 0
-        taken = self._hold_output_dir()
-        try:
-            with self._stop_signals.watching():
-                output = super().train(resume_from_checkpoint, trial, *args, **kwargs)
-        finally:
-            if taken:
-                release_folder(str(self.args.output_dir))
-        self._stop_signals.exit_if_stopped(self.state, speaks=self.is_world_process_zero())
-        return output
-
-    def _hold_output_dir(self) -> bool:
-        """Takes the lock of the output folder on the first process; a refusal reaches all of them."""
-        taken, refusal = False, None
-        if self.is_world_process_zero():
-            try:
-                taken = hold_folder(str(self.args.output_dir))
-            except ValueError as error:
-                refusal = str(error)
-        if (refusal := from_first_process(refusal)) is not None:
-            raise ValueError(refusal)
-        return taken
-
     def set_initial_training_values(
         self, args: Any, dataloader: Any
     ) -> tuple[int, int, int, int, int, int | None, int]:
         """Leaves no epoch to a run that is resumed after its last step: Trainer (2026-11, transformers 5.23) takes one
         more step where that was inside an epoch."""
         epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
-        if self._resumed_step >= max_steps:
-            epochs = self._resumed_step // steps_per_epoch
+        resumed_step, self._resumed_step = self._resumed_step, 0  # a later call may start anew
+        if resumed_step >= max_steps:
+            epochs = resumed_step // steps_per_epoch
         return epochs, steps_per_epoch, *others, max_steps  # type: ignore[return-value]
 
     # Logs
@@ -317,6 +306,7 @@ class ResumableTrainer(Trainer):
         if _internal_call:
             super().save_model(folder, _internal_call=True)
         elif self.args.should_save:
+            check_finite_weights(self.model, "the training has diverged, and no model is written")
             self.write_final_model(folder)
 
     def write_final_model(self, folder: str) -> None:
@@ -348,8 +338,10 @@ class ResumableTrainer(Trainer):
         """Trainer calls this before the checkpoint is whole, and would push its files as the model."""
 
     def _finish_current_push(self) -> None:
-        """Ends the training with everything at the Hub that is to be there, or a message on what is not."""
+        """Ends the training with everything at the Hub that is to be there, or a message on what is not; and the
+        process, if a signal has ended the training."""
         self.publisher.finish()
+        self._stop_signals.exit_if_stopped(self.state, speaks=self.is_world_process_zero())
 
     def push_checkpoint(self, checkpoint: Path) -> None:
         """Starts to push a whole checkpoint that was saved, as `hub_strategy` says."""
@@ -490,7 +482,11 @@ class ResumableTrainer(Trainer):
         return str(Path(output_dir) / STAGING_FOLDER) if self._staging else output_dir
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Has Trainer write the checkpoint aside, and renames it once it is whole."""
+        """Has Trainer write the checkpoint aside, and renames it once it is whole. Of weights that are not finite none
+        is written."""
+        self.divergence.check()
+        if self.divergence.found is not None:
+            return
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staging, final = run_dir / STAGING_FOLDER, run_dir / name
@@ -526,9 +522,8 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         self.check_checkpoint(resume_from_checkpoint)
-        self._resumed_step = TrainerState.load_from_json(
-            str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
-        ).global_step
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        self._resumed_step = state.global_step
         self._restore_weights(resume_from_checkpoint)
         self.checkpoints.load(Path(resume_from_checkpoint), self.args.device)
         self._best.find_beside(Path(resume_from_checkpoint))
@@ -544,4 +539,5 @@ class ResumableTrainer(Trainer):
         floating = {p.dtype for p in self.model.parameters() if p.dtype.is_floating_point}
         widest = max(floating, key=lambda dtype: torch.finfo(dtype).bits)
         restored = type(self.model).from_pretrained(checkpoint, dtype=widest)
+        check_finite_weights(restored, f"{checkpoint} is of a run that has diverged; resume from an earlier one")
         self.model.load_state_dict(restored.state_dict())

@@ -5,13 +5,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..distributed import world_size
 
@@ -26,8 +25,9 @@ _HAS_LAUNCHER = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_USE_CPU" in o
 
 
 class StopSignals(TrainerCallback):
-    """Ends training politely at the first signal of [`STOP_SIGNALS`], on all processes at the same step; a second
-    signal ends the process at once, and so does one that comes when no steps are taken.
+    """Ends training politely at the first signal of [`STOP_SIGNALS`], on all processes at the same step. A second
+    signal ends the process at once. Signals are handled while a run trains and are then left to whatever handled them
+    before; only the main thread can handle any.
 
     Attributes:
         stopped_by (`int`, *optional*): number of the signal that has ended the training.
@@ -37,34 +37,25 @@ class StopSignals(TrainerCallback):
         self.stopped_by: int | None = None
         self._received = 0
         self._received_at = 0.0
-        self._takes_steps = False
+        self._previous: dict[int, Any] = {}
         self._group: Any = None
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Handles signals meanwhile. Only the main thread can, and in others nothing changes."""
-        self.stopped_by, self._received = None, 0
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        end_with_launcher()
-        try:
-            yield
-        finally:
-            self._takes_steps = False
-            for number, handler in previous.items():
-                # None is a handler that was not set from Python.
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self._takes_steps and not self._received:
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not _trains(frame):
+            # An error has ended the training before its end could be noticed.
+            self._leave_signals()
+            os.kill(os.getpid(), number)
+        elif not self._received:
             self._received, self._received_at = number, time.monotonic()
-            return
-        if self._received and _HAS_LAUNCHER and time.monotonic() - self._received_at < _SAME_SIGNAL_SECONDS:
-            return
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        elif not _HAS_LAUNCHER or time.monotonic() - self._received_at > _SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _leave_signals(self) -> None:
+        for number, handler in self._previous.items():
+            # None is a handler that was not set from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
 
     def _agreed(self) -> int:
         """Returns the signal that any process has received, or 0. The exchange is between hosts and does not wait for
@@ -76,9 +67,13 @@ class StopSignals(TrainerCallback):
         return int(number)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopped_by, self._received = None, 0
         if world_size() > 1 and self._group is None and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")
-        self._takes_steps = True
+        if threading.current_thread() is threading.main_thread():
+            self._leave_signals()
+            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            end_with_launcher()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if number := self._agreed():
@@ -86,13 +81,15 @@ class StopSignals(TrainerCallback):
             control.should_training_stop = True
             control.should_save = not state.is_hyper_param_search  # a trial starts anew
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped_by and state.global_step < state.max_steps and not float(state.epoch).is_integer():
-            # The run that goes on logs and evaluates the whole epoch.
-            control.should_log = control.should_evaluate = control.should_save = False
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped_by:
+            # Trainer would load the best checkpoint now, and with a limit of one remove the newest.
+            state.best_model_checkpoint = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._takes_steps = False
+        self._leave_signals()
+        if self._received and not self.stopped_by:
+            os.kill(os.getpid(), self._received)  # it came after the last step, and everything of the run is saved
 
     def exit_if_stopped(self, state: Any, *, speaks: bool) -> None:
         """Ends the process if a signal has ended the training.
@@ -115,6 +112,13 @@ class StopSignals(TrainerCallback):
                 flush=True,
             )
         raise SystemExit(128 + self.stopped_by)
+
+
+def _trains(frame: FrameType | None) -> bool:
+    """Whether a frame is inside a call of `Trainer.train`."""
+    while frame is not None and frame.f_code is not Trainer.train.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 _watched: set[int] = set()

@@ -5,31 +5,36 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from bissl_hf import run_lock
 from bissl_hf.run_lock import LOCK_NAME, hold_folder, holding_folder, release_folder
 
-OWNER = "import sys, time; from bissl_hf.run_lock import hold_folder; hold_folder(sys.argv[1]); "
+OWNER = "import sys, time; from bissl_hf.run_lock import hold_folder; hold_folder(sys.argv[1])"
 
 
-def start_owner(folder, then: str = "print('held', flush=True); time.sleep(60)") -> subprocess.Popen:
-    owner = subprocess.Popen([sys.executable, "-c", OWNER + then, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert owner.stdout.readline() == "held\n"
-    return owner
+@contextmanager
+def owning(folder: Path, then: str = "") -> Iterator[subprocess.Popen]:
+    """A process that holds the lock of a folder, killed at the end with its children."""
+    code = f"{OWNER}\n{then}\nprint('held', flush=True)\ntime.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as owner:
+        try:
+            assert owner.stdout.readline() == "held\n"
+            yield owner
+        finally:
+            os.killpg(owner.pid, signal.SIGKILL)
 
 
 def test_a_second_run_is_refused_and_a_dead_owner_is_taken_over(tmp_path, capsys):
-    owner = start_owner(tmp_path)
-    try:
-        with pytest.raises(ValueError, match=f"is in use by process {owner.pid} on .* another output_dir"):
-            hold_folder(tmp_path)
-    finally:
-        owner.send_signal(signal.SIGKILL)
-        owner.wait()
+    with owning(tmp_path) as owner, pytest.raises(ValueError, match=f"is in use by process {owner.pid} on .* another"):
+        hold_folder(tmp_path)
     with holding_folder(tmp_path):
         assert f"from process {owner.pid}" in capsys.readouterr().err
         assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
@@ -37,29 +42,11 @@ def test_a_second_run_is_refused_and_a_dead_owner_is_taken_over(tmp_path, capsys
 
 
 def test_a_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path):
-    fork = textwrap.dedent(
-        """
-        import os
-        if os.fork() == 0:
-            time.sleep(60)
-        print('held', flush=True)
-        time.sleep(60)
-        """
-    )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER + "\n" + fork, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert owner.stdout.readline() == "held\n"
-    try:
+    with owning(tmp_path, "import os\nif os.fork() == 0: time.sleep(60)") as owner:
         owner.kill()
         owner.wait()
         with holding_folder(tmp_path):
             pass
-    finally:
-        os.killpg(owner.pid, signal.SIGKILL)
 
 
 def test_the_same_process_may_hold_a_folder_inside_a_longer_hold(tmp_path):

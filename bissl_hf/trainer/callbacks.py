@@ -1,5 +1,5 @@
-"""Callbacks of all trainers: the progress bar, the clock, the best checkpoint, the lock of the folder and the end of an
-epoch."""
+"""Callbacks of all trainers: the progress bar, the clock, the best checkpoint, the lock of the folder, the end of
+an epoch."""
 
 import time
 from pathlib import Path

@@ -7,6 +7,7 @@ problem, and writes an ordinary transformers checkpoint of the aligned model.
 """
 
 import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from ..cards.facts import ModelFacts
 from ..cards.tables import Evaluation, metrics_under
-from ..checkpoints import write_json
+from ..checkpoints import DamagedFileError, read_mapping, write_json, write_mapping
 from ..data.alternation import Stream
 from ..data.decoded import DecodedImages
 from ..data.streams import Transform
@@ -41,9 +42,9 @@ from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
 from .pairs import check_pairs
-from .parts import SETTINGS_NAME, Stage, read_mapping
+from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
-from .pretraining import FINISHED_NAME, describe_images, pretrain
+from .pretraining import FINISHED_NAME, pretrain
 from .tasks import DownstreamTask
 
 TSNE_ROWS = 1000
@@ -157,13 +158,15 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
 
 
 def keep_pretraining_settings(
-    pretrainer: PretextTrainer, models: ModelArguments, views: ViewArguments, image_size: int
+    pretrainer: PretextTrainer, models: ModelArguments, views: ViewArguments, images: Images, image_size: int
 ) -> None:
-    """Keeps what the pre-trained model comes from, and refuses to go on from one that comes from something else."""
+    """Keeps what the pre-trained model and the head before BiSSL come from, and refuses to go on from those that come
+    from something else."""
     args = pretrainer.args
     steps = {"pretrain_steps": args.max_steps, "pretrain_batch_size": args.per_device_train_batch_size}
-    source = {"lower images": describe_images(pretrainer.train_dataset), "image_size": image_size, **asdict(views)}
-    settings = {**asdict(models), **steps, **source, "seed": args.seed}
+    splits = {"lower": images.lower, "train": images.train, "test": images.test}
+    data = {f"checksum of the {name} images": split.checksum() for name, split in splits.items()}
+    settings = {**asdict(models), **steps, **data, "image_size": image_size, **asdict(views), "seed": args.seed}
     del settings["upper_model"]
     Stage(str(args.output_dir), settings, writes=pretrainer.is_world_process_zero())
 
@@ -200,6 +203,23 @@ def evaluate_on_test(trainer: BiSSLTrainer, task: DownstreamTask, test: DecodedI
         with afterwards("The layout of the features"):
             layout = tsne_layout(features, seed=trainer.args.seed)
     return {"metrics": metrics, "per_class": per_class, "layout": layout.tolist(), "labels": labels.tolist()}
+
+
+def measure_before(
+    trainer: BiSSLTrainer, task: DownstreamTask, test: DecodedImages, file: Path, *, resumes: bool
+) -> dict[str, Any]:
+    """The figures of a head on the pre-trained backbone, which it trains; or those that an earlier start has kept."""
+    if resumes and file.is_file():
+        try:
+            return read_mapping(file)
+        except DamagedFileError:
+            if trainer.is_world_process_zero():
+                print(f"Passing over {file}, which is empty or damaged: it is made anew.", file=sys.stderr)
+    trainer.warm_up_head()
+    before = evaluate_on_test(trainer, task, test, "before")
+    if trainer.is_world_process_zero():
+        write_mapping(file, before)
+    return before
 
 
 def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]:
@@ -355,21 +375,14 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.publisher.outputs_follow = True
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
-        keep_pretraining_settings(pretrainer, models, views, data.image_size)
+        keep_pretraining_settings(pretrainer, models, views, images, data.image_size)
 
     if trainer.is_world_process_zero():
         print(task.describe_splits(images))
     pretrain(pretrainer)
     trainer.model.start_upper_from_lower()
     output = Path(str(args.output_dir))
-    before_file = output / BEFORE_NAME
-    if checkpoint is None or not before_file.is_file():
-        trainer.warm_up_head()
-        before = evaluate_on_test(trainer, task, images.test, "before")
-        if trainer.is_world_process_zero():
-            write_json(before_file, before)
-    else:
-        before = read_mapping(before_file)
+    before = measure_before(trainer, task, images.test, output / BEFORE_NAME, resumes=checkpoint is not None)
     if checkpoint and (output / RUN_RESULTS).is_file() and trainer.is_world_process_zero():
         print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
     if checkpoint is None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch.distributed import DistError
 from transformers import HfArgumentParser
 
+from ..checkpoints import DamagedFileError
 from ..data.paths import expand_path
 from ..text import for_terminal
 from ..trainer.divergence import DivergenceError
@@ -64,9 +65,12 @@ def _is_about_others(error: Exception) -> bool:
 
 @contextmanager
 def stopping_at_divergence() -> Iterator[None]:
-    """Ends the process with one sentence and `EXIT_DIVERGED` where the training diverges."""
+    """Ends the process with one sentence where the training diverges (`EXIT_DIVERGED`), and where a file that it left
+    earlier is damaged (`EXIT_BAD_INPUT`)."""
     try:
         yield
+    except DamagedFileError as error:
+        refuse(str(error))
     except DivergenceError as error:
         _speak(str(error))
         sys.exit(EXIT_DIVERGED)

@@ -2,25 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Any
-
-import xxhash
 
 from ..checkpoints import STAGING_FOLDER, find_defect, find_last_checkpoint, publish, write_manifest
 from ..trainer.pretext_trainer import PretextTrainer
 
 FINISHED_NAME = "model"
-
-
-_SAMPLED_ROWS = 64
-
-
-def describe_images(images: Any) -> str:
-    """Returns what tells one data set of images from another: how many there are, and a checksum of some of them."""
-    digest = xxhash.xxh3_64()
-    for row in sorted({number * len(images) // _SAMPLED_ROWS for number in range(_SAMPLED_ROWS)}):
-        digest.update(images[row]["pixel_values"].numpy().tobytes())
-    return f"{len(images)} with checksum {digest.hexdigest()}"
 
 
 def pretrain(trainer: PretextTrainer) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from ..checkpoints import read_mapping
 from ..run_lock import hold_for_run
 from ..study.plan import Plan, StudyArguments
 from ..study.report import STUDY_RESULTS, build_results, write_report
@@ -18,7 +19,6 @@ from ..study.running import Study
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .images import ViewArguments
 from .outputs import open_output_dir
-from .parts import read_mapping
 
 
 def print_summary(report: str, output: Path) -> None:

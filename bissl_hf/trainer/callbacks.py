@@ -120,13 +120,15 @@ class BestCheckpoint(TrainerCallback):
 
 
 class OneRunInFolder(TrainerCallback):
-    """Holds the lock of the output folder while a run trains, unless this process holds it for longer."""
+    """Holds the lock of the output folder while a run trains, unless this process holds it for longer. The trials of a
+    search may run at once: each has a folder of its own in it."""
 
     def __init__(self) -> None:
         self._taken = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._taken |= hold_for_run(args.output_dir, writes=args.process_index == 0)
+        if not state.is_hyper_param_search:
+            self._taken |= hold_for_run(args.output_dir, writes=args.process_index == 0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._taken:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
+from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -47,7 +47,7 @@ from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
 from .same_arguments import check_same_arguments
 from .signals import StopSignals, leave_signals_to_the_run
-from .state_files import find_refused_file
+from .state_files import find_refused_file, read_trainer_state
 from .training_args import ResumableTrainingArguments
 
 
@@ -434,9 +434,15 @@ class ResumableTrainer(Trainer):
         return self._clock.read().processor
 
     def resume_settings(self) -> dict[str, Any]:
-        """Returns the settings that a resumed run must share: those that decide which examples a step reads, and the
-        shape of what a checkpoint holds. Subclasses add to it."""
+        """Returns the settings that a resumed run must share: those that decide which examples a step reads, what
+        these are where the data can tell, and the shape of what a checkpoint holds. Subclasses add to it."""
+        data = {
+            f"checksum of the {stream.name.lower()} data": source.dataset.checksum()
+            for stream, source in self.streams.sources.items()
+            if stream in (Stream.LOWER, Stream.UPPER) and hasattr(source.dataset, "checksum")
+        }
         return {
+            **data,
             "seed": self.args.key_seed,
             "number of processes": self.args.world_size,
             "number of parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -456,12 +462,13 @@ class ResumableTrainer(Trainer):
             raise ValueError(f"The checkpoint {checkpoint} is not whole: {defect}; {advice}.")
         if refused := find_refused_file(checkpoint):
             raise ValueError(f"The checkpoint {checkpoint} cannot be resumed: {refused}. Resume from one of your own.")
-        content = read_run_state(checkpoint)
+        content = read_run_state(checkpoint, owners=self.checkpoints.owners)
+        read_trainer_state(checkpoint)
         then = content["settings"]
         changed = [
             f"{name} was {then.get(name)} and is {now}"
             for name, now in self.resume_settings().items()
-            if then.get(name) != now
+            if name in then and then[name] != now
         ]
         if changed:
             raise ValueError(
@@ -522,8 +529,7 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         self.check_checkpoint(resume_from_checkpoint)
-        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-        self._resumed_step = state.global_step
+        self._resumed_step = read_trainer_state(Path(resume_from_checkpoint)).global_step
         self._restore_weights(resume_from_checkpoint)
         self.checkpoints.load(Path(resume_from_checkpoint), self.args.device)
         self._best.find_beside(Path(resume_from_checkpoint))

@@ -11,6 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bissl_hf.checkpoints import DamagedFileError
+from bissl_hf.cli import arguments
 from bissl_hf.cli.arguments import parse_arguments, refuse, refusing_bad_input
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bissl_hf.checkpoints import DamagedFileError
-from bissl_hf.cli import arguments
+from bissl_hf.cli import arguments as cli_arguments
 from bissl_hf.cli.arguments import parse_arguments, refuse, refusing_bad_input
 
 
@@ -208,7 +208,7 @@ def test_any_process_says_why_the_first_of_a_machine_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(arguments.time, "sleep", waits.append)
+    monkeypatch.setattr(cli_arguments.time, "sleep", waits.append)
     for number in ("0", "1", "2"):
         monkeypatch.setenv("WORLD_SIZE", "3")
         monkeypatch.setenv("LOCAL_RANK", number)
@@ -224,16 +224,16 @@ def test_a_process_that_has_lost_another_speaks_last(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(arguments.time, "sleep", waits.append)
+    monkeypatch.setattr(cli_arguments.time, "sleep", waits.append)
     for error in (RuntimeError("[gloo] Connection closed by peer"), ValueError("of its own")):
-        with pytest.raises(SystemExit), arguments.refusing_bad_input():
+        with pytest.raises(SystemExit), cli_arguments.refusing_bad_input():
             raise error
     assert waits == [5.0]
     assert capsys.readouterr().err.splitlines()[1] == "error: of its own"
 
 
 def test_a_damaged_file_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop, arguments.stopping_at_divergence():
+    with pytest.raises(SystemExit) as stop, cli_arguments.stopping_at_divergence():
         raise DamagedFileError("result.json is damaged.")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: result.json is damaged.\n"

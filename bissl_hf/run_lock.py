@@ -170,6 +170,17 @@ def hold_for_run(folder: str | os.PathLike[str], *, writes: bool) -> bool:
 
 
 @contextmanager
+def releasing_folders() -> Iterator[None]:
+    """Releases at its end the folders that were taken meanwhile."""
+    before = set(_held)
+    try:
+        yield
+    finally:
+        for folder in set(_held) - before:
+            release_folder(folder)
+
+
+@contextmanager
 def holding_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Holds the lock of a folder meanwhile, and goes on to hold one that was held before."""
     taken = hold_folder(folder)

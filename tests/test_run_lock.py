@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bissl_hf import run_lock
-from bissl_hf.run_lock import LOCK_NAME, hold_folder, holding_folder, release_folder
+from bissl_hf.run_lock import LOCK_NAME, hold_folder, holding_folder, release_folder, releasing_folders
 
 OWNER = "import sys, time; from bissl_hf.run_lock import hold_folder; hold_folder(sys.argv[1])"
 
@@ -56,6 +56,16 @@ def test_the_same_process_may_hold_a_folder_inside_a_longer_hold(tmp_path):
     assert (tmp_path / LOCK_NAME).exists(), "the longer hold goes on"
     release_folder(tmp_path)
     assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_command_gives_back_what_it_took(tmp_path):
+    assert hold_folder(tmp_path / "before")
+    with releasing_folders():
+        assert hold_folder(tmp_path / "meanwhile")
+        assert not hold_folder(tmp_path / "before")
+    assert not (tmp_path / "meanwhile" / LOCK_NAME).exists()
+    assert (tmp_path / "before" / LOCK_NAME).exists()
+    release_folder(tmp_path / "before")
 
 
 @pytest.mark.parametrize(("age", "refused"), [(0, True), (60, True), (600, False)])

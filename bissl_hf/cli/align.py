@@ -29,6 +29,7 @@ from ..data.streams import Transform
 from ..evaluation.features import extract_features, tsne_layout, with_one_class
 from ..evaluation.figures import plot_layouts, plot_run
 from ..optim.optimizers import resolve_optimizer
+from ..run_lock import releasing_folders
 from ..text import format_table
 from ..trainer.divergence import check_metrics
 from ..trainer.pretext_trainer import PretextTrainer
@@ -340,6 +341,7 @@ def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
 
 
 @stopping_at_divergence()
+@releasing_folders()
 def main(arguments: list[str] | None = None) -> None:
     data, lower_data, views, models, card, look_ahead, args = parse_arguments(
         (

@@ -19,6 +19,7 @@ from ..checkpoints import write_json
 from ..data.augment import image_processor
 from ..evaluation.figures import plot_curves, plot_search
 from ..models.saving import save_model
+from ..run_lock import releasing_folders
 from ..text import format_table
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, check_backend
@@ -182,6 +183,7 @@ def print_summary(tuning: FineTuning, results: dict[str, Any]) -> None:
 
 
 @stopping_at_divergence()
+@releasing_folders()
 def main(arguments: list[str] | None = None) -> None:
     data, crops, start, repetition, card, args = parse_arguments(
         (DataArguments, CropArguments, StartArguments, RepetitionArguments, CardArguments, FineTuningArguments),

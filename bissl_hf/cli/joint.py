@@ -18,6 +18,7 @@ from .. import BiSSLModel
 from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
 from ..evaluation.figures import plot_curves
+from ..run_lock import releasing_folders
 from ..text import format_table
 from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
@@ -113,6 +114,7 @@ def print_summary(output: str, metrics: dict[str, Any]) -> None:
 
 
 @stopping_at_divergence()
+@releasing_folders()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
     data, lower_data, views, models, card, args = parse_arguments(

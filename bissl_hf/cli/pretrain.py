@@ -19,6 +19,7 @@ from .. import load_image_dataset
 from ..checkpoints import write_json
 from ..data.augment import EvalTransform, image_processor
 from ..evaluation.figures import plot_curves
+from ..run_lock import releasing_folders
 from ..text import format_table
 from ..trainer.knn_check import KnnCheck
 from ..trainer.pretext_trainer import PretextTrainer
@@ -165,6 +166,7 @@ def print_summary(trainer: PretextTrainer) -> None:
 
 
 @stopping_at_divergence()
+@releasing_folders()
 def main(arguments: list[str] | None = None) -> None:
     data, views, models, card, args = parse_arguments(
         (PretextDataArguments, ViewArguments, PretextModelArguments, CardArguments, PretextTrainingArguments),

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from ..checkpoints import read_mapping
-from ..run_lock import hold_for_run
+from ..run_lock import hold_for_run, releasing_folders
 from ..study.plan import Plan, StudyArguments
 from ..study.report import STUDY_RESULTS, build_results, write_report
 from ..study.running import Study
@@ -43,6 +43,7 @@ def report_anew(output: Path) -> str:
 
 
 @stopping_at_divergence()
+@releasing_folders()
 def main(arguments: list[str] | None = None) -> None:
     settings, views = parse_arguments(
         (StudyArguments, ViewArguments), arguments, description=str(__doc__).split("\n\n")[-1]

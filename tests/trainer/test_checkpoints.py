@@ -28,7 +28,7 @@ from bissl_hf.checkpoints import (
 )
 from bissl_hf.trainer.state_files import read_trainer_state
 
-from .test_bissl_trainer import make_text_trainer, make_trainer, same_tensors
+from .trainers import make_text_trainer, make_trainer, same_tensors
 
 
 def whole_checkpoint(folder: Path) -> Path:

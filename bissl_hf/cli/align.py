@@ -29,13 +29,12 @@ from ..data.streams import Transform
 from ..evaluation.features import extract_features, tsne_layout, with_one_class
 from ..evaluation.figures import plot_layouts, plot_run
 from ..optim.optimizers import resolve_optimizer
-from ..run_lock import releasing_folders
 from ..text import format_table
 from ..trainer.divergence import check_metrics
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .adapters import LoraArguments
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
@@ -46,6 +45,7 @@ from .pairs import check_pairs
 from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
+from .running import as_a_run
 from .tasks import DownstreamTask
 
 TSNE_ROWS = 1000
@@ -340,8 +340,7 @@ def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
     )
 
 
-@stopping_at_divergence()
-@releasing_folders()
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     data, lower_data, views, models, card, look_ahead, args = parse_arguments(
         (

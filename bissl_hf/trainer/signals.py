@@ -5,6 +5,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -119,6 +121,36 @@ def _trains(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_code is not Trainer.train.__code__:
         frame = frame.f_back
     return frame is not None
+
+
+@contextmanager
+def ending_at_signals() -> Iterator[None]:
+    """Ends the process with a sentence at a signal of [`STOP_SIGNALS`] that comes where no steps are taken. Only the
+    main thread can handle any.
+
+    Raises:
+        `SystemExit`: with 128 + the number of the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # for a second one
+        if os.getpid() != process:
+            os.kill(os.getpid(), number)  # a forked worker
+        if int(os.environ.get("LOCAL_RANK") or 0) == 0:
+            name = signal.Signals(number).name
+            print(f"Interrupted by {name}. Go on with --resume_from_checkpoint true.", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, end) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 _watched: set[int] = set()

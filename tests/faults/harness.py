@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from bissl_hf.checkpoints import find_last_checkpoint, write_json
 
 from ..processes import PRELOADED
-from ..trainer import test_bissl_trainer, test_joint_trainer, test_pretext_trainer
+from ..trainer import test_joint_trainer, test_pretext_trainer, trainers
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_strategy": "epoch"}
 
 
 def _bissl(folder: str) -> Any:
-    return test_bissl_trainer.make_trainer(folder, eval_rows=5, eval_strategy="epoch", **SAVING)
+    return trainers.make_trainer(folder, eval_rows=5, eval_strategy="epoch", **SAVING)
 
 
 def _pretext(folder: str) -> Any:

@@ -13,9 +13,9 @@ from bissl_hf.trainer.divergence import DivergenceError, check_first_batch, chec
 
 from ..conftest import tiny_model
 from ..processes import run_in_processes
-from .test_bissl_trainer import make_trainer as make_bissl_trainer
 from .test_joint_trainer import make_trainer as make_joint_trainer
 from .test_pretext_trainer import make_trainer
+from .trainers import make_trainer as make_bissl_trainer
 
 
 class Spoiled:

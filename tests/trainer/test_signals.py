@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from bissl_hf.run_lock import release_folder
+from bissl_hf.trainer.signals import STOP_SIGNALS, ending_at_signals
 
 from .test_pretext_trainer import make_trainer
 
@@ -129,6 +133,35 @@ class _Interrupting:
         if self.calls == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return inputs
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_outside_of_training_is_one_sentence(number, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, ending_at_signals():
+        signal.raise_signal(number)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err == (
+        f"Interrupted by {signal.Signals(number).name}. Go on with --resume_from_checkpoint true.\n"
+    )
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_after_a_training_that_failed_is_left_to_others(tmp_path):
+    """The handlers of a training that ended by an error pass on what comes later."""
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyError
+
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.add_callback(Fails())
+    with pytest.raises(KeyError):
+        trainer.train()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    release_folder(tmp_path)
 
 
 def test_a_signal_in_a_step_lets_the_step_end(tmp_path, capsys):

@@ -24,6 +24,7 @@ MANIFEST_NAME = "manifest.json"
 RUN_STATE_NAME = "run_state.json"
 RUN_TENSORS_NAME = "run_tensors.safetensors"
 _CHECKSUM = "xxh3_128"
+_TIMES = re.compile("time|second")
 # Trainer looks for folders called checkpoint-*; this name is none of them.
 STAGING_FOLDER = ".unfinished"
 
@@ -72,7 +73,16 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _checksum_of(content: dict[str, Any]) -> str:
-    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return xxhash.xxh3_128(json.dumps(_without_times(content), sort_keys=True).encode()).hexdigest()
+
+
+def _without_times(content: Any) -> Any:
+    """Leaves out what differs between two runs that are the same, whose files so have the same checksum."""
+    if isinstance(content, list):
+        return [_without_times(item) for item in content]
+    if not isinstance(content, dict):
+        return content
+    return {name: _without_times(item) for name, item in content.items() if not _TIMES.search(name)}
 
 
 def write_manifest(folder: str | os.PathLike[str]) -> None:

@@ -103,6 +103,9 @@ def test_a_mapping_is_known_by_its_checksum(tmp_path):
     path.write_text(path.read_text().replace("0.1", "0.3"))
     with pytest.raises(DamagedFileError, match=r"figures.json is empty or damaged. Put a whole copy"):
         read_mapping(path)
+    write_mapping(path, {"loss": 0.1, "rows": [{"eval_runtime": 2.0, "train_seconds": 1.0}]})
+    path.write_text(path.read_text().replace("2.0", "3.0"))
+    assert read_mapping(path)["rows"][0]["eval_runtime"] == 3.0, "two equal runs have the same checksum"
     path.write_text('{"loss": 0.3}')
     assert read_mapping(path) == {"loss": 0.3}, "of an earlier version, or of somebody's hand"
 

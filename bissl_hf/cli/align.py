@@ -6,8 +6,8 @@ Started from nothing it pre-trains with SimCLR first. Then it trains a head on t
 problem, and writes an ordinary transformers checkpoint of the aligned model.
 """
 
-import json
 import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from ..cards.facts import ModelFacts
 from ..cards.tables import Evaluation, metrics_under
-from ..checkpoints import write_json
+from ..checkpoints import DamagedFileError, read_mapping, write_json, write_mapping
 from ..data.alternation import Stream
 from ..data.decoded import DecodedImages
 from ..data.streams import Transform
@@ -34,7 +34,7 @@ from ..trainer.divergence import check_metrics
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .adapters import LoraArguments
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
@@ -45,6 +45,7 @@ from .pairs import check_pairs
 from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
+from .running import as_a_run
 from .tasks import DownstreamTask
 
 TSNE_ROWS = 1000
@@ -157,11 +158,16 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
     )
 
 
-def keep_pretraining_settings(pretrainer: PretextTrainer, models: ModelArguments) -> None:
-    """Keeps what the pre-trained model comes from, and refuses to go on from one that comes from something else."""
+def keep_pretraining_settings(
+    pretrainer: PretextTrainer, models: ModelArguments, views: ViewArguments, images: Images, image_size: int
+) -> None:
+    """Keeps what the pre-trained model and the head before BiSSL come from, and refuses to go on from those that come
+    from something else."""
     args = pretrainer.args
     steps = {"pretrain_steps": args.max_steps, "pretrain_batch_size": args.per_device_train_batch_size}
-    settings = {**asdict(models), **steps, "seed": args.seed}
+    splits = {"lower": images.lower, "train": images.train, "test": images.test}
+    data = {f"checksum of the {name} images": split.checksum() for name, split in splits.items()}
+    settings = {**asdict(models), **steps, **data, "image_size": image_size, **asdict(views), "seed": args.seed}
     del settings["upper_model"]
     Stage(str(args.output_dir), settings, writes=pretrainer.is_world_process_zero())
 
@@ -198,6 +204,23 @@ def evaluate_on_test(trainer: BiSSLTrainer, task: DownstreamTask, test: DecodedI
         with afterwards("The layout of the features"):
             layout = tsne_layout(features, seed=trainer.args.seed)
     return {"metrics": metrics, "per_class": per_class, "layout": layout.tolist(), "labels": labels.tolist()}
+
+
+def measure_before(
+    trainer: BiSSLTrainer, task: DownstreamTask, test: DecodedImages, file: Path, *, resumes: bool
+) -> dict[str, Any]:
+    """The figures of a head on the pre-trained backbone, which it trains; or those that an earlier start has kept."""
+    if resumes and file.is_file():
+        try:
+            return read_mapping(file)
+        except DamagedFileError:
+            if trainer.is_world_process_zero():
+                print(f"Passing over {file}, which is empty or damaged: it is made anew.", file=sys.stderr)
+    trainer.warm_up_head()
+    before = evaluate_on_test(trainer, task, test, "before")
+    if trainer.is_world_process_zero():
+        write_mapping(file, before)
+    return before
 
 
 def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]:
@@ -317,7 +340,7 @@ def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
     )
 
 
-@stopping_at_divergence()
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     data, lower_data, views, models, card, look_ahead, args = parse_arguments(
         (
@@ -353,21 +376,14 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.publisher.outputs_follow = True
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
-        keep_pretraining_settings(pretrainer, models)
+        keep_pretraining_settings(pretrainer, models, views, images, data.image_size)
 
     if trainer.is_world_process_zero():
         print(task.describe_splits(images))
     pretrain(pretrainer)
     trainer.model.start_upper_from_lower()
     output = Path(str(args.output_dir))
-    before_file = output / BEFORE_NAME
-    if checkpoint is None or not before_file.is_file():
-        trainer.warm_up_head()
-        before = evaluate_on_test(trainer, task, images.test, "before")
-        if trainer.is_world_process_zero():
-            write_json(before_file, before)
-    else:
-        before = json.loads(before_file.read_text())
+    before = measure_before(trainer, task, images.test, output / BEFORE_NAME, resumes=checkpoint is not None)
     if checkpoint and (output / RUN_RESULTS).is_file() and trainer.is_world_process_zero():
         print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
     if checkpoint is None:

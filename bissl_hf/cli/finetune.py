@@ -23,13 +23,14 @@ from ..text import format_table
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .finetuning import FineTuning, summarise
 from .images import CropArguments, DataArguments, build_train_transform, check_dataset, decode_labelled, load_labelled
 from .loading import check_sources
 from .models import StartArguments, classifier_builder
 from .outputs import RUN_RESULTS, afterwards, open_run
+from .running import as_a_run
 
 
 @dataclass
@@ -181,7 +182,7 @@ def print_summary(tuning: FineTuning, results: dict[str, Any]) -> None:
     print(f'    classify = pipeline("image-classification", model="{output}")\n')
 
 
-@stopping_at_divergence()
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     data, crops, start, repetition, card, args = parse_arguments(
         (DataArguments, CropArguments, StartArguments, RepetitionArguments, CardArguments, FineTuningArguments),

@@ -23,7 +23,7 @@ from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
 from .adapters import LoraArguments
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
@@ -31,6 +31,7 @@ from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
 from .pairs import check_pairs
+from .running import as_a_run
 from .tasks import DownstreamTask
 
 
@@ -112,7 +113,7 @@ def print_summary(output: str, metrics: dict[str, Any]) -> None:
     print(f"    bissl-hf predict --model {output} --inputs FOLDER\n")
 
 
-@stopping_at_divergence()
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
     data, lower_data, views, models, card, args = parse_arguments(

@@ -11,8 +11,9 @@ from accelerate.state import PartialState
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
-from ..checkpoints import find_defect, find_last_checkpoint, list_checkpoints
+from ..checkpoints import find_defect, find_last_checkpoint
 from ..hub.folder import fetch_last_checkpoint
+from ..run_lock import LOCK_NAME, hold_for_run
 from ..text import for_terminal
 
 RESUME_FROM_HUB = "hub"
@@ -57,7 +58,8 @@ def open_output_dir(
         ) from error
     wants = resume if isinstance(resume, bool) else str(resume or "").lower()
     if wants in (False, "", "false", "none"):
-        finished, started = (folder / RUN_RESULTS).is_file(), bool(list_checkpoints(folder)) or any(folder.iterdir())
+        finished = (folder / RUN_RESULTS).is_file()
+        started = any(path.name != LOCK_NAME for path in folder.iterdir())
         if finished or started:
             state = "a finished run" if finished else "files, maybe of an unfinished run"
             raise ValueError(
@@ -111,6 +113,7 @@ def open_run(args: TrainingArguments, *, leaves: Sequence[str]) -> Path | None:
             revision=args.hub_revision,
         )
     PartialState().wait_for_everyone()
+    hold_for_run(str(args.output_dir), writes=args.process_index == 0)
     return checkpoint
 
 

@@ -23,7 +23,7 @@ from ..text import format_table
 from ..trainer.knn_check import KnnCheck
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .images import (
     DataArguments,
@@ -39,6 +39,7 @@ from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
+from .running import as_a_run
 
 
 @dataclass
@@ -164,7 +165,7 @@ def print_summary(trainer: PretextTrainer) -> None:
     print(f"    accelerate launch recipes/finetune.py --model {output} ...       fine-tunes it\n")
 
 
-@stopping_at_divergence()
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     data, views, models, card, args = parse_arguments(
         (PretextDataArguments, ViewArguments, PretextModelArguments, CardArguments, PretextTrainingArguments),

@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
+import xxhash
 
 from .pixel_file import is_whole, map_pixels, read_rows, remember_rows, write_pixels
 from .reading import ImageReader, UnreadableImage, UnreadableImagesError
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 # Decoding as much takes a second or two; a larger array is written to a file once.
 MAX_BYTES_IN_MEMORY = 32 * 2**20
 _LONGEST_ASPECT = 16
+_ROWS_AT_ONCE = 8
 UNREADABLE = ("stop", "skip")
 # Raised whenever the same images would be stored differently, so that old cache files are not read.
 _CACHE_VERSION = 2
@@ -108,6 +110,7 @@ class DecodedImages(torch.utils.data.Dataset):
         self._pixels = map_pixels(pixels) if isinstance(pixels, Path) else pixels
         self.labels = labels
         self.class_names = class_names
+        self._checksum: str | None = None
         if self._pixels.dtype != np.uint8 or self._pixels.ndim != 4 or self._pixels.shape[1] != 3:
             raise ValueError(
                 f"`pixels` is {self._pixels.dtype} of shape {self._pixels.shape}; it must be uint8 of shape (rows, 3, "
@@ -200,6 +203,22 @@ class DecodedImages(torch.utils.data.Dataset):
         chosen = np.asarray(rows, dtype=np.int64)
         labels = None if self.labels is None else self.labels[chosen]
         return DecodedImages(self._pixels[chosen], labels, self.class_names)
+
+    def checksum(self) -> str:
+        """Returns what tells these images and labels from others, once: of a large array some rows are read."""
+        if self._checksum is None:
+            self._checksum = self._compute_checksum()
+        return self._checksum
+
+    def _compute_checksum(self) -> str:
+        rows = len(self._pixels)
+        step = max(1, self._pixels.nbytes // MAX_BYTES_IN_MEMORY)
+        digest = xxhash.xxh3_64(f"{self._pixels.shape}".encode())
+        for start in range(0, rows, _ROWS_AT_ONCE * step):
+            digest.update(np.ascontiguousarray(self._pixels[start : start + _ROWS_AT_ONCE]).data)
+        if self.labels is not None:
+            digest.update(np.ascontiguousarray(self.labels).data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._pixels)

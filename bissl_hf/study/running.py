@@ -12,10 +12,11 @@ import numpy as np
 from accelerate.state import PartialState
 from transformers import EvalPrediction, PreTrainedModel
 
+from ..checkpoints import read_mapping
 from ..cli.finetuning import FineTuning
 from ..cli.images import LabelledImages
 from ..cli.models import StartArguments, classifier_builder, new_classifier
-from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Stage, read_mapping
+from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Stage
 from ..evaluation.metrics import SINGLE_LABEL, classification_metrics
 from ..trainer.bissl_trainer import BiSSLTrainer
 from .alignment import measure_alignment

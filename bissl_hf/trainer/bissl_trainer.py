@@ -27,7 +27,7 @@ from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stre
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
 from ..evaluation.monitors import EmbeddingMonitor
-from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
+from ..models.batch_norm import check_rows_for_batch_norm, has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
 from ..optim.pull import (
     ProximalWeight,
@@ -209,7 +209,8 @@ class BiSSLTrainer(ResumableTrainer):
         """Adds the streams of both levels. An upper batch larger than the labelled set is cut to it, with a warning.
 
         Raises:
-            `ValueError`: for data sets that are missing, empty or smaller than a pretext batch.
+            `ValueError`: for data sets that are missing, empty or smaller than a pretext batch, and for parts of one
+                row with batch norm.
         """
         args, world = self.args, self.args.world_size
         upper_batch = labelled_batch_size(args.per_device_train_batch_size, world, self.train_dataset)
@@ -226,6 +227,14 @@ class BiSSLTrainer(ResumableTrainer):
         self.streams.add(Stream.CURVATURE, curvature, lower_transform)
         self.streams.add(Stream.UPPER, labelled(steps_per_alternation=args.upper_steps), train_transform)
         self.streams.add(Stream.HEAD_WARMUP, warm_up, train_transform)
+        lower_part, upper_part = args.lower_micro_batch_size, args.upper_micro_batch_size
+        for level, batch, part, what in (
+            (self.model.lower, lower_batch, lower_part, "per_device_lower_batch_size and lower_micro_batch_size"),
+            (self.model.lower, curvature_batch, lower_part, "curvature_batch_size and lower_micro_batch_size"),
+            (self.model.upper, upper_batch, upper_part, "per_device_train_batch_size and upper_micro_batch_size"),
+        ):
+            check_rows_for_batch_norm(level, batch // world, part, what=what)
+        self.check_room()
 
     def get_train_dataloader(self) -> AlternatingDataLoader:
         """Returns the loader of tagged batches of both levels."""

@@ -1,4 +1,5 @@
-"""Callbacks of all trainers: the progress bar, the clock, the best checkpoint and the end of an epoch."""
+"""Callbacks of all trainers: the progress bar, the clock, the best checkpoint, the lock of the folder, the end of
+an epoch."""
 
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 from transformers import ProgressCallback, TrainerCallback
 
 from ..data.alternation import AlternatingDataLoader
+from ..run_lock import hold_for_run, release_folder
 
 _SHOWN = {
     "loss": "loss",
@@ -115,6 +117,23 @@ class BestCheckpoint(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._found is not None:
             state.best_model_checkpoint, self._found = str(self._found), None
+
+
+class OneRunInFolder(TrainerCallback):
+    """Holds the lock of the output folder while a run trains, unless this process holds it for longer. The trials of a
+    search may run at once: each has a folder of its own in it."""
+
+    def __init__(self) -> None:
+        self._taken = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_hyper_param_search:
+            self._taken |= hold_for_run(args.output_dir, writes=args.process_index == 0)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._taken:
+            release_folder(args.output_dir)
+            self._taken = False
 
 
 class EpochBoundary(TrainerCallback):

@@ -13,7 +13,7 @@ from ..cards.record import RunRecord
 from ..data.alternation import KeyedSource, StepKey, Stream
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
-from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
+from ..models.batch_norm import check_rows_for_batch_norm, has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
 from .divergence import check_first_batch
 from .run_record import record_run, size_of
@@ -39,7 +39,8 @@ class JointTrainer(SingleLevelTrainer):
         **trainer_kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
-        `ValueError`: if a data set is smaller than its task's batch can be.
+        `ValueError`: if a data set is smaller than its task's batch can be, or a process takes one row with batch
+            norm.
     """
 
     args: JointTrainingArguments
@@ -60,6 +61,12 @@ class JointTrainer(SingleLevelTrainer):
             parameter.requires_grad_(False)
         batch = args.per_device_train_batch_size * args.world_size
         check_pretext_batch(batch, lower_dataset, name="lower_dataset", field="per_device_train_batch_size")
+        labelled_batch = labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset)
+        for level, rows, field in (
+            (model.lower, batch, "per_device_train_batch_size"),
+            (model.upper, labelled_batch, "per_device_labelled_batch_size"),
+        ):
+            check_rows_for_batch_norm(level, rows // args.world_size, what=field)
         super().__init__(
             model=model,
             args=args,
@@ -72,7 +79,7 @@ class JointTrainer(SingleLevelTrainer):
         )
         labelled = KeyedSource(
             train_dataset,
-            labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset),
+            labelled_batch,
             default_data_collator,
             steps_per_alternation=self.source.steps_per_alternation,
             world_size=args.world_size,

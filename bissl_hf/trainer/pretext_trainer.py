@@ -9,6 +9,7 @@ from ..cards.record import RunRecord
 from ..data.alternation import Stream
 from ..data.streams import check_pretext_batch
 from ..evaluation.monitors import EmbeddingMonitor
+from ..models.batch_norm import check_rows_for_batch_norm
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
 from .target_update import TargetUpdate
@@ -27,7 +28,7 @@ class PretextTrainer(SingleLevelTrainer):
             `transformers.Trainer`.
 
     Raises:
-        `ValueError`: if the data set is missing or smaller than a batch.
+        `ValueError`: if the data set is missing or smaller than a batch, or a process takes one row with batch norm.
     """
 
     args: PretextTrainingArguments
@@ -37,6 +38,7 @@ class PretextTrainer(SingleLevelTrainer):
     ) -> None:
         batch = args.per_device_train_batch_size * args.world_size
         check_pretext_batch(batch, train_dataset, name="train_dataset", field="per_device_train_batch_size")
+        check_rows_for_batch_norm(model, args.per_device_train_batch_size, what="per_device_train_batch_size")
         super().__init__(
             model=model,
             args=args,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
+from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -33,18 +33,21 @@ from ..checkpoints import (
 )
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, keyed_random_state
 from ..data.batches import batch_rows, rows_between
+from ..data.shared_memory import check_shared_memory, processes_here
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
 from ..models.finite import check_finite_weights
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
-from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, TrainingClock
+from .callbacks import BestCheckpoint, EpochBoundary, OneRunInFolder, ShortProgressCallback, TrainingClock
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 from .divergence import DivergenceGuard
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
-from .state_files import find_refused_file
+from .same_arguments import check_same_arguments
+from .signals import StopSignals, leave_signals_to_the_run
+from .state_files import find_refused_file, read_trainer_state
 from .training_args import ResumableTrainingArguments
 
 
@@ -106,9 +109,10 @@ class ResumableTrainer(Trainer):
         self._resumed_step = 0
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
-        self.divergence = DivergenceGuard(self)
-        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or [])]
-        callbacks += [EpochBoundary(), self.divergence]
+        self.divergence, self._stop_signals = DivergenceGuard(self), StopSignals()
+        observers = trainer_kwargs.pop("callbacks", None) or []
+        callbacks = [OneRunInFolder(), self._clock, self._best, *observers]
+        callbacks += [self._stop_signals, EpochBoundary(), self.divergence]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
@@ -117,6 +121,7 @@ class ResumableTrainer(Trainer):
             self.add_callback(ShortProgressCallback)
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
+        check_same_arguments(args)
         check_whole_model(self.model)
         copy_from_first([*self.model.parameters(), *self.model.buffers()], args.device)
         self.streams = Streams(device=args.device, seed=args.key_seed, rank=args.process_index)
@@ -184,6 +189,15 @@ class ResumableTrainer(Trainer):
 
     # Batches
 
+    def check_room(self) -> None:
+        """Refuses loader workers whose batches do not fit in shared memory."""
+        check_shared_memory(
+            [(source.dataset, source.batch_size // source.world_size) for source in self.streams.sources.values()],
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            num_processes=processes_here(),
+        )
+
     def keyed_loader(self, *phases: tuple[Stream, int]) -> AlternatingDataLoader:
         """Returns a loader of tagged batches of some streams, each with its steps in an epoch."""
         return self.streams.loader(
@@ -191,6 +205,7 @@ class ResumableTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=leave_signals_to_the_run,
         )
 
     def set_initial_training_values(
@@ -199,8 +214,9 @@ class ResumableTrainer(Trainer):
         """Leaves no epoch to a run that is resumed after its last step: Trainer (2026-11, transformers 5.23) takes one
         more step where that was inside an epoch."""
         epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
-        if self._resumed_step >= max_steps:
-            epochs = self._resumed_step // steps_per_epoch
+        resumed_step, self._resumed_step = self._resumed_step, 0  # a later call may start anew
+        if resumed_step >= max_steps:
+            epochs = resumed_step // steps_per_epoch
         return epochs, steps_per_epoch, *others, max_steps  # type: ignore[return-value]
 
     # Logs
@@ -322,8 +338,10 @@ class ResumableTrainer(Trainer):
         """Trainer calls this before the checkpoint is whole, and would push its files as the model."""
 
     def _finish_current_push(self) -> None:
-        """Ends the training with everything at the Hub that is to be there, or a message on what is not."""
+        """Ends the training with everything at the Hub that is to be there, or a message on what is not; and the
+        process, if a signal has ended the training."""
         self.publisher.finish()
+        self._stop_signals.exit_if_stopped(self.state, speaks=self.is_world_process_zero())
 
     def push_checkpoint(self, checkpoint: Path) -> None:
         """Starts to push a whole checkpoint that was saved, as `hub_strategy` says."""
@@ -416,9 +434,15 @@ class ResumableTrainer(Trainer):
         return self._clock.read().processor
 
     def resume_settings(self) -> dict[str, Any]:
-        """Returns the settings that a resumed run must share: those that decide which examples a step reads, and the
-        shape of what a checkpoint holds. Subclasses add to it."""
+        """Returns the settings that a resumed run must share: those that decide which examples a step reads, what
+        these are where the data can tell, and the shape of what a checkpoint holds. Subclasses add to it."""
+        data = {
+            f"checksum of the {stream.name.lower()} data": source.dataset.checksum()
+            for stream, source in self.streams.sources.items()
+            if stream in (Stream.LOWER, Stream.UPPER) and hasattr(source.dataset, "checksum")
+        }
         return {
+            **data,
             "seed": self.args.key_seed,
             "number of processes": self.args.world_size,
             "number of parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -438,12 +462,13 @@ class ResumableTrainer(Trainer):
             raise ValueError(f"The checkpoint {checkpoint} is not whole: {defect}; {advice}.")
         if refused := find_refused_file(checkpoint):
             raise ValueError(f"The checkpoint {checkpoint} cannot be resumed: {refused}. Resume from one of your own.")
-        content = read_run_state(checkpoint)
+        content = read_run_state(checkpoint, owners=self.checkpoints.owners)
+        read_trainer_state(checkpoint)
         then = content["settings"]
         changed = [
             f"{name} was {then.get(name)} and is {now}"
             for name, now in self.resume_settings().items()
-            if then.get(name) != now
+            if name in then and then[name] != now
         ]
         if changed:
             raise ValueError(
@@ -504,8 +529,7 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         self.check_checkpoint(resume_from_checkpoint)
-        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-        self._resumed_step = state.global_step
+        self._resumed_step = read_trainer_state(Path(resume_from_checkpoint)).global_step
         self._restore_weights(resume_from_checkpoint)
         self.checkpoints.load(Path(resume_from_checkpoint), self.args.device)
         self._best.find_beside(Path(resume_from_checkpoint))

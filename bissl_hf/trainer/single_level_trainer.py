@@ -60,6 +60,7 @@ class SingleLevelTrainer(ResumableTrainer):
         )
         super().__init__(args=args, train_dataset=train_dataset, data_collator=data_collator, **trainer_kwargs)
         self.streams.add(stream, self.source, train_transform)
+        self.check_room()
 
     def get_train_dataloader(self) -> AlternatingDataLoader:
         """Returns the loader of tagged batches."""

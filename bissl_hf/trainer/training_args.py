@@ -116,6 +116,8 @@ class ResumableTrainingArguments(TrainingArguments):
         self.lr_scheduler_kwargs = _checked_options(
             self.lr_scheduler_type, self.lr_scheduler_kwargs, field="lr_scheduler_type"
         )
+        # The trainers do what it asks for with any signal, and whether it is set or not.
+        self.enable_jit_checkpoint = False
         # The base class knows fewer names.
         self.optim = OptimizerNames.SGD
         super().__post_init__()
@@ -287,8 +289,11 @@ class FineTuningArguments(ResumableTrainingArguments):
 
 
 def _parse_dict(text: str, *, field: str) -> dict[str, Any]:
+    def refuse_constant(name: str) -> Any:
+        raise ValueError(f"{field} is {text!r}; {name} is no number of JSON.")
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"{field} is {text!r}; it must be a JSON object.") from error
     if not isinstance(value, dict):

@@ -27,8 +27,19 @@ from bissl_hf.cli import align
 from bissl_hf.data.augment import EvalTransform
 from bissl_hf.data.decoded import DecodedImages
 
+from ..conftest import flip_a_bit
 from . import runs
-from .runs import CLASSES, ROOT, as_arguments, environment, launch, only_sentence, resnet_config, write_splits
+from .runs import (
+    CLASSES,
+    ROOT,
+    as_arguments,
+    environment,
+    launch,
+    only_sentence,
+    resnet_config,
+    write_images,
+    write_splits,
+)
 
 RECIPE = ROOT / "recipes" / "bissl.py"
 
@@ -425,6 +436,49 @@ def test_going_on_from_another_pretraining_is_refused(
     error = refusal(capsys, settings(images, models, copy, **changes))
     assert "pretraining was begun with other settings: pretrain_learning_rate was 4.8 and is 0.3" in error
     assert weights(copy) == weights(finished[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"color_jitter": 0.0}, "color_jitter was 0.8 and is 0.0"),
+        ({"image_size": 18}, "image_size was 16 and is 18"),
+        ({"lower_dataset": "others"}, "checksum of the lower images was"),
+        ({"dataset": "others"}, "checksum of the train images was"),
+    ],
+    ids=["views", "size", "unlabelled images", "labelled images"],
+)
+def test_going_on_with_a_pretraining_on_other_images_is_refused(
+    changes: dict[str, Any],
+    message: str,
+    finished: tuple[Path, str],
+    images: Path,
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where it was interrupted between pre-training and the first checkpoint."""
+    copy, others = shutil.copytree(finished[0], tmp_path / "out"), write_splits(tmp_path / "others")
+    for checkpoint in copy.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    write_images(others / "train" / "more", 1, seed=9)
+    for path in sorted((others / "train" / "more").rglob("*.png")):
+        path.replace(others / "train" / path.parent.name / "00.png")  # as many as before, and one of each is another
+    shutil.rmtree(others / "train" / "more")
+    changes = {name: others if value == "others" else value for name, value in changes.items()}
+    arguments = {"head_warmup_epochs": 10, "resume_from_checkpoint": True, **changes}
+    assert message in refusal(capsys, settings(images, models, copy, **arguments))
+
+
+def test_damaged_figures_from_before_are_made_anew(
+    finished: tuple[Path, str], images: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished[0], tmp_path / "out")
+    flip_a_bit(copy / "before.json", 0.4)
+    align.main(settings(images, models, copy, head_warmup_epochs=10, resume_from_checkpoint=True))
+    assert f"Passing over {copy}/before.json, which is empty or damaged: it is made anew" in capsys.readouterr().err
+    assert figures(copy) == figures(finished[0])
+    assert (copy / "before.json").read_bytes() != b""
 
 
 def figures(output: Path) -> list[Any]:

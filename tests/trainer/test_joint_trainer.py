@@ -15,7 +15,9 @@ from .test_processes import layer_norm_model
 from .trainers import same_tensors
 
 
-def make_trainer(output_dir, *, model=None, rows: int = 20, labelled: int = 12, **overrides) -> JointTrainer:
+def make_trainer(
+    output_dir, *, model=None, rows: int = 20, labelled: int = 12, transform=None, **overrides
+) -> JointTrainer:
     settings = {
         "num_train_epochs": 2, "per_device_train_batch_size": 8, "per_device_labelled_batch_size": 4, "seed": 7,
         "save_strategy": "no", "optim": "sgd", "learning_rate": 0.05, "weight_decay": 0.02, "warmup_steps": 2,
@@ -28,6 +30,7 @@ def make_trainer(output_dir, *, model=None, rows: int = 20, labelled: int = 12, 
         args,
         train_dataset=TinyImages(labelled, dtype=torch.float64),
         lower_dataset=TinyImages(rows, pairs=True, dtype=torch.float64),
+        lower_transform=transform,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -37,7 +37,14 @@ from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
-from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, TrainingClock
+from .callbacks import (
+    BestCheckpoint,
+    EpochBoundary,
+    ShortPrinterCallback,
+    ShortProgressCallback,
+    StepClock,
+    TrainingClock,
+)
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
@@ -62,6 +69,7 @@ class ResumableTrainer(Trainer):
         checkpoints ([`CheckpointStore`]): what a resume needs registers with it.
         facts ([`ModelFacts`]): what the model card should say and the trainer cannot know.
         publisher ([`Publisher`]): what pushes to the Hub.
+        step_clock ([`StepClock`]): what the steps of each level take.
 
     Raises:
         `ValueError`: if several GPUs would be driven by one process, or optimizers are passed in.
@@ -98,17 +106,16 @@ class ResumableTrainer(Trainer):
             always_push=args.hub_always_push,
         )
         self.metrics_buffer = MetricsBuffer(average_flat)
-        self._clock, self._best = TrainingClock(), BestCheckpoint()
+        self._clock, self._best, self.step_clock = TrainingClock(), BestCheckpoint(), StepClock(args)
         self._staging: Path | None = None
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
-        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), EpochBoundary()]
+        callbacks = [self._clock, self.step_clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), EpochBoundary()]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
-        if not args.disable_tqdm:
-            self.pop_callback(ProgressCallback)
-            self.add_callback(ShortProgressCallback)
+        self.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(ShortPrinterCallback() if args.disable_tqdm else ShortProgressCallback(self.step_clock))
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
         check_whole_model(self.model)
@@ -120,8 +127,10 @@ class ResumableTrainer(Trainer):
             args.remove_unused_columns = False
         self.loss_scale = LossScale(lambda: self.accelerator.scaler)
         self.checkpoints = CheckpointStore()
-        for name, owner in (("metrics", self.metrics_buffer), ("seconds", self._clock), ("best", self._best)):
-            self.checkpoints.register(name, owner)
+        self.checkpoints.register("metrics", self.metrics_buffer)
+        self.checkpoints.register("seconds", self._clock)
+        self.checkpoints.register("step_seconds", self.step_clock)
+        self.checkpoints.register("best", self._best)
 
     # Several processes
 

@@ -6,45 +6,39 @@ Started from nothing it pre-trains with SimCLR first. Then it trains a head on t
 problem, and writes an ordinary transformers checkpoint of the aligned model.
 """
 
-import json
 import math
 import tempfile
-from collections.abc import Iterator
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from ..cards.facts import ModelFacts
-from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
 from ..data.alternation import Stream
 from ..data.augment import TwoViewTransform
-from ..data.decoded import DecodedImages
-from ..evaluation.features import extract_features, tsne_layout, with_one_class
-from ..evaluation.figures import plot_layouts, plot_run
 from ..optim.optimizers import resolve_optimizer
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
+from .aligned import evaluate_stage, print_summary, write_outputs
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, format_table, name_metrics, open_run
+from .outputs import RUN_RESULTS, open_run
 from .pairs import check_pairs
-from .parts import SETTINGS_NAME, Stage
+from .parts import SETTINGS_NAME, Stage, read_mapping
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
 from .tasks import DownstreamTask
+from .views import PreviewArguments, write_preview
 
-TSNE_ROWS = 1000
 BEFORE_NAME = "before.json"
 PRETRAINING_NAME = "pretraining"
 
@@ -67,7 +61,7 @@ class ModelArguments(PretextModelArguments):
 
 
 @dataclass
-class PlanArguments:
+class PlanArguments(PreviewArguments):
     """A look ahead."""
 
     plan: bool = field(
@@ -177,22 +171,21 @@ def tell_pull(trainer: BiSSLTrainer) -> None:
         )
 
 
-def evaluate_on_test(trainer: BiSSLTrainer, task: DownstreamTask, test: DecodedImages, prefix: str) -> dict[str, Any]:
-    """The aligned model's metrics on the test split, and a layout of its features."""
-    metrics = trainer.evaluate(test, metric_key_prefix=prefix)
-    predicted = trainer.predict(test)
-    per_class = task.per_class(predicted.predictions, predicted.label_ids)
-    rows: Dataset = Subset(test, range(min(len(test), TSNE_ROWS)))
-    features, labels = with_one_class(*extract_features(trainer.aligned_model(), batches_of(trainer, rows)))
-    layout = tsne_layout(features, seed=trainer.args.seed) if len(features) >= 4 else np.zeros((len(features), 2))
-    return {"metrics": metrics, "per_class": per_class, "layout": layout.tolist(), "labels": labels.tolist()}
-
-
-def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]:
-    key = trainer.streams.key(Stream.EVALUATION)._replace(rank=0)
-    # Trainer's own loader would give each process a part of them.
-    for batch in DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator):
-        yield trainer.streams.prepare(batch, key)
+def evaluate_before(
+    trainer: BiSSLTrainer, task: DownstreamTask, images: Images, pretraining_seconds: float, *, is_new: bool
+) -> dict[str, Any]:
+    """Trains the head and evaluates it, or returns what an earlier start has found."""
+    file = Path(str(trainer.args.output_dir)) / BEFORE_NAME
+    if not is_new and file.is_file():
+        return read_mapping(file)
+    start = time.perf_counter()
+    trainer.warm_up_head()
+    seconds = {"Pre-training": pretraining_seconds, "Head warm-up": time.perf_counter() - start}
+    before = evaluate_stage(trainer, task, images, "before")
+    before["seconds"] = {name: value for name, value in seconds.items() if value}
+    if trainer.is_world_process_zero():
+        write_json(file, before)
+    return before
 
 
 def known_facts(
@@ -209,51 +202,6 @@ def known_facts(
         base_models=[*models.loaded_models(), models.upper_model],
         settings={"Data": data, "Views": views, "Models and pre-training": models},
     )
-
-
-def write_outputs(
-    trainer: BiSSLTrainer, before: dict[str, Any], after: dict[str, Any], test: DecodedImages, class_names: list[str]
-) -> None:
-    output = Path(str(trainer.args.output_dir))
-    trainer.save_model(output)
-    plot_run(trainer.state.log_history, output / "figures" / "training.png")
-    layouts = []
-    for title, prefix, stage in (("Before BiSSL", "before", before), ("After BiSSL", "test", after)):
-        figures = name_metrics(stage["metrics"], prefix)
-        layouts.append(
-            (f"{title}: {next(iter(figures))} {next(iter(figures.values()))}", stage["layout"], stage["labels"])
-        )
-    plot_layouts(
-        [(title, np.reshape(points, (-1, 2)), np.array(labels)) for title, points, labels in layouts],
-        class_names,
-        output / "figures" / "tsne.png",
-    )
-    history = [row for row in trainer.state.log_history if "step" in row]
-    per_class = {"before_per_class": before.get("per_class", {}), "test_per_class": after["per_class"]}
-    write_json(output / RUN_RESULTS, {**before["metrics"], **after["metrics"], **per_class, "log_history": history})
-    head = metrics_under(before["metrics"], "before")
-    trainer.facts.evaluations = [
-        Evaluation("Linear head on the pre-trained backbone", "test", head, len(test), described=False),
-        Evaluation("This model", "test", metrics_under(after["metrics"], "test"), len(test)),
-    ]
-    trainer.create_model_card()
-
-
-def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
-    def row(name: str, metrics: dict[str, Any], prefix: str) -> dict[str, str]:
-        return {"test split": name, **name_metrics(metrics, prefix), "loss": f"{metrics[f'{prefix}_loss']:.4f}"}
-
-    rows = [
-        row("linear head on the pre-trained backbone", before["metrics"], "before"),
-        row("aligned model, after BiSSL", after["metrics"], "test"),
-    ]
-    print(f"\n{format_table(rows)}\n")
-    print(f"The aligned model is in {output}, both levels in {output}/bilevel, figures in {output}/figures.")
-    print("It is a plain transformers checkpoint, ready for fine-tuning:\n")
-    print("    from transformers import AutoModelForImageClassification, pipeline")
-    print(f'    model = AutoModelForImageClassification.from_pretrained("{output}")')
-    print(f'    classify = pipeline("image-classification", model="{output}")\n')
-    print("How BiSSL compares with its rivals, measured over seeds: docs/results.md.")
 
 
 def build_run(
@@ -295,6 +243,14 @@ def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
     )
 
 
+def preview(
+    data: DataArguments, lower_data: LowerDataArguments, views: ViewArguments, args: BiSSLTrainingArguments
+) -> None:
+    """Writes what the pretext task would see."""
+    transform = build_view_transform(data.image_size, views)
+    write_preview(load_images(data, lower_data, args.seed).lower, transform, str(args.output_dir), seed=args.seed)
+
+
 def main(arguments: list[str] | None = None) -> None:
     data, lower_data, views, models, card, look_ahead, args = parse_arguments(
         (
@@ -312,6 +268,10 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
         check_dataset(data, describe_run(models, args))
+    if look_ahead.preview:
+        with refusing_bad_input():
+            preview(data, lower_data, views, args)
+        return
     if look_ahead.plan:
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir, args.report_to, args.disable_tqdm, args.push_to_hub = folder, [], True, False
@@ -336,24 +296,17 @@ def main(arguments: list[str] | None = None) -> None:
         print(task.describe_splits(images))
     pretrain(pretrainer)
     trainer.model.start_upper_from_lower()
+    before = evaluate_before(trainer, task, images, pretrainer.training_seconds, is_new=checkpoint is None)
     output = Path(str(args.output_dir))
-    before_file = output / BEFORE_NAME
-    if checkpoint is None or not before_file.is_file():
-        trainer.warm_up_head()
-        before = evaluate_on_test(trainer, task, images.test, "before")
-        if trainer.is_world_process_zero():
-            write_json(before_file, before)
-    else:
-        before = json.loads(before_file.read_text())
     if checkpoint and (output / RUN_RESULTS).is_file() and trainer.is_world_process_zero():
         print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
     if checkpoint is None:
         tell_pull(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = evaluate_on_test(trainer, task, images.test, "test")
+    after = evaluate_stage(trainer, task, images, "test")
     if trainer.is_world_process_zero():
-        write_outputs(trainer, before, after, images.test, images.class_names)
-        print_summary(output, before, after)
+        transform = build_view_transform(data.image_size, views)
+        print_summary(write_outputs(trainer, task, images, {"before": before, "test": after}, transform))
     trainer.push_outputs()
 
 

@@ -22,9 +22,7 @@ def most_confused(counts: np.ndarray, number: int) -> list[tuple[int, int, int]]
     return [(row, column, int(off[row, column])) for row, column in found if off[row, column]]
 
 
-def most_confident_errors(
-    labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, number: int
-) -> list[int]:
+def most_confident_errors(labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, number: int) -> list[int]:
     """Returns the rows that are predicted wrongly, the most confident first.
 
     Args:

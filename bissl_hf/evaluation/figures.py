@@ -1,6 +1,7 @@
 """Figures of a run, as PNG files."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,18 +29,29 @@ def _save(figure: "Figure", path: str | Path) -> None:
 
 
 def plot_run(history: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws the losses of both levels and the residual of the linear solve over alternations.
+    """Draws the score on validation, the losses of both levels and the residual of the linear solve over alternations.
 
     Args:
         history (`Sequence[dict]`): `trainer.state.log_history`.
         path (`str` or `Path`): the PNG file.
     """
+    aligned, upper = "aligned model", "downstream model"
     panels = [
-        ("Pretext loss", [("lower/loss", r"at $\theta_P$")]),
-        ("Downstream loss", [("upper/loss", r"at $\theta_P$"), ("upper/direct_loss", r"at $\theta_D$")]),
+        ("Validation accuracy", [("eval_accuracy", aligned), ("eval_upper_accuracy", upper)]),
+        ("Validation mAP", [("eval_map", aligned), ("eval_upper_map", upper)]),
+        ("Validation loss", [("eval_loss", aligned), ("eval_upper_loss", upper)]),
+        ("Pretext loss", [("lower/loss", "lower level")]),
+        ("Downstream loss in training", [("upper/loss", aligned), ("upper/direct_loss", upper)]),
+        ("Pull (3 to 10 did well)", [("levels/pull", "so far")]),
         (RESIDUAL_TITLE, [("solver/residual", "relative")]),
     ]
-    plot_curves([row for row in history if "lower/loss" in row], panels, path, unit="Alternation")
+    caption = (
+        r"Aligned model: $\theta_P$, the lower level's backbone, with the downstream head; it is what the run writes. "
+        r"Downstream model: $\theta_D$, the upper level's own. Alternation 0: the head on the frozen backbone."
+    )
+    names = {name for _, lines in panels for name, _ in lines}
+    rows = [row for row in history if "epoch" in row and names & row.keys()]
+    plot_curves(rows, panels, path, unit="Alternation", caption=caption)
 
 
 def plot_curves(
@@ -48,8 +60,9 @@ def plot_curves(
     path: str | Path,
     *,
     unit: str = "Epoch",
+    caption: str = "",
 ) -> None:
-    """Draws figures of a run over its epochs, one panel beside the other. Those that the run does not have are left
+    """Draws figures of a run over its epochs, four panels in a row. Those that the run does not have are left
     out.
 
     Args:
@@ -57,12 +70,18 @@ def plot_curves(
         panels (`Sequence`): titles, each with the lines of its panel: name in the history and label.
         path (`str` or `Path`): the PNG file.
         unit (`str`, *optional*, defaults to `"Epoch"`): what an epoch is called.
+        caption (`str`, *optional*): below the panels.
     """
     names = {name for row in history for name in row}
     shown = [(title, [line for line in lines if line[0] in names]) for title, lines in panels]
     shown = [(title, lines) for title, lines in shown if lines] or shown
-    figure = _new_figure(3.4 * len(shown), 3.0)
-    for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
+    columns = min(len(shown), 4)
+    rows_of_panels = math.ceil(len(shown) / columns)
+    figure = _new_figure(3.4 * columns, 3.0 * rows_of_panels + (0.3 if caption else 0.0))
+    grid = figure.subplots(rows_of_panels, columns, squeeze=False).flatten()
+    for axes in grid[len(shown) :]:
+        axes.remove()
+    for axes, (title, lines) in zip(grid, shown, strict=False):
         for name, label in lines:
             rows = [row for row in history if name in row]
             marker = "o" if len(rows) <= 50 else ""
@@ -76,6 +95,8 @@ def plot_curves(
             axes.set_yscale("log")
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
+    if caption:
+        figure.supxlabel("\n".join(textwrap.wrap(caption, 42 * columns)), fontsize=9)
     _save(figure, path)
 
 
@@ -108,6 +129,26 @@ def plot_layouts(
         axes.set_yticks([])
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, markerscale=2.2, fontsize=9)
+    _save(figure, path)
+
+
+def plot_views(samples: Sequence[Sequence[np.ndarray]], path: str | Path) -> None:
+    """Draws images (first row) with their views below them, a column per image.
+
+    Args:
+        samples (`Sequence[Sequence[np.ndarray]]`): an image and its views each, uint8, shape `(3, height, width)`.
+        path (`str` or `Path`): the PNG file.
+    """
+    rows = len(samples[0])
+    figure = _new_figure(1.25 * len(samples) + 0.6, 1.25 * rows)
+    grid = figure.subplots(rows, len(samples), squeeze=False)
+    for row, column in np.ndindex(*grid.shape):
+        axes = grid[row, column]
+        axes.imshow(samples[column][row].transpose(1, 2, 0))
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if column == 0:
+            axes.set_ylabel("image" if row == 0 else f"view {row}", fontsize=10)
     _save(figure, path)
 
 

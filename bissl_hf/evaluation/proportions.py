@@ -1,4 +1,4 @@
-"""What a test split of limited size says: intervals of an accuracy, and of the difference of two on the same images."""
+"""What a test split of limited size says: intervals of an accuracy, and of the difference of two."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,9 @@ def wilson_interval(successes: int, examples: int, confidence: float = CONFIDENC
         `ValueError`: if there are no examples, or fewer than successes.
     """
     if not 0 <= successes <= examples or examples < 1:
-        raise ValueError(f"{successes} successes of {examples} examples; there must be 1 example, and no fewer of them.")
+        raise ValueError(
+            f"{successes} successes of {examples} examples; there must be 1 example, and no fewer of them."
+        )
     z, p = stats.norm.ppf((1 + confidence) / 2), successes / examples
     middle = p + z**2 / (2 * examples)
     half = z * np.sqrt(p * (1 - p) / examples + z**2 / (4 * examples**2))

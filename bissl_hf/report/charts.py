@@ -77,8 +77,8 @@ CURVES = (
     Curve(
         "Pull",
         {"levels/pull": "so far"},
-        "How far the lower level has been drawn towards the upper one, added up over its steps. At the end 3 to 10 did "
-        "well; below 0.5 the upper level has had next to no effect.",
+        "How far the lower level has been drawn towards the upper one, added up over its steps. At the end 3 to 10 "
+        "did well; below 0.5 the upper level has had next to no effect.",
         marks={3.0: "3"},
     ),
     Curve(
@@ -92,8 +92,8 @@ CURVES = (
     Curve(
         "Agreement of the tasks",
         {"alignment/cosine": "cosine of both gradients at theta_P"},
-        "Cosine between the gradients of the pretext and the downstream loss in the shared backbone. Above 0 a step on "
-        "the one helps the other, below 0 it harms it; near 0 they have little to do with each other.",
+        "Cosine between the gradients of the pretext and the downstream loss in the shared backbone. Above 0 a step "
+        "on the one helps the other, below 0 it harms it; near 0 they have little to do with each other.",
         marks={0.0: ""},
     ),
     Curve(

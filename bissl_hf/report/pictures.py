@@ -37,14 +37,3 @@ def file_uri(path: Path) -> str:
 def data_uri(content: bytes, media_type: str) -> str:
     """Returns bytes as a URI that holds them."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
-
-
-def shown_pixels(normalised: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Returns what a normalised image looks like: uint8, shape `(..., 3, height, width)`.
-
-    Args:
-        normalised (`np.ndarray`): shape `(..., 3, height, width)`.
-        mean, std (`np.ndarray`): that were subtracted and divided by, shape `(3,)`.
-    """
-    levels = normalised.astype(np.float64) * std.reshape(3, 1, 1) + mean.reshape(3, 1, 1)
-    return np.clip(np.rint(255 * levels), 0, 255).astype(np.uint8)

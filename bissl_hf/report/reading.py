@@ -64,7 +64,7 @@ def judge_difference(found: PairedDifference, pull: float | None) -> list[str]:
         sentences.append("The interval holds 0: these images do not show that the models differ.")
     if pull is not None and pull < WEAK_PULL:
         sentences.append(
-            f"With a pull of {pull:.2g} the difference is not due to BiSSL but to further training; set target_pull=10."
+            f"With a pull of {pull:.2g} no difference is due to BiSSL, but to further training; set target_pull=10."
         )
     elif pull is not None and pull < GOOD_PULL:
         sentences.append(f"With a pull of {pull:.2g} BiSSL has had little part in it; target_pull=10 gives it more.")

@@ -1,4 +1,4 @@
-"""Callbacks of all trainers: the progress bar and the lines beside it, the clock, the best checkpoint and the end of an epoch."""
+"""Callbacks of all trainers: the progress bar and its lines, the clocks, the best checkpoint, the end of an epoch."""
 
 import logging
 import math
@@ -103,6 +103,10 @@ class StepClock(TrainerCallback):
         found = sum(count * fmean(self._recent[name]) for name, count in left.items() if count)
         return found + (epochs * fmean(between) if between else 0.0)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.seconds = dict.fromkeys(self.seconds, 0.0)
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         if self._since is not None:
@@ -167,9 +171,7 @@ class ShortProgressCallback(ProgressCallback):
         if hasattr(args, "num_alternations"):
             print(LEGEND, flush=True)
         form = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
-        self.training_bar = tqdm(
-            total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=form
-        )
+        self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=form)
         self.current_step = state.global_step
         if not logging.getLogger().handlers:  # else whoever has set up the logging knows where it goes
             self._warnings = _AboveBar()

@@ -110,7 +110,13 @@ class ResumableTrainer(Trainer):
         self._staging: Path | None = None
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
-        callbacks = [self._clock, self.step_clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), EpochBoundary()]
+        callbacks = [
+            self._clock,
+            self.step_clock,
+            self._best,
+            *(trainer_kwargs.pop("callbacks", None) or []),
+            EpochBoundary(),
+        ]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)

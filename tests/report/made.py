@@ -26,7 +26,8 @@ def made_run(kind: str = "aligned", alternations: int = 8) -> RunRecord:
         )  # fmt: skip
         history.append(
             {"epoch": float(epoch), "step": 12 * epoch, "eval_accuracy": 0.7 + 0.02 * epoch, "eval_loss": 1 / epoch,
-             "eval_upper_accuracy": 0.65 + 0.02 * epoch, "eval_upper_loss": 1.2 / epoch, "knn_accuracy": 0.5 + 0.03 * epoch}
+             "eval_upper_accuracy": 0.65 + 0.02 * epoch, "eval_upper_loss": 1.2 / epoch,
+             "knn_accuracy": 0.5 + 0.03 * epoch,}
         )  # fmt: skip
     classifier = ModelRecord(
         "ResNetForImageClassification", "resnet", 11_181_642, task="image-classification",
@@ -61,7 +62,9 @@ def made_picture(*lines: str, images: int = 1, side: int = 40, seed: int = 0) ->
 
 def made_report(kind: str = "aligned") -> Report:
     before = [made_evaluation("head, before", split, 0.7, seed) for seed, split in enumerate(("validation", "test"))]
-    after = [made_evaluation("aligned, after", split, 0.8, 9 + seed) for seed, split in enumerate(("validation", "test"))]
+    after = [
+        made_evaluation("aligned, after", split, 0.8, 9 + seed) for seed, split in enumerate(("validation", "test"))
+    ]
     per_class = [
         {name: float((e.predicted[e.labels == n] == n).mean()) for n, name in enumerate(NAMES)}
         for e in (before[1], after[1])
@@ -78,7 +81,9 @@ def made_report(kind: str = "aligned") -> Report:
         conclusions=["Difference after minus before: +7.3 points.", "Pull 5.6 over the run: good <range>."],
         start={"eval_accuracy": 0.66},
         views=[made_picture(NAMES[n % 5], images=3, seed=n) for n in range(8)],
-        errors=[made_picture(f"is {NAMES[n % 5]}", f"taken for {NAMES[(n + 1) % 5]}, 97 %", seed=n) for n in range(20)],
+        errors=[
+            made_picture(f"is {NAMES[n % 5]}", f"taken for {NAMES[(n + 1) % 5]}, 97 %", seed=n) for n in range(20)
+        ],
         seconds={"Pre-training": 700.0, "Head warm-up": 21.3, "Lower steps": 200.0, "Upper steps": 480.5},
         folder="outputs/<digits>",
         next_steps=["bissl-hf finetune --model outputs/<digits> --dataset digits"],

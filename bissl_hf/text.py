@@ -2,6 +2,8 @@
 
 import html
 import re
+import shutil
+import textwrap
 import unicodedata
 
 # Control and format characters, surrogates, line and paragraph separators. They move the cursor, hide or reverse text.
@@ -36,6 +38,11 @@ def for_terminal(text: object) -> str:
         character if character in _JOINERS or unicodedata.category(character) not in _UNSHOWN else _escape(character)
         for character in str(text)
     )
+
+
+def for_console(text: str) -> str:
+    """Returns sentences wrapped to the width of the terminal, at most 100 columns."""
+    return textwrap.fill(text, min(shutil.get_terminal_size().columns, 100) - 1, break_on_hyphens=False)
 
 
 def for_html(text: object) -> str:

@@ -22,6 +22,7 @@ from ..checkpoints import write_json
 from ..data.alternation import Stream
 from ..data.augment import TwoViewTransform
 from ..optim.optimizers import resolve_optimizer
+from ..text import for_console
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .aligned import evaluate_stage, print_summary, write_outputs
@@ -38,6 +39,7 @@ from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
 from .tasks import DownstreamTask
 from .views import PreviewArguments, write_preview
+from .watching import WatchArguments, add_knn_check
 
 BEFORE_NAME = "before.json"
 PRETRAINING_NAME = "pretraining"
@@ -252,7 +254,7 @@ def preview(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    data, lower_data, views, models, card, look_ahead, args = parse_arguments(
+    data, lower_data, views, models, card, look_ahead, watch, args = parse_arguments(
         (
             DataArguments,
             LowerDataArguments,
@@ -260,6 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
             ModelArguments,
             CardArguments,
             PlanArguments,
+            WatchArguments,
             BiSSLTrainingArguments,
         ),
         arguments,
@@ -283,6 +286,16 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = open_run(args, leaves=("checkpoint-*", PRETRAINING_NAME))
         images, task, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
+        if watch.knn_every:
+            add_knn_check(
+                trainer,
+                images,
+                data.image_size,
+                every=watch.knn_every,
+                neighbors=watch.knn_neighbors,
+                num_images=watch.knn_images,
+                model=trainer.aligned_model,
+            )
         trainer.publisher.resume_files = (
             BEFORE_NAME,
             *(f"{PRETRAINING_NAME}/{name}" for name in (FINISHED_NAME, SETTINGS_NAME)),
@@ -293,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
         keep_pretraining_settings(pretrainer, models)
 
     if trainer.is_world_process_zero():
-        print(task.describe_splits(images))
+        print(for_console(task.describe_splits(images)))
     pretrain(pretrainer)
     trainer.model.start_upper_from_lower()
     before = evaluate_before(trainer, task, images, pretrainer.training_seconds, is_new=checkpoint is None)

@@ -17,6 +17,7 @@ from ..report.page import interval_text, write_report
 from ..report.pictures import file_uri
 from ..report.reading import explain_difference, explain_end, judge_difference
 from ..report.record import Evaluated, Report
+from ..text import for_console
 from ..trainer.bissl_trainer import BiSSLTrainer
 from .levels import Images
 from .outputs import RUN_RESULTS, format_table, name_metrics
@@ -181,7 +182,7 @@ def print_summary(report: Report) -> None:
     ]
     print(f"\n{format_table(rows)}\n")
     for sentence in report.conclusions:
-        print(sentence)
+        print(for_console(sentence))
     output = report.folder
     print(f"\nThe aligned model is in {output}, both levels in {output}/bilevel,")
     print(f"a report with all figures in {output}/report.html.")

@@ -19,6 +19,7 @@ from ..checkpoints import write_json
 from ..data.augment import image_processor
 from ..evaluation.figures import plot_curves, plot_search
 from ..models.saving import save_model
+from ..text import for_console
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
@@ -209,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     if trainer.is_world_process_zero():
-        print(tuning.task.describe_splits(tuning.images))
+        print(for_console(tuning.task.describe_splits(tuning.images)))
     found, chosen = None, {}
     if repetition.search_trials:
         found = tuning.search(

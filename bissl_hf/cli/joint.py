@@ -24,6 +24,7 @@ from ..data.alternation import Stream
 from ..evaluation.figures import plot_curves
 from ..models.batch_norm import recalibrate_batch_norm
 from ..models.saving import save_model
+from ..text import for_console
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
 from .arguments import parse_arguments, refusing_bad_input
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.try_loss(rows=4)
 
     if trainer.is_world_process_zero():
-        print(task.describe_splits(images))
+        print(for_console(task.describe_splits(images)))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model = trained_model(trainer, images, models.bn_recalibration_images)
     metrics = evaluate(trainer, task, model, images)

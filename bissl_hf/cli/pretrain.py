@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch.utils.data import Subset
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from .. import load_image_dataset
 from ..checkpoints import write_json
-from ..data.augment import EvalTransform, image_processor
+from ..data.augment import TwoViewTransform, image_processor
+from ..data.decoded import DecodedImages
 from ..evaluation.figures import plot_curves
-from ..trainer.knn_check import KnnCheck
+from ..report.page import write_report
+from ..report.record import Report
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .arguments import parse_arguments, refusing_bad_input
@@ -38,6 +38,9 @@ from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, format_table, open_run
 from .pairs import check_pairs
+from .reporting import settings_of_facts
+from .views import PreviewArguments, sample_views, view_pictures, write_preview
+from .watching import add_knn_check
 
 
 @dataclass
@@ -82,17 +85,18 @@ def load_knn_images(data: PretextDataArguments, seed: int) -> LabelledImages | N
     return images
 
 
-def add_knn_check(trainer: PretextTrainer, images: LabelledImages, data: PretextDataArguments) -> None:
-    rows = np.random.default_rng(trainer.args.key_seed).permutation(len(images.train))[: data.knn_images]
-    check = KnnCheck(
-        trainer,
-        Subset(images.train, rows.tolist()),
-        images.validation,
-        eval_transform=EvalTransform(data.image_size),
-        every=data.knn_every,
-        neighbors=data.knn_neighbors,
+def load_pretext_images(data: PretextDataArguments, seed: int) -> DecodedImages:
+    """The images to learn from."""
+    splits = load_image_dataset(
+        data.dataset,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        seed=seed,
+        revision=data.dataset_revision,
+        dataset_config=data.dataset_config,
+        require_labels=False,
     )
-    trainer.add_callback(check)
+    return decode_unlabelled(splits, data.image_size, unreadable=data.unreadable)
 
 
 def build_trainer(
@@ -106,16 +110,7 @@ def build_trainer(
     check_sources(models, "lower_model", "backbone")
     view_transform = build_view_transform(data.image_size, views)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
-        splits = load_image_dataset(
-            data.dataset,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            seed=args.seed,
-            revision=data.dataset_revision,
-            dataset_config=data.dataset_config,
-            require_labels=False,
-        )
-        images = decode_unlabelled(splits, data.image_size, unreadable=data.unreadable)
+        images = load_pretext_images(data, args.seed)
     return PretextTrainer(
         build_pretext_model(models),
         args,
@@ -144,6 +139,23 @@ def write_outputs(trainer: PretextTrainer) -> None:
     trainer.create_model_card()
 
 
+def write_pretext_report(trainer: PretextTrainer, views: TwoViewTransform) -> None:
+    """Writes the report of the run."""
+    output, facts, images = str(trainer.args.output_dir), trainer.facts, trainer.train_dataset
+    clock = trainer.step_clock.seconds
+    report = Report(
+        title=f"Pre-training on {facts.dataset}",
+        run=trainer.record(),
+        data={"Images": f"{facts.dataset}: {len(images):,}"},
+        settings=settings_of_facts(facts),
+        views=view_pictures(sample_views(images, views, seed=trainer.args.seed)),
+        seconds={"Steps": clock["step"], "Checks and checkpoints": clock["between"]},
+        folder=output,
+        next_steps=[f"bissl-hf align --lower_model {output} --dataset path/to/labelled"],
+    )
+    write_report(report, Path(output))
+
+
 def last(history: list[dict[str, Any]], name: str) -> float | None:
     return next((row[name] for row in reversed(history) if name in row), None)
 
@@ -162,14 +174,25 @@ def print_summary(trainer: PretextTrainer) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    data, views, models, card, args = parse_arguments(
-        (PretextDataArguments, ViewArguments, PretextModelArguments, CardArguments, PretextTrainingArguments),
+    data, views, models, card, look_ahead, args = parse_arguments(
+        (
+            PretextDataArguments,
+            ViewArguments,
+            PretextModelArguments,
+            CardArguments,
+            PreviewArguments,
+            PretextTrainingArguments,
+        ),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
         check_dataset(data, f"This command pre-trains with SimCLR for {args.num_train_epochs:g} epochs.")
+        if look_ahead.preview:
+            transform = build_view_transform(data.image_size, views)
+            write_preview(load_pretext_images(data, args.seed), transform, str(args.output_dir), seed=args.seed)
+            return
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)
@@ -183,7 +206,14 @@ def main(arguments: list[str] | None = None) -> None:
         with args.main_process_first(desc="reading labelled images"):
             knn_images = load_knn_images(data, args.seed)
         if knn_images is not None:
-            add_knn_check(trainer, knn_images, data)
+            add_knn_check(
+                trainer,
+                knn_images,
+                data.image_size,
+                every=data.knn_every,
+                neighbors=data.knn_neighbors,
+                num_images=data.knn_images,
+            )
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
         trainer.try_loss(rows=4)
@@ -193,6 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         write_outputs(trainer)
+        write_pretext_report(trainer, build_view_transform(data.image_size, views))
         print_summary(trainer)
     trainer.push_outputs()
 

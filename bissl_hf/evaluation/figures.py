@@ -143,7 +143,7 @@ def plot_views(samples: Sequence[Sequence[np.ndarray]], path: str | Path) -> Non
     figure = _new_figure(1.25 * len(samples) + 0.6, 1.25 * rows)
     grid = figure.subplots(rows, len(samples), squeeze=False)
     for row, column in np.ndindex(*grid.shape):
-        axes = grid[row, column]
+        axes: Any = grid[row, column]
         axes.imshow(samples[column][row].transpose(1, 2, 0))
         axes.set_xticks([])
         axes.set_yticks([])

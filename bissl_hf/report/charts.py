@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .pictures import data_uri
 
@@ -150,7 +151,7 @@ def _draw(curve: Curve, lines: Sequence[tuple[str, Sequence[tuple[float, float]]
         if low <= height <= high:
             axes.axhline(height, color="0.45", linewidth=1, linestyle="--", label=text or None)
     axes.set_xlabel(unit)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -1,6 +1,6 @@
 """How to read the figures of a run: the same sentences on the console, in figures and in the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.proportions import PairedDifference
@@ -11,7 +11,7 @@ CLOSE_RESIDUAL, USELESS_RESIDUAL = 0.1, 1.0
 
 LEGEND = """\
 What is printed after each alternation:
-  pretext     loss of the lower level: should fall, or stay level after long pre-training
+  pretext     loss of the lower level: should fall, or stay level
   downstream  loss of the aligned model on labelled training batches: should fall
   residual    error of the linear solve, relative: below 0.1 good, above 1 useless
   pull        of the upper level on the lower one so far: 3 to 10 at the end did well
@@ -40,7 +40,7 @@ def explain_residual(residual: float) -> str:
     return f"{start}above 1 the solve is worse than none; raise damping, or take curvature_kind gauss_newton."
 
 
-def explain_end(history: list[Mapping[str, Any]]) -> list[str]:
+def explain_end(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns sentences on the pull and the residual that a run ended with, as far as they were logged."""
     last = {name: row[name] for row in history for name in ("levels/pull", "solver/residual") if name in row}
     explained = {"levels/pull": explain_pull, "solver/residual": explain_residual}

@@ -2,9 +2,7 @@
 
 import logging
 import math
-import shutil
 import sys
-import textwrap
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -18,6 +16,7 @@ from transformers.trainer_utils import has_length
 
 from ..data.alternation import AlternatingDataLoader
 from ..report.reading import LEGEND
+from ..text import for_console
 
 _SHOWN = {
     "loss": "loss",
@@ -33,8 +32,8 @@ _SHOWN = {
 }
 # Steps of the present phase from which its pace is taken.
 _PACE_STEPS = 50
-# An evaluation that takes longer than this shows a bar of its own.
-_SHORT_EVALUATION = 3.0
+# An evaluation of more batches shows a bar of its own.
+_SHORT_EVALUATION = 20
 
 
 def format_log(logs: Mapping[str, Any], args: TrainingArguments, num_epochs: float) -> str | None:
@@ -191,14 +190,18 @@ class ShortProgressCallback(ProgressCallback):
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         """Shows a bar for an evaluation that takes long."""
-        if not state.is_world_process_zero or not has_length(eval_dataloader):
+        if (
+            not state.is_world_process_zero
+            or not has_length(eval_dataloader)
+            or len(eval_dataloader) <= _SHORT_EVALUATION
+        ):
             return
         bar = self.prediction_bar
         if bar is None or bar.n >= (bar.total or 0):  # the second model of an evaluation starts again
             if bar is not None:
                 bar.close()
             self.prediction_bar = bar = tqdm(
-                total=len(eval_dataloader), desc="Evaluation", leave=False, dynamic_ncols=True, delay=_SHORT_EVALUATION
+                total=len(eval_dataloader), desc="Evaluation", leave=False, dynamic_ncols=True
             )
         bar.update(1)
 
@@ -226,8 +229,7 @@ class _AboveBar(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        width = min(shutil.get_terminal_size().columns, 100)
-        tqdm.write(textwrap.fill(record.getMessage(), width - 1), file=sys.stderr)
+        tqdm.write(for_console(record.getMessage()), file=sys.stderr)
 
 
 class Seconds(NamedTuple):

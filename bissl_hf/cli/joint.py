@@ -21,9 +21,12 @@ from .. import BiSSLModel
 from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
 from ..data.alternation import Stream
+from ..data.augment import TwoViewTransform
 from ..evaluation.figures import plot_curves
 from ..models.batch_norm import recalibrate_batch_norm
 from ..models.saving import save_model
+from ..report.page import write_report
+from ..report.record import Report
 from ..text import for_console
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
@@ -35,7 +38,9 @@ from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, format_table, name_metrics, open_run
 from .pairs import check_pairs
+from .reporting import data_lines, error_pictures, evaluated, prediction_lists, settings_of_facts
 from .tasks import DownstreamTask
+from .views import PreviewArguments, sample_views, view_pictures, write_preview
 
 
 @dataclass
@@ -105,13 +110,17 @@ def _training_batches(trainer: JointTrainer, images: Images, num_images: int) ->
         yield trainer.streams.prepare(batch, key)
 
 
-def evaluate(trainer: JointTrainer, task: DownstreamTask, model: PreTrainedModel, images: Images) -> dict[str, Any]:
-    """Returns the metrics of the native model on validation (`eval_*`) and test images (`test_*`)."""
+def evaluate(
+    trainer: JointTrainer, task: DownstreamTask, model: PreTrainedModel, images: Images
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Returns the metrics of the native model on validation (`eval_*`) and test images (`test_*`), and what it
+    predicts for the latter."""
     with trainer.evaluating(model):
         found = trainer.evaluate(images.validation)
         found |= trainer.evaluate(images.test, metric_key_prefix="test")
         predicted = trainer.predict(images.test)
-    return {**found, "test_per_class": task.per_class(predicted.predictions, predicted.label_ids)}
+    per_class = task.per_class(predicted.predictions, predicted.label_ids)
+    return {**found, "test_per_class": per_class}, prediction_lists(task, predicted.predictions)
 
 
 def write_outputs(trainer: JointTrainer, model: PreTrainedModel, metrics: dict[str, Any], images: Images) -> None:
@@ -134,6 +143,34 @@ def write_outputs(trainer: JointTrainer, model: PreTrainedModel, metrics: dict[s
     trainer.create_model_card()
 
 
+def write_joint_report(
+    trainer: JointTrainer,
+    task: DownstreamTask,
+    images: Images,
+    metrics: dict[str, Any],
+    predictions: dict[str, list[Any]],
+    views: TwoViewTransform,
+) -> None:
+    """Writes the report of the run."""
+    output, facts, clock = str(trainer.args.output_dir), trainer.facts, trainer.step_clock.seconds
+    after = evaluated("jointly trained", "test", images.test, predictions, metrics_under(metrics, "test"))
+    report = Report(
+        title=f"Joint training with {facts.dataset}",
+        run=trainer.record(),
+        data=data_lines(str(facts.dataset), images, (str(facts.lower_dataset), len(images.lower))),
+        settings=settings_of_facts(facts),
+        after=[after],
+        per_class=metrics["test_per_class"],
+        class_names=task.class_names,
+        views=view_pictures(sample_views(images.lower, views, seed=trainer.args.seed)),
+        errors=error_pictures(after, images.test, task.class_names),
+        seconds={"Steps": clock["step"], "Evaluation and checkpoints": clock["between"]},
+        folder=output,
+        next_steps=[f"bissl-hf finetune --model {output} --dataset {facts.dataset}"],
+    )
+    write_report(report, Path(output))
+
+
 def print_summary(output: str, metrics: dict[str, Any]) -> None:
     """Prints the metrics on both held-out splits and how to go on."""
     rows = [
@@ -148,13 +185,14 @@ def print_summary(output: str, metrics: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
-    data, lower_data, views, models, card, args = parse_arguments(
+    data, lower_data, views, models, card, look_ahead, args = parse_arguments(
         (
             DataArguments,
             LowerDataArguments,
             ViewArguments,
             JointModelArguments,
             CardArguments,
+            PreviewArguments,
             JointTrainingArguments,
         ),
         arguments,
@@ -163,6 +201,11 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
         check_dataset(data, f"This command trains both tasks on one backbone for {args.num_train_epochs:g} epochs.")
+        if look_ahead.preview:
+            transform = build_view_transform(data.image_size, views)
+            images = load_images(data, lower_data, args.seed)
+            write_preview(images.lower, transform, str(args.output_dir), seed=args.seed)
+            return
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         images, task, trainer = build_run(data, lower_data, views, models, args)
         trainer.facts = recipe_facts(
@@ -181,9 +224,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(for_console(task.describe_splits(images)))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model = trained_model(trainer, images, models.bn_recalibration_images)
-    metrics = evaluate(trainer, task, model, images)
+    metrics, predictions = evaluate(trainer, task, model, images)
     if trainer.is_world_process_zero():
         write_outputs(trainer, model, metrics, images)
+        write_joint_report(trainer, task, images, metrics, predictions, build_view_transform(data.image_size, views))
         print_summary(str(args.output_dir), metrics)
     trainer.push_outputs()
 

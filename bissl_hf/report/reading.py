@@ -12,9 +12,9 @@ CLOSE_RESIDUAL, USELESS_RESIDUAL = 0.1, 1.0
 LEGEND = """\
 What is printed after each alternation:
   pretext     loss of the lower level: should fall, or stay level
-  downstream  loss of the aligned model on labelled training batches: should fall
-  residual    error of the linear solve, relative: below 0.1 good, above 1 useless
-  pull        of the upper level on the lower one so far: 3 to 10 at the end did well
+  downstream  loss of the aligned model in training: should fall
+  residual    of the linear solve, relative: below 0.1 good, above 1 useless
+  pull        of the upper level on the lower so far: 3 to 10 did well
   accuracy    of the aligned model on validation images: should rise"""
 
 

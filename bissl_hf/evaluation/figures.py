@@ -175,7 +175,7 @@ def plot_similarity(values: np.ndarray, names: Sequence[str], path: str | Path, 
     _save(figure, path)
 
 
-def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, unit: str) -> None:
+def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, unit: str, bars: str = "") -> None:
     """Draws differences with their intervals around a line at 0, two or three panels in a row, with one scale.
 
     Args:
@@ -184,6 +184,7 @@ def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, u
         path (`str` or `Path`): the PNG file.
         label (`str`): of the vertical axis.
         unit (`str`): of the groups.
+        bars (`str`, *optional*): what a point and its bar are, above the legend.
     """
     most = max(len(series) for _, _, series in panels)
     width = max(3.2, max(len(groups) for _, groups, _ in panels) * (0.3 + 0.2 * most))
@@ -208,7 +209,9 @@ def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, u
     for axes in grid[:, 0]:
         axes.set_ylabel(label)
     handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
+    figure.legend(
+        handles, names, loc="outside right center", frameon=False, fontsize=9, title=bars or None, title_fontsize=9
+    )
     _save(figure, path)
 
 

@@ -5,6 +5,8 @@ import re
 import shutil
 import textwrap
 import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Control and format characters, surrogates, line and paragraph separators. They move the cursor, hide or reverse text.
 _UNSHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -41,8 +43,10 @@ def for_terminal(text: object) -> str:
 
 
 def for_console(text: str) -> str:
-    """Returns sentences wrapped to the width of the terminal, at most 100 columns."""
-    return textwrap.fill(text, min(shutil.get_terminal_size().columns, 100) - 1, break_on_hyphens=False)
+    """Returns lines wrapped to the width of the terminal, at most 100 columns, without control characters."""
+    width = min(shutil.get_terminal_size().columns, 100) - 1
+    lines = (textwrap.fill(for_terminal(line), width, break_on_hyphens=False) for line in text.split("\n"))
+    return "\n".join(lines)
 
 
 def for_html(text: object) -> str:
@@ -73,3 +77,16 @@ def _escape(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lays rows out as a table of text, one column per key; no text for no rows. Cells are for the terminal."""
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    cells = [
+        [for_terminal(cell) for cell in row] for row in (columns, *([row[name] for name in columns] for row in rows))
+    ]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -20,19 +20,21 @@ from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from ..cards.facts import ModelFacts
 from ..checkpoints import write_json
 from ..data.alternation import Stream
-from ..data.augment import TwoViewTransform
+from ..data.streams import Transform
 from ..optim.optimizers import resolve_optimizer
 from ..text import for_console
+from ..trainer.divergence import check_metrics
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
-from .aligned import evaluate_stage, print_summary, write_outputs
-from .arguments import parse_arguments, refusing_bad_input
+from .adapters import LoraArguments
+from .aligned import AFTER_PREFIXES, BEFORE_PREFIXES, AlignedRun, evaluate_stage
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, open_run
+from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
 from .parts import SETTINGS_NAME, Stage, read_mapping
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
@@ -46,12 +48,13 @@ PRETRAINING_NAME = "pretraining"
 
 
 @dataclass
-class ModelArguments(PretextModelArguments):
+class ModelArguments(LoraArguments, PretextModelArguments):
     """Where the models come from, and the pre-training that precedes BiSSL."""
 
     upper_model: str | None = field(default=None, metadata={"help": "Image classifier whose head is kept."})
     pretrain_steps: int | None = field(
-        default=None, metadata={"help": "SimCLR steps before BiSSL; if not given 1000, or 0 with --lower_model."}
+        default=None,
+        metadata={"help": "Pretext steps before BiSSL; if not given 1000, or 0 with --lower_model or --lora_rank."},
     )
     pretrain_batch_size: int | None = field(
         default=None, metadata={"help": "Batch per device in pre-training; per_device_lower_batch_size if not given."}
@@ -73,7 +76,7 @@ class PlanArguments(PreviewArguments):
 
 
 def build_trainer(
-    view_transform: TwoViewTransform,
+    view_transform: Transform,
     args: BiSSLTrainingArguments,
     model: BiSSLModel,
     images: Images,
@@ -108,9 +111,14 @@ def check_pretraining(arguments: ModelArguments, steps: int, batch: int, rows_pe
 
 def num_pretrain_steps(arguments: ModelArguments) -> int:
     """The steps before BiSSL; by default none for a model that is pre-trained already."""
+    if arguments.lora_rank is not None and arguments.pretrain_steps:
+        raise ValueError(
+            f"pretrain_steps is {arguments.pretrain_steps} and lora_rank is {arguments.lora_rank}; adapters go on a "
+            "model that is pre-trained already: pre-train it with the command pretrain and pass it as --lower_model."
+        )
     if arguments.pretrain_steps is not None:
         return arguments.pretrain_steps
-    return 0 if arguments.lower_model else 1000
+    return 0 if arguments.lower_model or arguments.lora_rank is not None else 1000
 
 
 def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, trainer: BiSSLTrainer) -> PretextTrainer:
@@ -183,7 +191,7 @@ def evaluate_before(
     start = time.perf_counter()
     trainer.warm_up_head()
     seconds = {"Pre-training": pretraining_seconds, "Head warm-up": time.perf_counter() - start}
-    before = evaluate_stage(trainer, task, images, "before")
+    before = evaluate_stage(trainer, task, images, BEFORE_PREFIXES)
     before["seconds"] = {name: value for name, value in seconds.items() if value}
     if trainer.is_world_process_zero():
         write_json(file, before)
@@ -219,8 +227,10 @@ def build_run(
         images = load_images(data, lower_data, args.seed)
     lower = build_pretext_model(models)
     task = DownstreamTask.from_images(images, data.image_size, views)
-    model = BiSSLModel.from_models(lower, build_upper(models.upper_model, lower, task))
-    trainer = build_trainer(build_view_transform(data.image_size, views), args, model, images, task)
+    upper = build_upper(models.upper_model, lower, task)
+    models.adapt(lower, upper)
+    model = BiSSLModel.from_models(lower, upper)
+    trainer = build_trainer(build_view_transform(data.image_size, views, models.pretext), args, model, images, task)
     pretrainer = build_pretrainer(models, args, trainer)
     try_out(trainer, pretrainer)
     return images, task, trainer, pretrainer
@@ -237,7 +247,7 @@ def print_plan(trainer: BiSSLTrainer, pretrainer: PretextTrainer, images: Images
 def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
     """What the command would do with these arguments, as a sentence."""
     steps = num_pretrain_steps(models)
-    before = f"pre-trains with SimCLR for {steps:,} steps, " if steps else ""
+    before = f"pre-trains with {models.pretext} for {steps:,} steps, " if steps else ""
     return (
         f"This command {before}trains a head on the frozen backbone, takes {args.num_alternations} alternations of "
         f"{args.lower_steps} lower and {args.upper_steps} upper steps, and writes the aligned model into "
@@ -246,13 +256,18 @@ def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
 
 
 def preview(
-    data: DataArguments, lower_data: LowerDataArguments, views: ViewArguments, args: BiSSLTrainingArguments
+    data: DataArguments,
+    lower_data: LowerDataArguments,
+    views: ViewArguments,
+    models: ModelArguments,
+    args: BiSSLTrainingArguments,
 ) -> None:
     """Writes what the pretext task would see."""
-    transform = build_view_transform(data.image_size, views)
+    transform = build_view_transform(data.image_size, views, models.pretext)
     write_preview(load_images(data, lower_data, args.seed).lower, transform, str(args.output_dir), seed=args.seed)
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     data, lower_data, views, models, card, look_ahead, watch, args = parse_arguments(
         (
@@ -273,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_dataset(data, describe_run(models, args))
     if look_ahead.preview:
         with refusing_bad_input():
-            preview(data, lower_data, views, args)
+            preview(data, lower_data, views, models, args)
         return
     if look_ahead.plan:
         with tempfile.TemporaryDirectory() as folder:
@@ -316,10 +331,13 @@ def main(arguments: list[str] | None = None) -> None:
     if checkpoint is None:
         tell_pull(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = evaluate_stage(trainer, task, images, "test")
+    after = evaluate_stage(trainer, task, images, AFTER_PREFIXES)
+    check_metrics(after["metrics"], of="the aligned model")
     if trainer.is_world_process_zero():
-        transform = build_view_transform(data.image_size, views)
-        print_summary(write_outputs(trainer, task, images, {"before": before, "test": after}, transform))
+        run = AlignedRun(trainer, task, images, before, after)
+        run.write_outputs()
+        with afterwards("The summary"):
+            run.print_summary()
     trainer.push_outputs()
 
 

@@ -2,7 +2,8 @@
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +114,19 @@ def open_run(args: TrainingArguments, *, leaves: Sequence[str]) -> Path | None:
     return checkpoint
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lays rows out as a table of text, one column per key; no text for no rows. Cells are for the terminal."""
-    if not rows:
-        return ""
-    columns = list(rows[0])
-    cells = [
-        [for_terminal(cell) for cell in row] for row in (columns, *([row[name] for name in columns] for row in rows))
-    ]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+@contextmanager
+def afterwards(what: str) -> Iterator[None]:
+    """Has what comes after a finished run (a figure, a card, a line) fail with a warning: the results are there.
+
+    Args:
+        what (`str`): what is made, for the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        message = f"warning: {what} failed, and the run's results are whole without it: {reason}\n"
+        sys.stderr.write(for_terminal(message.strip()).encode("ascii", "backslashreplace").decode() + "\n")
 
 
 def name_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, str]:
@@ -135,5 +138,7 @@ def name_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, str]:
         "top5_accuracy": "top-5 accuracy",
         "mean_class_accuracy": "mean per class",
     }
-    found = {name: metrics.get(f"{prefix}_{key}") for key, name in names.items()}
-    return {name: f"{100 * value:.2f} %" for name, value in found.items() if value is not None}
+    shares = {name: metrics.get(f"{prefix}_{key}") for key, name in names.items()}
+    found = {name: f"{100 * value:.2f} %" for name, value in shares.items() if value is not None}
+    of_regression = {name: metrics.get(f"{prefix}_{name}") for name in ("r2", "mae", "rmse")}
+    return found | {name: f"{value:.4g}" for name, value in of_regression.items() if value is not None}

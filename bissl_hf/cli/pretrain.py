@@ -15,14 +15,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from .. import load_image_dataset
 from ..checkpoints import write_json
-from ..data.augment import TwoViewTransform, image_processor
+from ..data.augment import image_processor
 from ..data.decoded import DecodedImages
 from ..evaluation.figures import plot_curves
 from ..report.page import write_report
 from ..report.record import Report
+from ..text import format_table
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import (
     DataArguments,
@@ -36,10 +37,10 @@ from .images import (
 )
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, format_table, open_run
+from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
-from .reporting import settings_of_facts
-from .views import PreviewArguments, sample_views, view_pictures, write_preview
+from .reporting import sample_pictures, settings_of_facts
+from .views import PreviewArguments, write_preview
 from .watching import add_knn_check
 
 
@@ -108,7 +109,7 @@ def build_trainer(
             f"train_examples is {data.train_examples}, but pre-training uses no labels and all images; leave it out."
         )
     check_sources(models, "lower_model", "backbone")
-    view_transform = build_view_transform(data.image_size, views)
+    view_transform = build_view_transform(data.image_size, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_pretext_images(data, args.seed)
     return PretextTrainer(
@@ -124,8 +125,7 @@ def write_outputs(trainer: PretextTrainer) -> None:
     output = Path(str(trainer.args.output_dir))
     trainer.save_model(output)
     history = [row for row in trainer.state.log_history if "step" in row]
-    panels = [("Pretext loss", [("loss", "NT-Xent")]), ("kNN accuracy", [("knn_accuracy", "validation")])]
-    plot_curves(history, panels, output / "figures" / "pretraining.png")
+    panels = [("Pretext loss", [("loss", "training")]), ("kNN accuracy", [("knn_accuracy", "validation")])]
     write_json(
         output / RUN_RESULTS,
         {
@@ -136,24 +136,28 @@ def write_outputs(trainer: PretextTrainer) -> None:
             "log_history": history,
         },
     )
-    trainer.create_model_card()
+    with afterwards("The figure of the losses"):
+        plot_curves(history, panels, output / "figures" / "pretraining.png")
+    with afterwards("The model card"):
+        trainer.create_model_card()
+    with afterwards("The report"):
+        write_report(build_report(trainer), output)
 
 
-def write_pretext_report(trainer: PretextTrainer, views: TwoViewTransform) -> None:
-    """Writes the report of the run."""
+def build_report(trainer: PretextTrainer) -> Report:
+    """Returns the report of the run."""
     output, facts, images = str(trainer.args.output_dir), trainer.facts, trainer.train_dataset
     clock = trainer.step_clock.seconds
-    report = Report(
+    return Report(
         title=f"Pre-training on {facts.dataset}",
         run=trainer.record(),
         data={"Images": f"{facts.dataset}: {len(images):,}"},
         settings=settings_of_facts(facts),
-        views=view_pictures(sample_views(images, views, seed=trainer.args.seed)),
+        views=sample_pictures(trainer, images),
         seconds={"Steps": clock["step"], "Checks and checkpoints": clock["between"]},
         folder=output,
         next_steps=[f"bissl-hf align --lower_model {output} --dataset path/to/labelled"],
     )
-    write_report(report, Path(output))
 
 
 def last(history: list[dict[str, Any]], name: str) -> float | None:
@@ -168,11 +172,12 @@ def print_summary(trainer: PretextTrainer) -> None:
             rows.append({"": title, "first": form.format(values[0]), "last": form.format(values[-1])})
     output = trainer.args.output_dir
     print(f"\n{format_table(rows)}\n")
-    print(f"The SimCLR model is in {output}, its curves in {output}/figures. To go on with it:\n")
+    print(f"The pretext model is in {output}, its curves in {output}/figures. To go on with it:\n")
     print(f"    accelerate launch recipes/bissl.py --lower_model {output} ...    aligns it with a downstream task")
     print(f"    accelerate launch recipes/finetune.py --model {output} ...       fine-tunes it\n")
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     data, views, models, card, look_ahead, args = parse_arguments(
         (
@@ -188,9 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
-        check_dataset(data, f"This command pre-trains with SimCLR for {args.num_train_epochs:g} epochs.")
+        check_dataset(data, f"This command pre-trains with {models.pretext} for {args.num_train_epochs:g} epochs.")
         if look_ahead.preview:
-            transform = build_view_transform(data.image_size, views)
+            transform = build_view_transform(data.image_size, views, models.pretext)
             write_preview(load_pretext_images(data, args.seed), transform, str(args.output_dir), seed=args.seed)
             return
         checkpoint = open_run(args, leaves=("checkpoint-*",))
@@ -223,8 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         write_outputs(trainer)
-        write_pretext_report(trainer, build_view_transform(data.image_size, views))
-        print_summary(trainer)
+        with afterwards("The summary"):
+            print_summary(trainer)
     trainer.push_outputs()
 
 

@@ -1,6 +1,6 @@
 """From a run to its report: what was predicted, as plain data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -8,14 +8,20 @@ import numpy as np
 
 from ..cards.facts import ModelFacts
 from ..cards.record import Settings, settings_of
+from ..data.alternation import Stream
 from ..data.decoded import DecodedImages
 from ..evaluation.errors import most_confident_errors, softmax
 from ..evaluation.metrics import SINGLE_LABEL
 from ..evaluation.proportions import PairedDifference, compare_paired
+from ..report.page import interval_text
 from ..report.pictures import png_uri
 from ..report.record import Evaluated, Picture
+from ..text import format_table
+from ..trainer.resumable_trainer import ResumableTrainer
 from .images import LabelledImages
+from .outputs import name_metrics
 from .tasks import DownstreamTask
+from .views import sample_views
 
 NUM_ERRORS = 20
 _NONE = np.zeros(0, dtype=np.int64)
@@ -35,19 +41,23 @@ def prediction_lists(task: DownstreamTask, logits: Any) -> dict[str, list[Any]]:
 
 
 def evaluated(
-    model: str, split: str, images: DecodedImages, predictions: Mapping[str, Any], metrics: Mapping[str, Any]
+    model: str,
+    split: str,
+    images: DecodedImages,
+    predictions: Mapping[str, Any] | None,
+    metrics: Mapping[str, float],
 ) -> Evaluated:
     """Returns a model on a split as a report takes it.
 
     Args:
         model, split (`str`): for people.
         images ([`DecodedImages`]): of the split.
-        predictions (`Mapping`): of [`prediction_lists`].
+        predictions (`Mapping`, *optional*): of [`prediction_lists`], where they were kept.
         metrics (`Mapping`): by names without prefix.
     """
-    predicted = np.asarray(predictions["predicted"], dtype=np.int64)
+    predicted = np.asarray(predictions["predicted"] if predictions else _NONE, dtype=np.int64)
     labels = np.asarray(images.labels) if len(predicted) else _NONE
-    confidence = np.asarray(predictions["confidence"], dtype=np.float64)
+    confidence = np.asarray(predictions["confidence"] if predictions else _NONE, dtype=np.float64)
     return Evaluated(model, split, labels, predicted, confidence, metrics, len(images))
 
 
@@ -88,3 +98,29 @@ def data_lines(dataset: str, images: LabelledImages, lower: tuple[str, int] | No
 def settings_of_facts(facts: ModelFacts) -> dict[str, Settings]:
     """Returns the settings of a recipe beside those of the trainer's arguments."""
     return {part: settings_of(held) for part, held in facts.settings.items() if is_dataclass(held)}
+
+
+def sample_pictures(trainer: ResumableTrainer, images: DecodedImages) -> list[Picture]:
+    """Returns images with the views of them that the pretext task of a trainer sees."""
+    transform: Any = trainer.streams.transform(Stream.LOWER)  # one that shows images
+    samples = sample_views(images, transform, seed=trainer.args.seed)
+    return [Picture([png_uri(image) for image in sample], [], "an image and its views") for sample in samples]
+
+
+def format_outcomes(found: Sequence[Evaluated]) -> str:
+    """Returns the metrics of models on splits as a table for the console."""
+    short = {"top-5 accuracy": "top 5", "mean per class": "per class"}
+    rows = []
+    for each in found:
+        metrics = name_metrics({f"_{name}": value for name, value in each.metrics.items()}, "")
+        rows.append(
+            {
+                "split": each.split,
+                "model": each.model,
+                "n": f"{each.examples:,}",
+                **{short.get(name, name): value for name, value in metrics.items()},
+                **({"95 % interval": interval_text(each)} if "accuracy" in each.metrics else {}),
+                "loss": f"{each.metrics['loss']:.4f}",
+            }
+        )
+    return format_table(rows)

@@ -54,6 +54,12 @@ CURVES = (
         "Mean average precision; higher is better. Alternation 0 is the head trained on the frozen backbone.",
     ),
     Curve(
+        "R2 on validation",
+        {"eval_r2": _ALIGNED, "eval_upper_r2": _UPPER},
+        "Share of the variance that is explained: higher is better, 0 is a constant. Alternation 0 is the head "
+        "on the frozen backbone.",
+    ),
+    Curve(
         "Loss on validation",
         {"eval_loss": _ALIGNED, "eval_upper_loss": _UPPER},
         "Lower is better. If it rises while the training loss falls, the labelled images are being learned by heart.",

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from bissl_hf import TwoViewTransform
-from bissl_hf.cli.views import sample_views, view_pictures, write_preview
+from bissl_hf.cli.views import sample_views, write_preview
 from bissl_hf.data.decoded import DecodedImages
+from bissl_hf.data.one_view import OneViewTransform
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 3, 12, 12)).astype(np.uint8)
 PLAIN = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "horizontal_flip": 0.0, "color_jitter": 0.0,
@@ -22,7 +23,11 @@ def test_views_that_change_nothing_are_the_images_from_all_over_the_data_set():
         assert (sample[0] == PIXELS[row]).all()
         for view in sample[1:]:
             assert np.abs(view.astype(int) - PIXELS[row]).max() <= 1
-    assert all(len(picture.images) == 3 for picture in view_pictures(samples))
+
+
+def test_masked_images_have_one_view():
+    samples = sample_views(DecodedImages(PIXELS), OneViewTransform(12))
+    assert {len(sample) for sample in samples} == {2}
 
 
 def test_a_small_data_set_gives_what_it_has():

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageClassification, ResNetForImageClassifi
 
 from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
 from bissl_hf.cli import finetune
+from bissl_hf.trainer.finetune_trainer import FineTuneTrainer
 
 from . import runs
 
@@ -145,7 +146,7 @@ def test_other_settings_than_those_of_finished_parts_are_refused_before_training
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output, _ = finished
-    monkeypatch.setattr(finetune.FineTuneTrainer, "train", None)
+    monkeypatch.setattr(FineTuneTrainer, "train", None)
     given = settings(images, models / "simclr", output, resume_from_checkpoint=True, **changes)
     assert re.search(message, runs.refusal(capsys, finetune.main, given))
 

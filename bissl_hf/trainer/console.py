@@ -1,0 +1,146 @@
+"""What a person sees while a trainer works: one short line per log, and a bar with the time that is left."""
+
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from ..report.reading import LEGEND
+from ..text import for_console
+from .clocks import StepClock
+
+_SHOWN = {
+    "loss": "loss",
+    "lower/loss": "pretext",
+    "upper/loss": "downstream",
+    "solver/residual": "residual",
+    "levels/pull": "pull",
+    "eval_accuracy": "accuracy",
+    "eval_map": "mAP",
+    "eval_loss": "loss",
+    "knn_accuracy": "kNN accuracy",
+    "rankme": "RankMe",
+}
+# An evaluation of more batches shows a bar of its own.
+_SHORT_EVALUATION = 20
+
+
+def format_log(logs: Mapping[str, Any], args: TrainingArguments, num_epochs: float) -> str | None:
+    """Returns the figures of a log that a person wants to watch as one line; `None` if there are none.
+
+    Args:
+        logs (`Mapping[str, Any]`)
+        args (`TrainingArguments`): with `num_alternations` an epoch is called alternation.
+        num_epochs (`float`): of the run.
+    """
+    shown = {name: title for name, title in _SHOWN.items() if name in logs}
+    if "lower/loss" in logs:
+        shown.pop("loss", None)  # the mean over steps of both levels, which says little
+    if not shown:
+        return None
+    unit = "alternation" if hasattr(args, "num_alternations") else "epoch"
+    figures = "  ".join(f"{title} {float(logs[name]):.4g}" for name, title in shown.items())
+    place = "on validation: " if any(name.startswith("eval_") for name in shown) else ""
+    return f"{unit} {logs.get('epoch', 0):.4g}/{num_epochs:g}  {place}{figures}"
+
+
+class ShortPrinterCallback(PrinterCallback):
+    """One short line per log, for runs without a bar."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says how to read the lines."""
+        if state.is_world_process_zero and hasattr(args, "num_alternations"):
+            print(LEGEND, flush=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Prints the figures that a person wants to watch."""
+        line = format_log(logs or {}, args, state.num_train_epochs)
+        if state.is_world_process_zero and line:
+            print(line, flush=True)
+
+
+class ShortProgressCallback(ProgressCallback):
+    """Trainer's progress bar, with the time left by the pace of each level, and one short line per log in the place of
+    all its figures (which trackers, the state and `all_results.json` still get).
+
+    Args:
+        clock ([`StepClock`]): of the same trainer.
+    """
+
+    def __init__(self, clock: StepClock) -> None:
+        super().__init__()
+        self.clock = clock
+        self._warnings: logging.Handler | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says how to read the lines, and opens the bar."""
+        if not state.is_world_process_zero:
+            return
+        if hasattr(args, "num_alternations"):
+            print(LEGEND, flush=True)
+        form = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
+        self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=form)
+        self.current_step = state.global_step
+        if not logging.getLogger().handlers:  # else whoever has set up the logging knows where it goes
+            self._warnings = _AboveBar()
+            logging.getLogger(__name__.split(".")[0]).addHandler(self._warnings)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar."""
+        if self.training_bar is not None:
+            epochs = math.ceil(state.num_train_epochs - (state.epoch or 0) - 1e-9)
+            left = self.clock.time_left(state.global_step, state.max_steps, epochs)
+            shown = "time left after the first alternation" if left is None else f"{tqdm.format_interval(left)} left"
+            self.training_bar.set_postfix_str(shown, refresh=False)
+            self.training_bar.update(state.global_step - self.current_step)
+            self.current_step = state.global_step
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Shows a bar for an evaluation that takes long."""
+        if (
+            not state.is_world_process_zero
+            or not has_length(eval_dataloader)
+            or len(eval_dataloader) <= _SHORT_EVALUATION
+        ):
+            return
+        bar = self.prediction_bar
+        if bar is None or bar.n >= (bar.total or 0):  # the second model of an evaluation starts again
+            if bar is not None:
+                bar.close()
+            self.prediction_bar = bar = tqdm(
+                total=len(eval_dataloader), desc="Evaluation", leave=False, dynamic_ncols=True
+            )
+        bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Writes the figures that a person wants to watch."""
+        line = format_log(logs or {}, args, state.num_train_epochs)
+        if line and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes the bar."""
+        if self._warnings is not None:
+            logging.getLogger(__name__.split(".")[0]).removeHandler(self._warnings)
+            self._warnings = None
+        if self.training_bar is not None:
+            self.training_bar.set_postfix_str("", refresh=False)
+            self.training_bar.refresh()
+        super().on_train_end(args, state, control, **kwargs)
+
+
+class _AboveBar(logging.Handler):
+    """Writes messages above the bar, in whole words, where the last resort of `logging` would write into it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(for_console(record.getMessage()), file=sys.stderr)

@@ -6,7 +6,6 @@ Started from nothing it pre-trains with SimCLR first. Then it trains a head on t
 problem, and writes an ordinary transformers checkpoint of the aligned model.
 """
 
-import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from ..cards.facts import ModelFacts
@@ -22,6 +20,7 @@ from ..checkpoints import write_json
 from ..data.alternation import Stream
 from ..data.streams import Transform
 from ..optim.optimizers import resolve_optimizer
+from ..optim.pull import GOOD_PULL, TYPICAL_PULL
 from ..text import for_console
 from ..trainer.divergence import check_metrics
 from ..trainer.pretext_trainer import PretextTrainer
@@ -30,6 +29,7 @@ from .adapters import LoraArguments
 from .aligned import AFTER_PREFIXES, BEFORE_PREFIXES, AlignedRun, evaluate_stage
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
+from .console import prepare_console
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
@@ -172,12 +172,14 @@ def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
 
 
 def tell_pull(trainer: BiSSLTrainer) -> None:
-    """Says how far the upper level will reach the lower one; the trainer warns where that is next to nothing."""
+    """Says how far the upper level will reach the lower one; where that is too little the trainer warns."""
     pull = trainer.estimate_pull()
-    if trainer.is_world_process_zero() and not math.isnan(pull):
+    if trainer.is_world_process_zero() and pull >= GOOD_PULL:
         print(
-            f"Estimated pull of the upper level on the lower one: {pull:.2g} over the run; 3 to 10 did well in "
-            "docs/results.md."
+            for_console(
+                f"Estimated pull of the upper level on the lower one: {pull:.2g} over the run, by a proximal_weight "
+                f"of {trainer.proximal_weight:.2g}; {GOOD_PULL:g} to {TYPICAL_PULL:g} did well."
+            )
         )
 
 
@@ -283,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_dataset(data, describe_run(models, args))
     if look_ahead.preview:

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers.trainer_utils import HubStrategy
-from transformers.utils.logging import disable_progress_bar
 
 from ..text import for_console
 from ..trainer.search import SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
+from .console import prepare_console
 from .finetuned import FineTuned, seed_folder
 from .finetuning import FineTuning
 from .images import CropArguments, DataArguments, build_train_transform, check_dataset, decode_labelled, load_labelled
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_dataset(data, f"This command fine-tunes a classifier for {args.num_train_epochs:g} epochs.")
         check_run(args)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from .. import BiSSLModel
 from ..cards.tables import Evaluation, metrics_under
@@ -27,6 +26,7 @@ from ..trainer.training_args import JointTrainingArguments
 from .adapters import LoraArguments
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
+from .console import prepare_console
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_dataset(data, f"This command trains both tasks on one backbone for {args.num_train_epochs:g} epochs.")
         if look_ahead.preview:

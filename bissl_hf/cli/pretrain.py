@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from .. import load_image_dataset
 from ..checkpoints import write_json
@@ -25,6 +24,7 @@ from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
+from .console import prepare_console
 from .images import (
     DataArguments,
     LabelledImages,
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_dataset(data, f"This command pre-trains with {models.pretext} for {args.num_train_epochs:g} epochs.")
         if look_ahead.preview:

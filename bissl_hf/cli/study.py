@@ -9,12 +9,11 @@ results and a figure.
 
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
 from ..study.plan import Plan, StudyArguments
 from ..study.report import STUDY_RESULTS, build_results, write_report
 from ..study.running import Study
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .console import prepare_console
 from .images import ViewArguments
 from .outputs import open_output_dir
 from .parts import read_mapping
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings, views = parse_arguments(
         (StudyArguments, ViewArguments), arguments, description=str(__doc__).split("\n\n")[-1]
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     output = Path(settings.output_dir)
     with refusing_bad_input():
         if settings.report_only:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..report.reading import LEGEND
@@ -22,31 +22,38 @@ _SHOWN = {
     "levels/pull": "pull",
     "eval_accuracy": "accuracy",
     "eval_map": "mAP",
+    "eval_r2": "R2",
     "eval_loss": "loss",
     "knn_accuracy": "kNN accuracy",
     "rankme": "RankMe",
 }
+PACKAGE = __name__.split(".")[0]
 # An evaluation of more batches shows a bar of its own.
 _SHORT_EVALUATION = 20
 
 
-def format_log(logs: Mapping[str, Any], args: TrainingArguments, num_epochs: float) -> str | None:
+def format_log(logs: Mapping[str, Any], args: TrainingArguments, state: TrainerState) -> str | None:
     """Returns the figures of a log that a person wants to watch as one line; `None` if there are none.
 
     Args:
         logs (`Mapping[str, Any]`)
-        args (`TrainingArguments`): with `num_alternations` an epoch is called alternation.
-        num_epochs (`float`): of the run.
+        args (`TrainingArguments`): with `num_alternations` an epoch is called alternation; with `max_steps` steps are
+            counted.
+        state (`TrainerState`)
     """
     shown = {name: title for name, title in _SHOWN.items() if name in logs}
     if "lower/loss" in logs:
         shown.pop("loss", None)  # the mean over steps of both levels, which says little
     if not shown:
         return None
-    unit = "alternation" if hasattr(args, "num_alternations") else "epoch"
+    place = f"epoch {logs.get('epoch', 0):.4g}/{state.num_train_epochs:g}"
+    if hasattr(args, "num_alternations"):
+        place = place.replace("epoch", "alternation")
+    elif args.max_steps > 0:
+        place = f"step {state.global_step}/{state.max_steps}"
     figures = "  ".join(f"{title} {float(logs[name]):.4g}" for name, title in shown.items())
-    place = "on validation: " if any(name.startswith("eval_") for name in shown) else ""
-    return f"{unit} {logs.get('epoch', 0):.4g}/{num_epochs:g}  {place}{figures}"
+    split = "on validation: " if any(name.startswith("eval_") for name in shown) else ""
+    return f"{place}  {split}{figures}"
 
 
 class ShortPrinterCallback(PrinterCallback):
@@ -59,7 +66,7 @@ class ShortPrinterCallback(PrinterCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Prints the figures that a person wants to watch."""
-        line = format_log(logs or {}, args, state.num_train_epochs)
+        line = format_log(logs or {}, args, state)
         if state.is_world_process_zero and line:
             print(line, flush=True)
 
@@ -75,7 +82,7 @@ class ShortProgressCallback(ProgressCallback):
     def __init__(self, clock: StepClock) -> None:
         super().__init__()
         self.clock = clock
-        self._warnings: logging.Handler | None = None
+        self._messages: logging.Handler | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says how to read the lines, and opens the bar."""
@@ -86,9 +93,7 @@ class ShortProgressCallback(ProgressCallback):
         form = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
         self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=form)
         self.current_step = state.global_step
-        if not logging.getLogger().handlers:  # else whoever has set up the logging knows where it goes
-            self._warnings = _AboveBar()
-            logging.getLogger(__name__.split(".")[0]).addHandler(self._warnings)
+        self._messages = show_messages()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Moves the bar."""
@@ -121,26 +126,36 @@ class ShortProgressCallback(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Writes the figures that a person wants to watch."""
-        line = format_log(logs or {}, args, state.num_train_epochs)
+        line = format_log(logs or {}, args, state)
         if line and state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.write(line)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Closes the bar."""
-        if self._warnings is not None:
-            logging.getLogger(__name__.split(".")[0]).removeHandler(self._warnings)
-            self._warnings = None
+        if self._messages is not None:
+            logging.getLogger(PACKAGE).removeHandler(self._messages)
+            self._messages = None
         if self.training_bar is not None:
             self.training_bar.set_postfix_str("", refresh=False)
             self.training_bar.refresh()
         super().on_train_end(args, state, control, **kwargs)
 
 
+def show_messages() -> logging.Handler | None:
+    """Has the warnings of this package written above a bar, if there is one, and in whole words, where the last resort
+    of `logging` would write into it.
+
+    Returns:
+        `logging.Handler | None`: what was added; none where the logging is set up already.
+    """
+    logger = logging.getLogger(PACKAGE)
+    if logger.handlers or logging.getLogger().handlers:
+        return None
+    handler = _AboveBar(logging.WARNING)
+    logger.addHandler(handler)
+    return handler
+
+
 class _AboveBar(logging.Handler):
-    """Writes messages above the bar, in whole words, where the last resort of `logging` would write into it."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(for_console(record.getMessage()), file=sys.stderr)

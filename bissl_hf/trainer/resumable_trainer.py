@@ -117,6 +117,8 @@ class ResumableTrainer(Trainer):
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
         self.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ShortPrinterCallback() if args.disable_tqdm else ShortProgressCallback(self.step_clock))
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # of which torch warns in each evaluation
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
         check_whole_model(self.model)
@@ -233,9 +235,14 @@ class ResumableTrainer(Trainer):
     # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Keeps the random state: a run with and one without evaluation are the same run."""
+        """Keeps the random state: a run with and one without evaluation are the same run. Leaves out the time that
+        Trainer took to place the model, which says nothing of it."""
         with keyed_random_state((self.args.key_seed, int(Stream.EVALUATION))):
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+        metrics = output.metrics or {}
+        for name in [name for name in metrics if name.endswith("_model_preparation_time")]:
+            del metrics[name]
+        return output
 
     def prediction_step(
         self,

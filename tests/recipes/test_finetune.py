@@ -80,7 +80,7 @@ def test_a_run_leaves_its_best_model_and_figures_for_every_seed(finished: tuple[
     assert {path.name for path in (output / "figures").iterdir()} == {"finetuning.png", "search.png"}
     values = ", ".join(f"{100 * value:.2f}" for value in accuracy["values"])
     assert re.search(
-        rf"test +accuracy +{100 * accuracy['mean']:.2f} % +{100 * accuracy['std']:.2f} % +{values}", printed
+        rf"test +accuracy +24 +{100 * accuracy['mean']:.2f} % +{100 * accuracy['std']:.2f} % +{values}", printed
     )
     assert "chosen among 2 pairs on the validation split" in printed
 

@@ -10,7 +10,7 @@ from bissl_hf.trainer.clocks import StepClock
 from bissl_hf.trainer.console import ShortPrinterCallback, ShortProgressCallback, format_log
 
 LEVELS: Any = SimpleNamespace(num_alternations=8, lower_steps=8, upper_steps=4)
-ONE: Any = SimpleNamespace()
+ONE: Any = SimpleNamespace(max_steps=-1)
 LOGS = {
     "loss": 2.0, "lower/loss": 3.9151234, "upper/loss": 0.32051, "solver/residual": 1234567.0, "levels/pull": 1.2405,
     "epoch": 1.0, "lower/learning_rate": 0.1,
@@ -18,19 +18,25 @@ LOGS = {
 
 
 def test_an_alternation_is_called_alternation_and_its_line_fits_80_columns():
-    line = format_log(LOGS, LEVELS, 8)
+    state = make_state()
+    line = format_log(LOGS, LEVELS, state)
     assert line == "alternation 1/8  pretext 3.915  downstream 0.3205  residual 1.235e+06  pull 1.24"
     assert len(line) <= 80
-    found = format_log({"eval_loss": 0.1228, "eval_accuracy": 0.951, "eval_runtime": 3.0, "epoch": 1.0}, LEVELS, 8)
+    found = format_log({"eval_loss": 0.1228, "eval_accuracy": 0.951, "eval_runtime": 3.0, "epoch": 1.0}, LEVELS, state)
     assert found == "alternation 1/8  on validation: accuracy 0.951  loss 0.1228"
-    assert format_log({"loss": 5.4, "epoch": 0.5}, ONE, 1) == "epoch 0.5/1  loss 5.4"
-    assert format_log({"train_runtime": 3.0}, ONE, 1) is None
+    assert format_log({"train_runtime": 3.0}, ONE, state) is None
+
+
+def test_a_run_of_so_many_steps_counts_steps_and_any_other_one_epochs():
+    logs = {"loss": 5.4, "epoch": 0.5}
+    assert format_log(logs, ONE, make_state()) == "epoch 0.5/8  loss 5.4"
+    state = make_state(global_step=10)
+    assert format_log(logs, SimpleNamespace(max_steps=96), state) == "step 10/96  loss 5.4"
 
 
 def make_state(**changes: Any) -> Any:
-    return SimpleNamespace(
-        is_world_process_zero=True, max_steps=96, global_step=0, epoch=0.0, num_train_epochs=8, **changes
-    )
+    fields = {"is_world_process_zero": True, "max_steps": 96, "global_step": 0, "epoch": 0.0, "num_train_epochs": 8}
+    return SimpleNamespace(**{**fields, **changes})
 
 
 def test_without_a_bar_the_same_line_is_printed(capsys):

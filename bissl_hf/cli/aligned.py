@@ -149,7 +149,11 @@ class AlignedRun:
         ]
         with afterwards("The figure of the losses"):
             start = {"epoch": 0.0, **self.start_figures()}
-            plot_run([start, *trainer.state.log_history], self.output / "figures" / "training.png")
+            plot_run(
+                [start, *trainer.state.log_history],
+                self.output / "figures" / "training.png",
+                examples=len(self.images.validation),
+            )
         with afterwards("The figure of the features"):
             self.plot_features(self.output / "figures" / "tsne.png")
         with afterwards("The model card"):

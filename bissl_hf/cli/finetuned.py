@@ -156,14 +156,12 @@ class FineTuned:
     def conclusions(self) -> list[str]:
         """Returns how the outcome came about and how sure it is, as sentences."""
         results, test = self.results(), self.outcomes()[-1]
-        how = f"chosen among {len(results['search'])} pairs on the validation split" if self.found else "as given"
-        sentences = [
-            f"Learning rate {results['learning_rate']:.3g}, weight decay {results['weight_decay']:.3g} ({how})."
-        ]
+        how = f", chosen among {len(results['search'])} pairs on the validation split" if self.found else ""
+        sentences = [f"Learning rate {results['learning_rate']:.3g}, weight decay {results['weight_decay']:.3g}{how}."]
         if "accuracy" in test.metrics:
             sentences.append(
                 f"On {test.examples:,} test images an accuracy of {100 * test.metrics['accuracy']:.2f} % has a 95 % "
-                f"interval of {interval_text(test)} %, without what another seed changes."
+                f"interval of {interval_text(test)}; how much it depends on the seed comes on top."
             )
         return sentences
 
@@ -174,7 +172,7 @@ class FineTuned:
         for sentence in self.conclusions():
             print(for_console(sentence))
         which = f"The model of seed {self.best}, best on the validation split," if len(self.runs) > 1 else "The model"
-        print(f"\n{which} is in {output}, a report with all figures in {output}/report.html.\n")
+        print(f"\n{which} is in {output},\na report with all figures in {output}/report.html.\n")
         print("    from transformers import pipeline")
         print(f'    classify = pipeline("image-classification", model="{output}")\n')
 

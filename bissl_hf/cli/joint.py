@@ -152,7 +152,7 @@ def print_summary(output: str, found: list[Evaluated]) -> None:
     """Prints the metrics on both held-out splits and how to go on."""
     output = for_terminal(output)
     print(f"\n{format_outcomes(found)}\n")
-    print(f"The jointly trained model is in {output}, a report with all figures in {output}/report.html.")
+    print(f"The jointly trained model is in {output},\na report with all figures in {output}/report.html.")
     print("To go on with it:\n")
     print(f"    bissl-hf finetune --model {output} ...       fine-tunes it")
     print(f"    bissl-hf predict --model {output} --inputs FOLDER\n")

@@ -19,7 +19,7 @@ from ..data.decoded import DecodedImages
 from ..evaluation.figures import plot_curves
 from ..report.page import write_report
 from ..report.record import Report
-from ..text import format_table
+from ..text import for_terminal, format_table
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
@@ -170,11 +170,11 @@ def print_summary(trainer: PretextTrainer) -> None:
         values = [row[name] for row in trainer.state.log_history if name in row]
         if values:
             rows.append({"": title, "first": form.format(values[0]), "last": form.format(values[-1])})
-    output = trainer.args.output_dir
+    output = for_terminal(trainer.args.output_dir)
     print(f"\n{format_table(rows)}\n")
-    print(f"The pretext model is in {output}, its curves in {output}/figures. To go on with it:\n")
-    print(f"    accelerate launch recipes/bissl.py --lower_model {output} ...    aligns it with a downstream task")
-    print(f"    accelerate launch recipes/finetune.py --model {output} ...       fine-tunes it\n")
+    print(f"The pretext model is in {output},\na report with all figures in {output}/report.html. To go on with it:\n")
+    print(f"    bissl-hf align --lower_model {output} ...    aligns it with a downstream task")
+    print(f"    bissl-hf finetune --model {output} ...       fine-tunes it\n")
 
 
 @stopping_at_divergence()

@@ -112,15 +112,10 @@ def format_outcomes(found: Sequence[Evaluated]) -> str:
     short = {"top-5 accuracy": "top 5", "mean per class": "per class"}
     rows = []
     for each in found:
-        metrics = name_metrics({f"_{name}": value for name, value in each.metrics.items()}, "")
-        rows.append(
-            {
-                "split": each.split,
-                "model": each.model,
-                "n": f"{each.examples:,}",
-                **{short.get(name, name): value for name, value in metrics.items()},
-                **({"95 % interval": interval_text(each)} if "accuracy" in each.metrics else {}),
-                "loss": f"{each.metrics['loss']:.4f}",
-            }
-        )
+        row = {"split": each.split, "model": each.model, "n": f"{each.examples:,}"}
+        for name, value in name_metrics({f"_{name}": value for name, value in each.metrics.items()}, "").items():
+            row[short.get(name, name)] = value
+            if name == "accuracy":
+                row["95 % interval"] = interval_text(each)
+        rows.append({**row, "loss": f"{each.metrics['loss']:.4f}"})
     return format_table(rows)

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Subset
 
 from ..data.augment import EvalTransform
+from ..evaluation.monitors import effective_rank
 from ..trainer.knn_check import KnnCheck
 from ..trainer.resumable_trainer import ResumableTrainer
 from .images import LabelledImages
@@ -21,7 +23,7 @@ class WatchArguments:
         default=0,
         metadata={
             "help": "Alternations between two checks of the backbone: training images find the classes of validation "
-            "images as their nearest neighbours. 0 for none."
+            "images as their nearest neighbours, and the effective rank of the features (RankMe). 0 for none."
         },
     )
     knn_neighbors: int = field(default=20, metadata={"help": "Neighbours that vote."})
@@ -43,7 +45,7 @@ def add_knn_check(
     num_images: int,
     model: Callable[[], Any] | None = None,
 ) -> None:
-    """Adds a [`KnnCheck`] on the validation images to a trainer.
+    """Adds a [`KnnCheck`] on the validation images to a trainer, with the effective rank of their features.
 
     Args:
         trainer ([`ResumableTrainer`])
@@ -68,5 +70,11 @@ def add_knn_check(
         every=every,
         neighbors=neighbors,
         model=model,
+        feature_figures={"rankme": rankme},
     )
     trainer.add_callback(check)
+
+
+def rankme(features: np.ndarray) -> float:
+    """Returns the effective rank (see [`effective_rank`]) of features, shape `(images, width)`."""
+    return float(effective_rank(torch.from_numpy(features)))

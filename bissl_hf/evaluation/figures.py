@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Title, names of the groups, and per series its name and one `(value, low, high)` per group.
 Panel = tuple[str, Sequence[str], Sequence[tuple[str, Sequence[tuple[float, float, float]]]]]
-RESIDUAL_TITLE = "Residual of the linear solve"
+RESIDUAL_TITLE = "Residual of the linear solve\n(lower is better)"
 
 
 def _new_figure(width: float, height: float) -> "Figure":
@@ -42,28 +42,31 @@ def _save(figure: "Figure", path: str | Path) -> None:
     figure.savefig(path)
 
 
-def plot_run(history: Sequence[dict[str, Any]], path: str | Path) -> None:
+def plot_run(history: Sequence[dict[str, Any]], path: str | Path, *, examples: int | None = None) -> None:
     """Draws the score on validation, the losses of both levels and the residual of the linear solve over alternations.
 
     Args:
         history (`Sequence[dict]`): `trainer.state.log_history`.
         path (`str` or `Path`): the PNG file.
+        examples (`int`, *optional*): of the validation split.
     """
-    aligned, upper = "aligned model", "downstream model"
+    aligned, upper = "aligned model", "upper level"
     panels = [
-        ("Validation accuracy", [("eval_accuracy", aligned), ("eval_upper_accuracy", upper)]),
-        ("Validation mAP", [("eval_map", aligned), ("eval_upper_map", upper)]),
-        ("Validation R2", [("eval_r2", aligned), ("eval_upper_r2", upper)]),
-        ("Validation loss", [("eval_loss", aligned), ("eval_upper_loss", upper)]),
-        ("Pretext loss", [("lower/loss", "lower level")]),
-        ("Downstream loss in training", [("upper/loss", aligned), ("upper/direct_loss", upper)]),
-        ("Pull (3 to 10 did well)", [("levels/pull", "so far")]),
+        ("Validation accuracy\n(higher is better)", [("eval_accuracy", aligned), ("eval_upper_accuracy", upper)]),
+        ("Validation mAP\n(higher is better)", [("eval_map", aligned), ("eval_upper_map", upper)]),
+        ("Validation R2\n(higher is better)", [("eval_r2", aligned), ("eval_upper_r2", upper)]),
+        ("Validation loss\n(lower is better)", [("eval_loss", aligned), ("eval_upper_loss", upper)]),
+        ("Pretext loss in training\n(should not rise)", [("lower/loss", "lower level")]),
+        ("Downstream loss in training\n(lower is better)", [("upper/loss", aligned), ("upper/direct_loss", upper)]),
+        ("Pull so far\n(3 to 10 did well)", [("levels/pull", "so far")]),
         (RESIDUAL_TITLE, [("solver/residual", "relative")]),
     ]
     caption = (
         r"Aligned model: $\theta_P$, the lower level's backbone, with the downstream head; it is what the run writes. "
-        r"Downstream model: $\theta_D$, the upper level's own. Alternation 0: the head on the frozen backbone."
+        r"Upper level: $\theta_D$ with the same head. Alternation 0: the head on the frozen backbone."
     )
+    if examples:
+        caption += f" n = {examples:,} validation images."
     names = {name for _, lines in panels for name, _ in lines}
     rows = [row for row in history if "epoch" in row and names & row.keys()]
     plot_curves(rows, panels, path, unit="Alternation", caption=caption)
@@ -77,7 +80,7 @@ def plot_curves(
     unit: str = "Epoch",
     caption: str = "",
 ) -> None:
-    """Draws figures of a run over its epochs, four panels in a row. Those that the run does not have are left
+    """Draws figures of a run over its epochs, up to four panels in a row. Those that the run does not have are left
     out.
 
     Args:
@@ -90,8 +93,8 @@ def plot_curves(
     names = {name for row in history for name in row}
     shown = [(title, [line for line in lines if line[0] in names]) for title, lines in panels]
     shown = [(title, lines) for title, lines in shown if lines] or shown
-    columns = min(len(shown), 4)
-    rows_of_panels = math.ceil(len(shown) / columns)
+    rows_of_panels = math.ceil(len(shown) / 4)
+    columns = math.ceil(len(shown) / rows_of_panels)
     figure = _new_figure(3.4 * columns, 3.0 * rows_of_panels + (0.3 if caption else 0.0))
     grid = figure.subplots(rows_of_panels, columns, squeeze=False).flatten()
     for axes in grid[len(shown) :]:
@@ -102,7 +105,7 @@ def plot_curves(
             marker = "o" if len(rows) <= 50 else ""
             epochs, values = [row["epoch"] for row in rows], [row[name] for row in rows]
             axes.plot(epochs, values, marker=marker, markersize=3, label=label)
-        axes.set_title(_plain(title), fontsize=11)
+        axes.set_title("\n".join(_plain(line) for line in title.split("\n")), fontsize=11)
         axes.set_xlabel(unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

@@ -17,6 +17,7 @@ from ..checkpoints import write_text
 from ..evaluation.errors import confusion_matrix, most_confused
 from ..evaluation.metrics import MAIN_METRIC
 from ..evaluation.proportions import wilson_interval
+from ..optim.pull import GOOD_PULL, TYPICAL_PULL
 from ..text import for_html
 from .charts import draw_charts
 from .record import Evaluated, Report, history_of
@@ -34,6 +35,10 @@ _METRICS = {
     "mae": "MAE",
     "rmse": "RMSE",
     "loss": "Loss",
+}
+_REMARKS = {
+    "levels/pull": f"{GOOD_PULL:g} to {TYPICAL_PULL:g} did well",
+    "knn_accuracy": "nearest neighbours, validation",
 }
 _NOT_SHARES = ("r2", "mae", "rmse", "loss")
 _MAX_MATRIX, _NUM_CONFUSIONS = 12, 12
@@ -85,7 +90,7 @@ def _headline(report: Report) -> list[tuple[str, str, str]]:
         values = [row[name] for row in report.run.log_history if name in row]
         if values and not (name == "loss" and found):
             value = _percent(values[-1]) if name == "knn_accuracy" else f"{values[-1]:.3g}"
-            found.append((title, value, "3 to 10 did well" if name == "levels/pull" else ""))
+            found.append((title, value, _REMARKS.get(name, "")))
     if report.seconds:
         found.append(("Time", _duration(sum(report.seconds.values())), f"{report.run.steps:,} steps"))
     return found

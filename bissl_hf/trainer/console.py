@@ -57,18 +57,28 @@ def format_log(logs: Mapping[str, Any], args: TrainingArguments, state: TrainerS
 
 
 class ShortPrinterCallback(PrinterCallback):
-    """One short line per log, for runs without a bar."""
+    """One short line per log while a model is trained, for runs without a bar. What is logged after that is no progress,
+    and whoever asks for it has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_training = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says how to read the lines."""
+        self.is_training = True
         if state.is_world_process_zero and hasattr(args, "num_alternations"):
             print(LEGEND, flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Prints the figures that a person wants to watch."""
         line = format_log(logs or {}, args, state)
-        if state.is_world_process_zero and line:
+        if state.is_world_process_zero and self.is_training and line:
             print(line, flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prints no more lines."""
+        self.is_training = False
 
 
 class ShortProgressCallback(ProgressCallback):

@@ -44,6 +44,8 @@ def test_without_a_bar_the_same_line_is_printed(capsys):
     printer.on_train_begin(LEVELS, make_state(), None)
     printer.on_log(LEVELS, make_state(), None, dict(LOGS))
     printer.on_log(LEVELS, make_state(), None, {"train_runtime": 1.0})
+    printer.on_train_end(LEVELS, make_state(), None)
+    printer.on_log(LEVELS, make_state(), None, dict(LOGS))
     *legend, line = capsys.readouterr().out.splitlines()
     assert line.startswith("alternation 1/8  pretext 3.915")
     assert any("residual" in row for row in legend)

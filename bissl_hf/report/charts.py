@@ -22,6 +22,7 @@ class Curve:
         lines (`Mapping[str, str]`): labels by name in the history.
         explanation (`str`): what is shown and which way is better.
         is_logarithmic (`bool`, *optional*, defaults to `False`)
+        of_pair (`str`, *optional*): further sentences, where a run has two levels.
         marks (`Mapping[float, str]`, *optional*): horizontal lines with their meaning.
     """
 
@@ -30,6 +31,7 @@ class Curve:
     lines: Mapping[str, str]
     explanation: str
     is_logarithmic: bool = False
+    of_pair: str = ""
     marks: Mapping[float, str] | None = None
 
 
@@ -48,21 +50,23 @@ CURVES = (
         "Accuracy on validation",
         "accuracy",
         {"eval_accuracy": _ALIGNED, "eval_upper_accuracy": _UPPER},
-        "Higher is better. The aligned model, the lower level's backbone with the downstream head, is what the run "
-        "writes; the other is the upper level's own. Alternation 0 is the head trained on the frozen backbone.",
+        "Higher is better.",
+        of_pair="The aligned model, the lower level's backbone with the downstream head, is what the run writes; the "
+        "other is the upper level's own. Alternation 0 is the head trained on the frozen backbone.",
     ),
     Curve(
         "11-point mAP on validation",
         "mAP",
         {"eval_map": _ALIGNED, "eval_upper_map": _UPPER},
-        "Mean average precision; higher is better. Alternation 0 is the head trained on the frozen backbone.",
+        "Mean average precision; higher is better.",
+        of_pair="Alternation 0 is the head trained on the frozen backbone.",
     ),
     Curve(
         "R2 on validation",
         "R2",
         {"eval_r2": _ALIGNED, "eval_upper_r2": _UPPER},
-        "Share of the variance that is explained: higher is better, 0 is a constant. Alternation 0 is the head "
-        "on the frozen backbone.",
+        "Share of the variance that is explained: higher is better, 0 is a constant.",
+        of_pair="Alternation 0 is the head trained on the frozen backbone.",
     ),
     Curve(
         "Loss on validation",
@@ -156,7 +160,8 @@ def draw_charts(history: Sequence[Mapping[str, Any]], *, unit: str, curves: Sequ
         lines = [(label, points) for label, points in lines if len(points) > 1]
         # With two levels the loss of a step is that of either, of which each has a chart of its own.
         if lines and not (two_levels and list(curve.lines) == ["loss"]):
-            charts.append(Chart(curve.title, _draw(curve, lines, unit), curve.explanation))
+            explanation = f"{curve.explanation} {curve.of_pair}".strip() if two_levels else curve.explanation
+            charts.append(Chart(curve.title, _draw(curve, lines, unit), explanation))
     return charts
 
 

@@ -73,7 +73,10 @@ def render_report(report: Report) -> str:
         classes=_classes(report),
         matrix=_matrix(report),
         seconds=_seconds(report.seconds),
-        usage=[(each.sentence, each.code.replace("{model}", report.folder).splitlines()) for each in usage],
+        usage=[
+            (each.sentence.replace("`", ""), each.code.replace("{model}", report.folder).splitlines())
+            for each in usage
+        ],
     )
 
 

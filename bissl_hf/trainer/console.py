@@ -57,8 +57,8 @@ def format_log(logs: Mapping[str, Any], args: TrainingArguments, state: TrainerS
 
 
 class ShortPrinterCallback(PrinterCallback):
-    """One short line per log while a model is trained, for runs without a bar. What is logged after that is no progress,
-    and whoever asks for it has it."""
+    """One short line per log while a model is trained, for runs without a bar; an evaluation after that is no part of
+    its progress."""
 
     def __init__(self) -> None:
         super().__init__()

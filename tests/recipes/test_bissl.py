@@ -294,7 +294,7 @@ def test_refuses_images_that_cannot_be_read(
     ("changes", "message"),
     [
         ({"upper_model": "deeper"}, "The two backbones are not the same; only in the upper model"),
-        ({"upper_model": "four_classes"}, "tells 4 classes apart and the data set has 3; leave upper_model out"),
+        ({"upper_model": "four_classes"}, "has 4 classes and the data set has 3; leave upper_model out"),
         ({"upper_model": "simclr"}, "SimCLR|simclr"),
         ({"upper_model": "missing"}, "upper_model is .*missing'; there is no such folder. It must be a folder with"),
         (

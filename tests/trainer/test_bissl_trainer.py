@@ -170,16 +170,16 @@ def test_the_head_warm_up_trains_the_head_alone_and_once(tmp_path):
     trainer.train()
     (warm,) = seen
     assert same_tensors(start.lower.state_dict(), warm.lower.state_dict())
-    assert all_equal(start.upper_shared_parameters(), warm.upper_shared_parameters())
-    heads = zip(start.upper_head_parameters(), warm.upper_head_parameters(), strict=True)
+    assert all_equal(start.backbone_parameters("upper"), warm.backbone_parameters("upper"))
+    heads = zip(start.head_parameters("upper"), warm.head_parameters("upper"), strict=True)
     assert not any(torch.equal(*pair) for pair in heads)
     counts = [int(b) for b in warm.upper.buffers() if b.dtype == torch.long]
     assert counts
     assert set(counts) == {3 * 2}, "the backbone stays in train mode: 3 passes of 12 // 5 batches"
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
-    head = snapshot(trainer.model.upper_head_parameters())
+    head = snapshot(trainer.model.head_parameters("upper"))
     trainer.warm_up_head()
-    assert all_equal(head, trainer.model.upper_head_parameters())
+    assert all_equal(head, trainer.model.head_parameters("upper"))
 
 
 def test_without_head_warm_up_the_first_step_finds_the_model_as_given(tmp_path):
@@ -191,7 +191,9 @@ def test_without_head_warm_up_the_first_step_finds_the_model_as_given(tmp_path):
 
 def test_upper_adaptation_moves_theta_d_at_the_start_of_every_so_many_alternations(tmp_path):
     def backbones(trainer):
-        return snapshot(trainer.model.lower_shared_parameters()), snapshot(trainer.model.upper_shared_parameters())
+        return snapshot(trainer.model.backbone_parameters("lower")), snapshot(
+            trainer.model.backbone_parameters("upper")
+        )
 
     _, steps = recorded(
         backbones, tmp_path, num_alternations=5, upper_adaptation_every=2, upper_adaptation_strength=0.25
@@ -329,7 +331,7 @@ def test_solves_that_end_badly_are_counted(tmp_path):
 
     class Concave(BiSSLTrainer):
         def compute_lower_loss(self, model, inputs):
-            return -1e4 * sum((parameter**2).sum() for parameter in self.model.lower_shared_parameters())
+            return -1e4 * sum((parameter**2).sum() for parameter in self.model.backbone_parameters("lower"))
 
     trainer = make_trainer(tmp_path, cls=Concave, lower_learning_rate=1e-9, proximal_weight=0.1, damping=0.1)
     trainer.train()
@@ -573,7 +575,7 @@ def test_a_pair_of_language_models_goes_through_the_same_trainer(tmp_path):
     model = trainer.model
     tied = model.lower.get_output_embeddings().weight
     assert tied is model.lower.get_input_embeddings().weight
-    assert not any(parameter is tied for parameter in model.lower_head_parameters())
+    assert not any(parameter is tied for parameter in model.head_parameters("lower"))
     assert model.upper.config._attn_implementation == "sdpa"
     start = {name: value.clone() for name, value in model.state_dict().items()}
     trainer.train()

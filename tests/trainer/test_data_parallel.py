@@ -44,7 +44,7 @@ def test_a_compiler_that_is_only_named_is_refused(tmp_path, field):
 def test_a_model_that_is_not_whole_is_refused(tmp_path):
     model = tiny_model()
     model.upper.classifier.to("meta")
-    with pytest.raises(ValueError, match=r"The parameters lie on cpu, meta.*Load the models without device_map"):
+    with pytest.raises(ValueError, match=r"The parameters are on cpu, meta.*Load the models without device_map"):
         check_whole_model(model)
 
 

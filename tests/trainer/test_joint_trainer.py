@@ -55,7 +55,9 @@ def test_it_follows_plain_loops_in_float64(tmp_path):
         assert float((value - expected).detach().abs().max()) < 1e-9, name
     for value, expected in zip(trainer.model.lower.buffers(), lower.buffers(), strict=True):
         assert torch.allclose(value, expected), "running statistics are those of the pretext views alone"
-    for value, old in zip(trainer.model.upper_shared_parameters(), before.upper_shared_parameters(), strict=True):
+    for value, old in zip(
+        trainer.model.backbone_parameters("upper"), before.backbone_parameters("upper"), strict=True
+    ):
         assert torch.equal(value, old), "theta_D is not used"
 
 

@@ -178,7 +178,7 @@ def test_a_loss_that_the_cache_cannot_take_is_refused(tmp_path):
 
     class Penalised(BiSSLTrainer):
         def compute_lower_loss(self, model, inputs):
-            return model(**inputs).loss + sum((p**2).sum() for p in self.model.lower_shared_parameters())
+            return model(**inputs).loss + sum((p**2).sum() for p in self.model.backbone_parameters("lower"))
 
     for cls, message in ((RunsTwice, "runs the model on other inputs"), (Penalised, "uses parameters beside")):
         with pytest.raises(ValueError, match=message):

@@ -171,7 +171,7 @@ def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
         pretrainer.try_loss(rows=4)
 
 
-def tell_pull(trainer: BiSSLTrainer) -> None:
+def print_pull(trainer: BiSSLTrainer) -> None:
     """Says how far the upper level will reach the lower one; where that is too little the trainer warns."""
     pull = trainer.estimate_pull()
     if trainer.is_world_process_zero() and pull >= GOOD_PULL:
@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     if checkpoint and (output / RUN_RESULTS).is_file() and trainer.is_world_process_zero():
         print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
     if checkpoint is None:
-        tell_pull(trainer)
+        print_pull(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = evaluate_stage(trainer, task, images, AFTER_PREFIXES)
     check_metrics(after["metrics"], of="the aligned model")

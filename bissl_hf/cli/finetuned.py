@@ -44,7 +44,7 @@ class FineTuned:
     """Finished runs, to be written and summed up by one process.
 
     Args:
-        trainer ([`FineTuneTrainer`]): writes the card; it is told of the best run, which another one has trained.
+        trainer ([`FineTuneTrainer`]): writes the card; it takes over the log of the best run, which another one has trained.
         tuning ([`FineTuning`])
         runs (`Mapping[int, Mapping]`): by seed what [`FineTuning.train`] has returned.
         tests (`Mapping[int, Mapping[str, float]]`): likewise [`FineTuning.test`].
@@ -114,12 +114,12 @@ class FineTuned:
             with afterwards("The figure of the search"):
                 plot_search(self.found.trials, self.found.best, f"eval_{metric}", output / "figures" / "search.png")
         with afterwards("The model card"):
-            self.tell_trainer()
+            self.take_over_best_run()
             self.trainer.create_model_card()
         with afterwards("The report"):
             write_report(self.report(), output)
 
-    def tell_trainer(self) -> None:
+    def take_over_best_run(self) -> None:
         """Has the trainer know of the best run what its card and record say."""
         trainer, results, rows = self.trainer, self.results(), len(self.tuning.images.test)
         named = {"seed": "best_seed", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}

@@ -11,7 +11,7 @@ import pytest
 
 from bissl_hf.cards.facts import ModelFacts
 from bissl_hf.cli import aligned
-from bissl_hf.cli.align import tell_pull
+from bissl_hf.cli.align import print_pull
 from bissl_hf.cli.aligned import AFTER, BEFORE, UPPER, AlignedRun
 from bissl_hf.cli.levels import Images
 from bissl_hf.cli.tasks import DownstreamTask
@@ -123,7 +123,7 @@ def test_a_pull_is_printed_where_the_trainer_does_not_warn_of_it(capsys: pytest.
         trainer: Any = SimpleNamespace(
             estimate_pull=lambda pull=pull: pull, is_world_process_zero=lambda: True, proximal_weight=0.123
         )
-        tell_pull(trainer)
+        print_pull(trainer)
         printed = capsys.readouterr().out
         assert ("one: 5 over the run" in printed) is is_told
         assert max(map(len, ["", *printed.splitlines()])) <= 100

@@ -44,7 +44,8 @@ class FineTuned:
     """Finished runs, to be written and summed up by one process.
 
     Args:
-        trainer ([`FineTuneTrainer`]): writes the card; it takes over the log of the best run, which another one has trained.
+        trainer ([`FineTuneTrainer`]): writes the card; it takes over the log of the best run, which another one
+            has trained.
         tuning ([`FineTuning`])
         runs (`Mapping[int, Mapping]`): by seed what [`FineTuning.train`] has returned.
         tests (`Mapping[int, Mapping[str, float]]`): likewise [`FineTuning.test`].

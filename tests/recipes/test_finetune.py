@@ -82,7 +82,7 @@ def test_a_run_leaves_its_best_model_and_figures_for_every_seed(finished: tuple[
     assert re.search(
         rf"test +accuracy +24 +{100 * accuracy['mean']:.2f} % +{100 * accuracy['std']:.2f} % +{values}", printed
     )
-    assert "chosen among 2 pairs on the validation split" in printed
+    assert "chosen among 2 pairs on the validation split" in " ".join(printed.split())
 
 
 def test_the_model_card_is_that_of_the_best_seed(finished: tuple[Path, str], images: Path) -> None:

@@ -23,7 +23,7 @@ from bissl_hf.data.alternation import StepKey, Stream
 
 from .conftest import NUM_LABELS, tiny_model, vit_model
 from .optim.test_precision import layer_norm_trainer, on_each_device
-from .trainer.test_bissl_trainer import all_equal, make_args, make_trainer
+from .trainer.trainers import all_equal, make_args, make_trainer
 
 CACHED = {"lower_micro_batch_size": 3, "lower_gradient_cache": True, "upper_micro_batch_size": 2}
 

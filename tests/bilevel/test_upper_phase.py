@@ -27,7 +27,7 @@ from bissl_hf.models.convex_outputs import convex_outputs
 from bissl_hf.trainer import bissl_trainer
 
 from ..conftest import vit_model
-from ..trainer.test_bissl_trainer import make_trainer, same_tensors
+from ..trainer.trainers import make_trainer, same_tensors
 
 ROWS = 32
 

@@ -10,7 +10,7 @@ from bissl_hf.data.alternation import Stream
 
 from ..conftest import TinyImages
 from ..models.test_adapters import adapted, disturb
-from .test_bissl_trainer import make_trainer, same_tensors
+from .trainers import make_trainer, same_tensors
 
 SMALL = {"lower_steps": 2, "upper_steps": 2, "per_device_lower_batch_size": 4, "head_warmup_epochs": 0}
 

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bissl_hf.trainer.data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 
 from ..conftest import tiny_model
-from .test_bissl_trainer import make_args, make_trainer
+from .trainers import make_args, make_trainer
 
 VARIABLES = [
     ("ACCELERATE_USE_FSDP", "true", "use plain data parallelism.*Leave `distributed_type: FSDP` out"),

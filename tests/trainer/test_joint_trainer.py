@@ -11,8 +11,8 @@ from bissl_hf.trainer.training_args import JointTrainingArguments
 from ..conftest import TinyImages, tiny_model
 from ..processes import run_in_processes
 from .restatement import UPPER, Momentum, rate, read
-from .test_bissl_trainer import same_tensors
 from .test_processes import layer_norm_model
+from .trainers import same_tensors
 
 
 def make_trainer(output_dir, *, model=None, rows: int = 20, labelled: int = 12, **overrides) -> JointTrainer:

@@ -11,7 +11,7 @@ from bissl_hf.data.alternation import StepKey
 from bissl_hf.data.streams import model_randomness
 
 from ..conftest import TinyImages, vit_model
-from .test_bissl_trainer import all_equal, make_trainer, recorded, snapshot
+from .trainers import all_equal, make_trainer, recorded, snapshot
 
 CACHED = {"lower_micro_batch_size": 3, "lower_gradient_cache": True}
 # A batch of 8 in parts of 3, 3 and 2.

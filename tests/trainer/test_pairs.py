@@ -31,7 +31,7 @@ from bissl_hf import BiSSLModel, BiSSLTrainer, SimCLRConfig, SimCLRForPreTrainin
 from bissl_hf.data.alternation import Stream
 from bissl_hf.data.streams import model_randomness
 
-from .test_bissl_trainer import make_args
+from .trainers import make_args
 
 ROWS, LENGTH = 12, 6
 VIT = {

@@ -18,7 +18,7 @@ from bissl_hf.models.batch_norm import batch_norm_modules, running_statistics
 from ..conftest import NUM_LABELS, TinyImages, tiny_model
 from ..processes import run_in_processes
 from .restatement import LOWER, UPPER, read
-from .test_bissl_trainer import make_trainer, same_tensors
+from .trainers import make_trainer, same_tensors
 
 LOWER_STEPS, UPPER_STEPS, PRODUCTS = 3, 2, 2
 LOWER_BATCH, UPPER_BATCH, EMBEDDING = 8, 4, 5

@@ -17,7 +17,6 @@ from accelerate.state import PartialState
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
-from transformers.utils.logging import disable_progress_bar
 
 from .. import BiSSLConfig, BiSSLModel
 from ..checkpoints import write_json
@@ -31,6 +30,7 @@ from ..models.batch_norm import recalibrate_batch_norm
 from ..models.finite import with_finite_weights
 from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
+from .console import prepare_console
 from .images import DataArguments, LabelledImages, decode_labelled, load_labelled
 from .loading import load_config, loading
 from .outputs import RUN_RESULTS, afterwards, open_output_dir
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, data = parse_arguments(
         (AnalysisArguments, DataArguments), arguments, description=str(__doc__).split("\n\n")[-1]
     )
-    disable_progress_bar()  # of reading weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_arguments(options)
         open_output_dir(options.output_dir, None)

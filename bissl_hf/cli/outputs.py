@@ -141,5 +141,7 @@ def name_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, str]:
         "top5_accuracy": "top-5 accuracy",
         "mean_class_accuracy": "mean per class",
     }
-    found = {name: metrics.get(f"{prefix}_{key}") for key, name in names.items()}
-    return {name: f"{100 * value:.2f} %" for name, value in found.items() if value is not None}
+    shares = {name: metrics.get(f"{prefix}_{key}") for key, name in names.items()}
+    found = {name: f"{100 * value:.2f} %" for name, value in shares.items() if value is not None}
+    of_regression = {name: metrics.get(f"{prefix}_{name}") for name in ("r2", "mae", "rmse")}
+    return found | {name: f"{value:.4g}" for name, value in of_regression.items() if value is not None}

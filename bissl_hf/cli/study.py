@@ -9,14 +9,13 @@ results and a figure.
 
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
 from ..checkpoints import read_mapping
 from ..run_lock import hold_for_run
 from ..study.plan import Plan, StudyArguments
 from ..study.report import STUDY_RESULTS, build_results, write_report
 from ..study.running import Study
 from .arguments import parse_arguments, refusing_bad_input
+from .console import prepare_console
 from .images import ViewArguments
 from .outputs import open_output_dir
 from .running import as_a_run
@@ -48,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings, views = parse_arguments(
         (StudyArguments, ViewArguments), arguments, description=str(__doc__).split("\n\n")[-1]
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     output = Path(settings.output_dir)
     with refusing_bad_input():
         if settings.report_only:

@@ -94,17 +94,17 @@ class DownstreamTask:
         return f"An image has {each} of {len(self.class_names)} classes: {shown}{more}."
 
     def describe_splits(self, images: LabelledImages) -> str:
-        """Returns the sizes of the splits and the balance of the classes in training, as two lines."""
-        sizes = ", ".join(f"{len(getattr(images, split))} {split}" for split in ("train", "validation", "test"))
+        """Returns the sizes of the splits and the balance of the classes in training, in lines."""
+        sizes = ", ".join(f"{len(getattr(images, split)):,} {split}" for split in ("train", "validation", "test"))
         labels = images.train.labels
         if labels is None or self.problem_type == REGRESSION:
-            return f"Labelled images: {sizes}. {self.describe()}"
+            return f"Labelled images: {sizes}.\n{self.describe()}"
         counts = labels.sum(axis=0) if labels.ndim > 1 else np.bincount(labels, minlength=len(self.class_names))
         rarest, commonest = int(counts.argmin()), int(counts.argmax())
         if counts[rarest] == counts[commonest]:
-            return f"Labelled images: {sizes}. {self.describe()}\nIn training {int(counts[rarest])} of each class."
+            return f"Labelled images: {sizes}.\n{self.describe()}\nIn training {int(counts[rarest])} of each class."
         return (
-            f"Labelled images: {sizes}. {self.describe()}\n"
+            f"Labelled images: {sizes}.\n{self.describe()}\n"
             f"In training {int(counts[rarest])} of the rarest ({self.class_names[rarest]}) and "
             f"{int(counts[commonest])} of the commonest ({self.class_names[commonest]})."
         )

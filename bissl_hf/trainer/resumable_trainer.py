@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -40,7 +40,9 @@ from ..hub.publisher import Progress, Publisher
 from ..models.finite import check_finite_weights
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
-from .callbacks import BestCheckpoint, EpochBoundary, OneRunInFolder, ShortProgressCallback, TrainingClock
+from .callbacks import BestCheckpoint, EpochBoundary, OneRunInFolder
+from .clocks import StepClock, TrainingClock
+from .console import ShortPrinterCallback, ShortProgressCallback
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 from .divergence import DivergenceGuard
 from .metrics_buffer import MetricsBuffer
@@ -68,6 +70,7 @@ class ResumableTrainer(Trainer):
         checkpoints ([`CheckpointStore`]): what a resume needs registers with it.
         facts ([`ModelFacts`]): what the model card should say and the trainer cannot know.
         publisher ([`Publisher`]): what pushes to the Hub.
+        step_clock ([`StepClock`]): what the steps of each level take.
 
     Raises:
         `ValueError`: if several GPUs would be driven by one process, or optimizers are passed in.
@@ -104,21 +107,22 @@ class ResumableTrainer(Trainer):
             always_push=args.hub_always_push,
         )
         self.metrics_buffer = MetricsBuffer(average_flat)
-        self._clock, self._best = TrainingClock(), BestCheckpoint()
+        self._clock, self._best, self.step_clock = TrainingClock(), BestCheckpoint(), StepClock(args)
         self._staging: Path | None = None
         self._resumed_step = 0
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
         self.divergence, self._stop_signals = DivergenceGuard(self), StopSignals()
         observers = trainer_kwargs.pop("callbacks", None) or []
-        callbacks = [OneRunInFolder(), self._clock, self._best, *observers]
+        callbacks = [OneRunInFolder(), self._clock, self.step_clock, self._best, *observers]
         callbacks += [self._stop_signals, EpochBoundary(), self.divergence]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
-        if not args.disable_tqdm:
-            self.pop_callback(ProgressCallback)
-            self.add_callback(ShortProgressCallback)
+        self.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(ShortPrinterCallback() if args.disable_tqdm else ShortProgressCallback(self.step_clock))
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # of which torch warns in each evaluation
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
         check_same_arguments(args)
@@ -131,9 +135,14 @@ class ResumableTrainer(Trainer):
             args.remove_unused_columns = False
         self.loss_scale = LossScale(lambda: self.accelerator.scaler)
         self.checkpoints = CheckpointStore()
-        for name, owner in (("metrics", self.metrics_buffer), ("seconds", self._clock), ("best", self._best)):
+        for name, owner in (
+            ("metrics", self.metrics_buffer),
+            ("seconds", self._clock),
+            ("step_seconds", self.step_clock),
+            ("best", self._best),
+            ("divergence", self.divergence),
+        ):
             self.checkpoints.register(name, owner)
-        self.checkpoints.register("divergence", self.divergence)
 
     # Several processes
 
@@ -242,9 +251,14 @@ class ResumableTrainer(Trainer):
     # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Keeps the random state: a run with and one without evaluation are the same run."""
+        """Keeps the random state: a run with and one without evaluation are the same run. Leaves out the time that
+        Trainer took to place the model, which says nothing of it."""
         with keyed_random_state((self.args.key_seed, int(Stream.EVALUATION))):
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+        metrics = output.metrics or {}
+        for name in [name for name in metrics if name.endswith("_model_preparation_time")]:
+            del metrics[name]
+        return output
 
     def prediction_step(
         self,

@@ -44,7 +44,7 @@ def test_run_has_a_panel_per_series(residuals: bool, tmp_path: Path) -> None:
     pixels = read(path)
     panels = 3 if residuals else 2
     height, width = pixels.shape[:2]
-    assert (height, width) == (450, panels * 510)
+    assert (height, width) == (495, panels * 510)
     for panel in range(panels):
         part = pixels[:, panel * width // panels : (panel + 1) * width // panels]
         assert has_color(part, BLUE)

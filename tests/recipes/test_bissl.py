@@ -338,13 +338,18 @@ def test_a_run_leaves_its_files(finished: tuple[Path, str]) -> None:
         with Image.open(output / "figures" / figure) as image:
             assert len(image.convert("RGB").resize((200, 80)).getcolors(200 * 80)) > 20
     results = json.loads((output / "all_results.json").read_text())
+    assert not any("preparation_time" in name for name in results)
+    page = (output / "report.html").read_text()
+    assert f"{100 * results['test_accuracy']:.2f} %" in page
+    assert "Most confident errors" in page or results["test_accuracy"] == 1
     assert [row["lower/loss"] > 0 for row in results["log_history"] if "lower/loss" in row] == [True, True]
-    rows = [line for line in printed.splitlines() if line.startswith("aligned model, after BiSSL")]
-    accuracy, loss = f"{100 * results['test_accuracy']:.2f}", f"{results['test_loss']:.4f}"
-    assert [row.split()[-3:] for row in rows] == [[accuracy, "%", loss]]
-    (estimated,) = re.findall(r"Estimated pull of the upper level on the lower one: (\S+) over the run", printed)
-    (*_, pull) = [row["levels/pull"] for row in results["log_history"] if "levels/pull" in row]
-    assert pull / 3 < float(estimated) < 3 * pull
+    for split in ("validation", "test"):
+        accuracy, loss = f"{100 * results[f'{split}_accuracy']:.2f} %", f"{results[f'{split}_loss']:.4f}"
+        (row,) = re.findall(rf"{split} +after: aligned +\d+ +(.+)", printed)
+        assert row.startswith(accuracy)
+        assert row.endswith(loss)
+        assert re.search(r" \d+\.\d to \d+\.\d ", row)
+    assert max(map(len, printed.splitlines())) <= 100 + len(str(output))
 
 
 def test_the_model_card_says_what_the_run_has_shown(finished: tuple[Path, str], images: Path) -> None:

@@ -7,9 +7,12 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.alternation import Stream
+from ..data.decoded import decoded_for
 from ..data.streams import labelled_batch_size
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
+from .given import check_arguments, check_rows
 from .single_level_trainer import SingleLevelTrainer
+from .smoothing import check_smoothing
 from .training_args import FineTuningArguments
 
 
@@ -36,6 +39,8 @@ class FineTuneTrainer(SingleLevelTrainer):
     def __init__(
         self, *, args: FineTuningArguments, train_dataset: Any, eval_dataset: Any = None, **trainer_kwargs: Any
     ) -> None:
+        check_arguments(args, FineTuningArguments, FineTuneTrainer)
+        train_dataset = decoded_for(train_dataset, trainer_kwargs.get("train_transform"))
         if eval_dataset is None and args.eval_strategy != "no":
             args.eval_strategy = type(args.eval_strategy)("no")
         super().__init__(
@@ -47,6 +52,9 @@ class FineTuneTrainer(SingleLevelTrainer):
             eval_dataset=eval_dataset,
             **trainer_kwargs,
         )
+        check_rows(train_dataset, name="train_dataset", transform="train_transform", labelled_for=self.model)
+        if args.label_smoothing_factor:
+            check_smoothing(self.model)
         self.add_callback(_StartBatchNorm(self))
 
     def final_model(self) -> PreTrainedModel:

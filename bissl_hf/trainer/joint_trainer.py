@@ -8,10 +8,12 @@ from transformers import default_data_collator
 
 from ..cards.record import RunRecord
 from ..data.alternation import KeyedSource, StepKey, Stream
+from ..data.decoded import decoded_for
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.modeling_bissl import BiSSLModel
+from .given import check_arguments, check_rows, refuse_loss_hooks
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import JointTrainingArguments
@@ -51,6 +53,10 @@ class JointTrainer(SingleLevelTrainer):
         lower_transform: Transform | None = None,
         **trainer_kwargs: Any,
     ) -> None:
+        check_arguments(args, JointTrainingArguments, JointTrainer)
+        refuse_loss_hooks(type(self), SingleLevelTrainer, trainer_kwargs, "override joint_loss(pretext, key)")
+        lower_dataset = decoded_for(lower_dataset, lower_transform, labelled=False)
+        train_dataset = decoded_for(train_dataset, train_transform)
         for parameter in model.upper_shared_parameters():
             parameter.requires_grad_(False)
         batch = args.per_device_train_batch_size * args.world_size
@@ -65,10 +71,12 @@ class JointTrainer(SingleLevelTrainer):
             train_transform=lower_transform,
             **trainer_kwargs,
         )
+        labelled_batch = labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset)
+        check_rows(train_dataset, name="train_dataset", transform="train_transform", labelled_for=model.upper)
         labelled = KeyedSource(
             train_dataset,
-            labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset),
-            default_data_collator,
+            labelled_batch,
+            self.dropping_columns(default_data_collator, model.upper),
             steps_per_alternation=self.source.steps_per_alternation,
             world_size=args.world_size,
         )

@@ -6,7 +6,9 @@ from transformers import PreTrainedModel
 
 from ..cards.record import RunRecord
 from ..data.alternation import Stream
+from ..data.decoded import decoded_for
 from ..data.streams import check_pretext_batch
+from .given import check_arguments, check_rows
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import PretextTrainingArguments
@@ -32,8 +34,11 @@ class PretextTrainer(SingleLevelTrainer):
     def __init__(
         self, model: PreTrainedModel, args: PretextTrainingArguments, *, train_dataset: Any, **trainer_kwargs: Any
     ) -> None:
+        check_arguments(args, PretextTrainingArguments, PretextTrainer)
+        train_dataset = decoded_for(train_dataset, trainer_kwargs.get("train_transform"), labelled=False)
         batch = args.per_device_train_batch_size * args.world_size
         check_pretext_batch(batch, train_dataset, name="train_dataset", field="per_device_train_batch_size")
+        check_rows(train_dataset, name="train_dataset", transform="train_transform")
         super().__init__(
             model=model,
             args=args,

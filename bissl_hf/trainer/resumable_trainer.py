@@ -1,6 +1,7 @@
 """What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without
 waiting."""
 
+import inspect
 import os
 import shutil
 import time
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, RemoveColumnsCollator
+from transformers.utils import logging
 
 from ..cards.card import build_model_card
 from ..cards.facts import ModelFacts
@@ -32,17 +35,21 @@ from ..checkpoints import (
 )
 from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream, keyed_random_state
 from ..data.batches import batch_rows, split_rows
+from ..data.decoded import decoded_for
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
-from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, TrainingClock
+from .callbacks import BestCheckpoint, EpochBoundary, NewRun, ShortProgressCallback, TrainingClock
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
+from .given import check_arguments
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
 from .state_files import find_refused_file
 from .training_args import ResumableTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 
 class ResumableTrainer(Trainer):
@@ -76,6 +83,7 @@ class ResumableTrainer(Trainer):
     def __init__(
         self, *, args: ResumableTrainingArguments, eval_transform: Transform | None = None, **trainer_kwargs: Any
     ) -> None:
+        check_arguments(args, ResumableTrainingArguments, type(self))
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs and would split batches by DataParallel, which is not supported. "
@@ -102,16 +110,24 @@ class ResumableTrainer(Trainer):
         self._staging: Path | None = None
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
-        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), EpochBoundary()]
+        callbacks = [
+            NewRun(),
+            self._clock,
+            self._best,
+            *(trainer_kwargs.pop("callbacks", None) or []),
+            EpochBoundary(),
+        ]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
-        super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
+        eval_dataset = trainer_kwargs.pop("eval_dataset", None)
+        self._eval_transform = eval_transform
+        super().__init__(args=args, callbacks=callbacks, eval_dataset=self._decoded(eval_dataset), **trainer_kwargs)
         if not args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(ShortProgressCallback)
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
-        check_whole_model(self.model)
+        check_whole_model(self.model, second_order=args.takes_second_derivatives)
         copy_from_first([*self.model.parameters(), *self.model.buffers()], args.device)
         self.streams = Streams(device=args.device, seed=args.key_seed, rank=args.process_index)
         self.streams.add(Stream.EVALUATION, None, eval_transform)
@@ -165,7 +181,45 @@ class ResumableTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=(
+                self.args.dataloader_multiprocessing_context if self.args.dataloader_num_workers else None
+            ),
         )
+
+    def dropping_columns(
+        self, collator: Callable[[list[Any]], dict[str, Any]], model: PreTrainedModel
+    ) -> Callable[[list[Any]], dict[str, Any]]:
+        """Returns a collator without the columns that a model's forward pass does not take, as `remove_unused_columns`
+        says; the same in training and in evaluation, where Trainer would take them out of the data set (and out of
+        what a `with_transform` reads)."""
+        if not self.args.remove_unused_columns:
+            return collator
+        columns = [*inspect.signature(model.forward).parameters, "label", "label_ids"]
+        return RemoveColumnsCollator(collator, columns, logger=logger, model_name=type(model).__name__)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """Leaves data sets whole: see `dropping_columns` (a private hook of transformers 5.23, 2026-11)."""
+        return dataset
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Callable[..., Any], description: str | None = None
+    ) -> Callable[..., Any]:
+        """Likewise."""
+        return data_collator
+
+    def _decoded(self, dataset: Any) -> Any:
+        """Returns evaluation data whose images are decoded; of a dictionary of data sets each."""
+        if isinstance(dataset, dict):
+            return {name: decoded_for(part, self._eval_transform, crops=False) for name, part in dataset.items()}
+        return decoded_for(dataset, self._eval_transform, crops=False)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Takes a `datasets.Dataset` with a column of images, too."""
+        return super().get_eval_dataloader(self._decoded(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Takes a `datasets.Dataset` with a column of images, too."""
+        return super().get_test_dataloader(self._decoded(test_dataset))
 
     # Logs
 

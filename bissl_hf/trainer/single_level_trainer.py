@@ -58,6 +58,9 @@ class SingleLevelTrainer(ResumableTrainer):
             world_size=args.world_size,
         )
         super().__init__(args=args, train_dataset=train_dataset, data_collator=data_collator, **trainer_kwargs)
+        if train_transform is not None:
+            args.remove_unused_columns = False
+        self.source.collator = self.data_collator = self.dropping_columns(data_collator, self.model)
         self.streams.add(stream, self.source, train_transform)
 
     def get_train_dataloader(self) -> AlternatingDataLoader:

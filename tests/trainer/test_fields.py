@@ -1,0 +1,116 @@
+"""Each field of transformers.TrainingArguments acts or is refused; none is ignored."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from bissl_hf import BiSSLTrainingArguments
+from bissl_hf.trainer.fields import (
+    ACTING,
+    REFUSED,
+    REFUSED_BY_ALTERNATIONS,
+    REFUSED_IN_JOINT_TRAINING,
+    REFUSED_IN_PRETRAINING,
+    REFUSED_IN_SECOND_ORDER,
+    is_set,
+)
+from bissl_hf.trainer.training_args import (
+    FineTuningArguments,
+    JointTrainingArguments,
+    PretextTrainingArguments,
+    ResumableTrainingArguments,
+)
+
+FIELDS = {field.name: field for field in fields(TrainingArguments)}
+BASIC = {"output_dir": "unused", "use_cpu": True, "report_to": "none"}
+# For fields whose default does not tell what another value looks like.
+OTHERS = {
+    "fsdp": "full_shard", "fsdp_config": {"min_num_params": 1}, "deepspeed": "zero.json", "parallelism_config": "x",
+    "liger_kernel_config": {"rope": True}, "hub_token": "secret", "gradient_accumulation_steps": 2,
+    "neftune_noise_alpha": 0.1, "optim_target_modules": "all-linear", "torch_empty_cache_steps": 1,
+    "include_num_input_tokens_seen": "all", "label_names": ["y"], "train_sampling_strategy": "group_by_length",
+    "length_column_name": "size", "torch_compile_backend": "eager", "torch_compile_mode": "default",
+    "label_smoothing_factor": 0.1, "logging_nan_inf_filter": True, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "activation_checkpointing_kwargs": {"use_reentrant": False},
+}  # fmt: skip
+
+
+def other_value(name):
+    default = FIELDS[name].default
+    return OTHERS[name] if name in OTHERS else (not default)
+
+
+def test_every_field_acts_or_is_refused():
+    """A new release of transformers that adds a field fails here until it is known which."""
+    assert set(FIELDS) == ACTING | set(REFUSED)
+    assert not ACTING & set(REFUSED)
+    assert set(REFUSED_IN_SECOND_ORDER) | set(REFUSED_IN_PRETRAINING) | set(REFUSED_BY_ALTERNATIONS) <= ACTING
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_refused_field_is_refused_with_a_way_out(name):
+    with pytest.raises(ValueError, match=rf"^{name} is .*, which is not supported: .{{20,}}\.$") as caught:
+        ResumableTrainingArguments(**BASIC, **{name: other_value(name)})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_IN_SECOND_ORDER))
+def test_what_second_derivatives_forbid_is_refused_for_them_alone(name):
+    with pytest.raises(ValueError, match=f"{name} is .*no second derivative; .*first-order solver"):
+        BiSSLTrainingArguments(**BASIC, solver="cg", **{name: other_value(name)})
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")  # transformers 5.23 deprecates the old names, 2026-11
+@pytest.mark.parametrize("name", sorted(REFUSED_IN_SECOND_ORDER))
+@pytest.mark.parametrize("kind", [BiSSLTrainingArguments, FineTuningArguments, PretextTrainingArguments])
+def test_what_second_derivatives_forbid_is_allowed_without_them(kind, name, monkeypatch):
+    for variable in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.setenv(variable, "no")  # TrainingArguments writes them
+    solver = {"solver": "identity"} if kind is BiSSLTrainingArguments else {}
+    args = kind(**BASIC, **solver, **{name: other_value(name)})
+    assert getattr(args, name) == other_value(name)
+    assert not args.takes_second_derivatives
+
+
+def test_what_a_stage_has_no_use_for_is_refused_there():
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1, .*no labels to smooth"):
+        PretextTrainingArguments(**BASIC, label_smoothing_factor=0.1)
+    for name in REFUSED_IN_JOINT_TRAINING:
+        with pytest.raises(ValueError, match=f"{name} is .*not compiled"):
+            JointTrainingArguments(**BASIC, **{name: other_value(name)})
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 1\.0; it must be at least 0 and below 1"):
+        FineTuningArguments(**BASIC, label_smoothing_factor=1.0)
+    with pytest.raises(ValueError, match="do_eval is True and eval_strategy 'no'"):
+        PretextTrainingArguments(**BASIC, do_eval=True)
+
+
+def test_the_fields_of_adam_reach_adam():
+    args = ResumableTrainingArguments(**BASIC, optim="adamw", adam_beta1=0.5, adam_epsilon=1e-3)
+    optimizer = args.level(num_steps=1).build_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.5, 0.999), 1e-3)
+
+
+def test_the_fields_of_adam_are_refused_elsewhere():
+    for name, value in (("adam_beta1", 0.5), ("adam_beta2", 0.5), ("adam_epsilon", 1e-3)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, and optim 'sgd' has no such number"):
+            ResumableTrainingArguments(**BASIC, optim="sgd", **{name: value})
+    with pytest.raises(ValueError, match=r"adam_beta1 is 0\.5 and optim_args sets betas too"):
+        ResumableTrainingArguments(**BASIC, optim="adamw", adam_beta1=0.5, optim_args="betas=(0.1,0.2)")
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "expected"),
+    [
+        (None, False, False),
+        ("", None, False),
+        ([], None, False),
+        (False, "no", False),
+        (False, True, True),
+        (2, 1, True),
+    ],
+)
+def test_empty_values_are_the_same(value, default, expected):
+    assert is_set(value, default) is expected

@@ -55,6 +55,11 @@ class BiSSLModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Both models initialise their own layers."""
 
+    @property
+    def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]
+        """Whether both models do."""
+        return bool(self.lower.supports_gradient_checkpointing and self.upper.supports_gradient_checkpointing)
+
     def _freeze(self) -> None:
         for name in self.config.frozen_parameters:
             self.get_parameter(name).requires_grad_(False)
@@ -200,7 +205,6 @@ class BiSSLModel(PreTrainedModel):
 
         Raises:
             `ValueError`: for another level.
-            `RuntimeError`: from the pass, if the level's model uses gradient checkpointing.
         """
         if level not in LEVELS:
             raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}.")
@@ -208,12 +212,6 @@ class BiSSLModel(PreTrainedModel):
 
     def _call_with_copies(self, level: str, **inputs: Any) -> Any:
         model = self.lower if level == "lower" else self.upper
-        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            # What is computed again in the backward pass would see the live tensors instead of those put in here.
-            raise RuntimeError(
-                f"{type(model).__name__} uses gradient checkpointing, which would give wrong gradients here; turn it "
-                "off with `gradient_checkpointing_disable()` and use smaller micro-batches or a recomputed curvature."
-            )
         tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if level == "aligned":
             prefix = base_prefix(self.upper)
@@ -225,6 +223,12 @@ class BiSSLModel(PreTrainedModel):
                 for name, buffer in buffers.items()
                 if (other := tensors.get(prefix + name)) is not None and other.shape == buffer.shape
             }
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            # A functional call ends before the backward pass computes layers again, which would then see the live
+            # tensors. A copy of the modules around the same parameters keeps those put in here.
+            live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            kept: dict[int, Any] = {id(tensor): tensors.get(name, tensor) for name, tensor in live.items()}
+            return copy.deepcopy(model, kept)(**inputs)
         return functional_call(model, tensors, kwargs=inputs)
 
     # What users take away

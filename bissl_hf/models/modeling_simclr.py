@@ -77,6 +77,11 @@ class SimCLRForPreTraining(PreTrainedModel):
             layer._is_hf_initialized = all(not parameter.is_meta for parameter in layer.parameters())
         self.post_init()
 
+    @property
+    def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]
+        """Whether the backbone does."""
+        return bool(self.backbone.supports_gradient_checkpointing)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Only the head is initialised here; the layers of the backbone by the backbone itself. Both are torch's

@@ -23,7 +23,14 @@ from ..bilevel.upper_phase import Solve, SolveSettings, UpperPhase
 from ..cards.record import RunRecord
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
 from ..data.decoded import decoded_for
-from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
+from ..data.streams import (
+    Inputs,
+    Transform,
+    check_map_style,
+    check_pretext_batch,
+    labelled_batch_size,
+    model_randomness,
+)
 from ..distributed import average_flat
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
@@ -125,6 +132,9 @@ class BiSSLTrainer(ResumableTrainer):
         if eval_dataset is None and args.eval_strategy != "no":
             logger.info("No eval_dataset was given, so nothing is evaluated during training.")
             args.eval_strategy = type(args.eval_strategy)("no")
+        for name, dataset in (("train_dataset", train_dataset), ("lower_dataset", lower_dataset)):
+            if dataset is not None:
+                check_map_style(dataset, name=name)
         self.lower_dataset = decoded_for(lower_dataset, lower_transform, labelled=False)
         super().__init__(
             model=model,

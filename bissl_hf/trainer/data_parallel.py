@@ -22,8 +22,8 @@ _VARIABLES: dict[str, tuple[str, str]] = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", f"the model would be split up. {_WHOLE_MODELS}"),
     "ACCELERATE_DYNAMO_BACKEND": ("dynamo_config", SECOND_ORDER),
 }
-# Of these, what only second derivatives forbid.
-_COMPILERS = ("ACCELERATE_DYNAMO_BACKEND",)
+# What sets the compiler, which only second derivatives forbid.
+COMPILER_VARIABLES = ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
 _OFF = ("", "false", "no", "none", "0")
 
 
@@ -38,7 +38,7 @@ def refuse_launcher_settings(*, second_order: bool) -> None:
     """
     for name, (line, reason) in _VARIABLES.items():
         value = os.environ.get(name, "")
-        if value.lower() not in _OFF and (second_order or name not in _COMPILERS):
+        if value.lower() not in _OFF and (second_order or name not in COMPILER_VARIABLES):
             raise ValueError(
                 f"{name} is {value!r}, which is not supported: {reason}. Leave `{line}` out of the configuration of "
                 "accelerate."

@@ -4,6 +4,9 @@ level's."""
 import copy
 import inspect
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
@@ -17,7 +20,7 @@ from ..optim.optimizers import parse_optimizer_options, resolve_optimizer, takes
 from ..optim.pull import TYPICAL_PULL
 from ..optim.schedule import level_schedule
 from ..optim.two_level import LevelSettings
-from .data_parallel import refuse_launcher_settings
+from .data_parallel import COMPILER_VARIABLES, refuse_launcher_settings
 from .fields import (
     REFUSED,
     REFUSED_BY_ALTERNATIONS,
@@ -44,6 +47,21 @@ _BISSL_AT_LEAST = {
     **dict.fromkeys(("head_warmup_epochs", "bn_recalibration_images", "upper_adaptation_every"), 0),
     **dict.fromkeys(("lower_warmup_steps", "lower_max_grad_norm"), 0),
 }
+
+
+@contextmanager
+def _environment_kept(*names: str) -> Iterator[None]:
+    """Undoes what is done to environment variables: transformers 5.23 sets those of the compiler for the whole process
+    (2026-11), where later runs would find them; the trainer hands the compiler to Accelerate itself."""
+    kept = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 _ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
@@ -120,7 +138,8 @@ class ResumableTrainingArguments(TrainingArguments):
         )
         # The base class knows fewer names.
         self.optim = OptimizerNames.SGD
-        super().__post_init__()
+        with _environment_kept(*COMPILER_VARIABLES):
+            super().__post_init__()
         self.optim = optim
 
     @property

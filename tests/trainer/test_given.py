@@ -50,22 +50,22 @@ def test_hooks_of_trainer_are_refused_with_ours(tmp_path):
         def compute_loss(self, *args, **kwargs):
             return None
 
-    with pytest.raises(TypeError, match="compute_loss_func is not used by BiSSLTrainer; override compute_upper_loss"):
+    with pytest.raises(TypeError, match=r"compute_loss_func is not used by BiSSLTrainer; override compute_upper_loss"):
         build(tmp_path, keywords={"compute_loss_func": print})
     with pytest.raises(
-        TypeError, match="Own overrides compute_loss, .*override compute_upper_loss.*compute_lower_loss"
+        TypeError, match=r"Own overrides compute_loss, .*override compute_upper_loss.*compute_lower_loss"
     ):
         build(tmp_path, cls=Own)
-    with pytest.raises(TypeError, match="model_init is not used by BiSSLTrainer; pass a model"):
+    with pytest.raises(TypeError, match=r"model_init is not used by BiSSLTrainer; pass a model"):
         BiSSLTrainer(args=make_args(tmp_path), model_init=tiny_model)
-    with pytest.raises(NotImplementedError, match="hyperparameter_search is not offered.*bissl-hf study"):
+    with pytest.raises(NotImplementedError, match=r"hyperparameter_search is not offered.*bissl-hf study"):
         build(tmp_path).hyperparameter_search()
 
 
 def test_joint_training_refuses_them_too(tmp_path):
     args = JointTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=8, **BASIC)
     data = {"train_dataset": TinyImages(12), "lower_dataset": TinyImages(24, pairs=True)}
-    with pytest.raises(TypeError, match="compute_loss_func is not used by SingleLevelTrainer; override joint_loss"):
+    with pytest.raises(TypeError, match=r"compute_loss_func is not used by SingleLevelTrainer; override joint_loss"):
         JointTrainer(tiny_model(), args, compute_loss_func=print, **data)
 
 
@@ -81,24 +81,24 @@ def test_plain_arguments_are_refused(tmp_path, cls):
 def test_streams_are_refused(tmp_path):
     stream = datasets.Dataset.from_list([{"x": 1}]).to_iterable_dataset()
     for name, given in (("train_dataset", {"train": stream}), ("lower_dataset", {"lower": stream})):
-        with pytest.raises(TypeError, match=f"{name} is a IterableDataset, .*leave out streaming=True"):
+        with pytest.raises(TypeError, match=rf"{name} is a IterableDataset, .*leave out streaming=True"):
             build(tmp_path, **given)
 
 
 def test_rows_that_do_not_fit_are_refused(tmp_path):
     image = PIL.Image.new("RGB", (8, 8))
-    with pytest.raises(TypeError, match="A row of train_dataset has a PIL image in 'image'; .*train_transform="):
+    with pytest.raises(TypeError, match=r"A row of train_dataset has a PIL image in 'image'; .*train_transform="):
         build(tmp_path, train=[{"image": image, "labels": 0}] * 12)
-    with pytest.raises(TypeError, match="A row of lower_dataset has a PIL image in 'image'; .*lower_transform="):
+    with pytest.raises(TypeError, match=r"A row of lower_dataset has a PIL image in 'image'; .*lower_transform="):
         build(tmp_path, lower=pictures(24, label=None))
-    with pytest.raises(TypeError, match="A row of train_dataset is a tuple; it must be a dictionary"):
+    with pytest.raises(TypeError, match=r"A row of train_dataset is a tuple; it must be a dictionary"):
         build(tmp_path, train=[(1, 2)] * 12)
-    with pytest.raises(ValueError, match="A row of train_dataset has no labels, only pixel_values, labels; .*Rename"):
+    with pytest.raises(ValueError, match=r"A row of train_dataset has no labels, only pixel_values, labels; .*Rename"):
         build(tmp_path, train=rows(labels=None))
-    with pytest.raises(ValueError, match="train_dataset has the label 9, .* has 3 outputs, for the classes 0 to 2"):
+    with pytest.raises(ValueError, match=r"train_dataset has the label 9, .* has 3 outputs, for the classes 0 to 2"):
         build(tmp_path, train=rows(labels=9))
     wrong = datasets.Dataset.from_dict({"pixel_values": [[0.0]] * 12, "labels": [0, 1, 2] * 3 + [1, 2, 7]})
-    with pytest.raises(ValueError, match="train_dataset has the label 7, .*num_labels=8"):
+    with pytest.raises(ValueError, match=r"train_dataset has the label 7, .*num_labels=8"):
         build(tmp_path, train=wrong)
 
 
@@ -145,16 +145,16 @@ def test_label_smoothing_is_that_of_the_formula(tmp_path):
     model = trainer.model.upper.eval()
     log_p = model(**batch).logits.double().log_softmax(-1)
     expected = -(0.8 * log_p[range(6), batch["labels"]] + 0.2 * log_p.mean(-1)).mean()
-    assert float(trainer.compute_upper_loss(model, batch)) == pytest.approx(float(expected), rel=1e-5)
+    assert trainer.compute_upper_loss(model, batch).detach().item() == pytest.approx(expected.item(), rel=1e-5)
     loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert loss.detach().item() == pytest.approx(expected.item(), rel=1e-5)
     assert outputs.logits.shape == (6, 3)
 
 
 def test_label_smoothing_needs_one_class_per_row(tmp_path):
     model = tiny_model()
     model.upper.config.problem_type = "multi_label_classification"
-    with pytest.raises(ValueError, match="label_smoothing_factor smooths labels of one class each"):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor smooths labels of one class each"):
         build(tmp_path, model=model, label_smoothing_factor=0.1)
 
 
@@ -247,7 +247,7 @@ def test_columns_of_labels_are_not_dropped():
     assert images.labels.tolist() == [0, 1, 2, 0, 1, 2]
     numbers = pictures(6).cast_column("label", datasets.Value("int64"))
     assert DecodedImages.from_dataset(numbers, image_size=8).labels.tolist() == [0, 1, 2, 0, 1, 2]
-    with pytest.raises(ValueError, match="class_encode_column"):
+    with pytest.raises(ValueError, match=r"class_encode_column"):
         DecodedImages.from_dataset(pictures(6).cast_column("label", datasets.Value("string")), image_size=8)
 
 
@@ -258,13 +258,32 @@ def test_any_attention_kernel_in_first_order(tmp_path, attention):
     make_trainer(tmp_path, model=model, solver="identity", num_alternations=1).train()
 
 
-def test_a_compiled_lower_level_trains_in_first_order(tmp_path, monkeypatch):
+# torch 2.13, 2026-11: the compiler looks at the gradient of a view.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_lower_level_trains_in_first_order(tmp_path):
     """The compiled run is the run that is not compiled, up to rounding."""
-    for variable in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
-        monkeypatch.setenv(variable, "no")
     plain = make_trainer(tmp_path / "a", solver="identity", num_alternations=1)
     plain.train()
     compiled = make_trainer(tmp_path / "b", solver="identity", num_alternations=1, torch_compile_backend="eager")
     compiled.train()
     for one, other in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["identity", "none", "mfac"])
+def test_gradient_checkpointing_changes_no_number_in_first_order(tmp_path, solver):
+    """Also in the aligned pass, whose backbone is another than that of the modules that are computed again."""
+    settings = {"solver": solver, "num_alternations": 2, "lower_optim": "sgd"}
+    plain = make_trainer(tmp_path / "a", model=vit_model(dropout=0.0), **settings)
+    plain.train()
+    saving = make_trainer(tmp_path / "b", model=vit_model(dropout=0.0), activation_checkpointing=True, **settings)
+    saving.train()
+    assert saving.model.is_activation_checkpointing
+    for one, other in zip(plain.model.parameters(), saving.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_checkpointing_is_refused_where_the_model_has_none(tmp_path):
+    trainer = make_trainer(tmp_path, solver="identity", activation_checkpointing=True)
+    with pytest.raises(ValueError, match=r"BiSSLModel does not support activation checkpointing"):
+        trainer.train()

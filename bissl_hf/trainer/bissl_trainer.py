@@ -53,7 +53,6 @@ from .training_args import BiSSLTrainingArguments
 
 logger = logging.get_logger(__name__)
 
-_OF_THE_TASK = ("processing_class", "compute_metrics")
 _HOOKS = "override compute_upper_loss(model, inputs) or compute_lower_loss(model, inputs) in its place"
 _NO_SEARCH = "Train once per setting in a loop, each into a folder of its own, or run `bissl-hf study`."
 
@@ -68,8 +67,6 @@ class BiSSLTrainer(ResumableTrainer):
     Args:
         model ([`BiSSLModel`]): both levels.
         args ([`BiSSLTrainingArguments`])
-        task ([`~tasks.ImageTask`], *optional*): what [`load_image_task`] returns; fills in the data sets, transforms,
-            metrics and the image processor that are not given here.
         train_dataset, eval_dataset: labelled, map-style data sets of the upper level. A `datasets.Dataset` with a
             column of images is decoded for its transform.
         lower_dataset: map-style data set of the lower level.
@@ -107,7 +104,6 @@ class BiSSLTrainer(ResumableTrainer):
         model: BiSSLModel | None = None,
         args: BiSSLTrainingArguments | None = None,
         *,
-        task: Any = None,
         train_dataset: Any = None,
         lower_dataset: Any = None,
         eval_dataset: Any = None,
@@ -120,15 +116,6 @@ class BiSSLTrainer(ResumableTrainer):
         **trainer_kwargs: Any,
     ) -> None:
         model, args = self._checked(model, args, trainer_kwargs)
-        if task is not None:
-            ready = task.trainer_arguments()
-            train_dataset = ready.pop("train_dataset") if train_dataset is None else train_dataset
-            lower_dataset = ready.pop("lower_dataset") if lower_dataset is None else lower_dataset
-            eval_dataset = ready.pop("eval_dataset") if eval_dataset is None else eval_dataset
-            train_transform = train_transform or ready.pop("train_transform")
-            eval_transform = eval_transform or ready.pop("eval_transform")
-            lower_transform = lower_transform or ready.pop("lower_transform")
-            trainer_kwargs = {**{name: ready[name] for name in _OF_THE_TASK}, **trainer_kwargs}
         if eval_dataset is None and args.eval_strategy != "no":
             logger.info("No eval_dataset was given, so nothing is evaluated during training.")
             args.eval_strategy = type(args.eval_strategy)("no")

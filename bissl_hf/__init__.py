@@ -11,6 +11,12 @@ _EXPORTS = {
     "BiSSLModel": "bissl_hf.models.modeling_bissl",
     "BiSSLTrainer": "bissl_hf.trainer.bissl_trainer",
     "BiSSLTrainingArguments": "bissl_hf.trainer.training_args",
+    "BYOLConfig": "bissl_hf.models.configuration_byol",
+    "BYOLForPreTraining": "bissl_hf.models.modeling_byol",
+    "VICRegConfig": "bissl_hf.models.configuration_vicreg",
+    "VICRegForPreTraining": "bissl_hf.models.modeling_vicreg",
+    "BarlowTwinsConfig": "bissl_hf.models.configuration_barlow_twins",
+    "BarlowTwinsForPreTraining": "bissl_hf.models.modeling_barlow_twins",
     "SimCLRConfig": "bissl_hf.models.configuration_simclr",
     "SimCLRForPreTraining": "bissl_hf.models.modeling_simclr",
     "TwoViewTransform": "bissl_hf.data.augment",
@@ -18,6 +24,10 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "BYOLConfig",
+    "BYOLForPreTraining",
+    "BarlowTwinsConfig",
+    "BarlowTwinsForPreTraining",
     "BiSSLConfig",
     "BiSSLModel",
     "BiSSLTrainer",
@@ -25,6 +35,8 @@ __all__ = [
     "SimCLRConfig",
     "SimCLRForPreTraining",
     "TwoViewTransform",
+    "VICRegConfig",
+    "VICRegForPreTraining",
     "load_image_dataset",
 ]
 
@@ -32,10 +44,16 @@ if TYPE_CHECKING:
     __version__: str
     from .data.augment import TwoViewTransform
     from .data.sources import load_image_dataset
+    from .models.configuration_barlow_twins import BarlowTwinsConfig
     from .models.configuration_bissl import BiSSLConfig
+    from .models.configuration_byol import BYOLConfig
     from .models.configuration_simclr import SimCLRConfig
+    from .models.configuration_vicreg import VICRegConfig
+    from .models.modeling_barlow_twins import BarlowTwinsForPreTraining
     from .models.modeling_bissl import BiSSLModel
+    from .models.modeling_byol import BYOLForPreTraining
     from .models.modeling_simclr import SimCLRForPreTraining
+    from .models.modeling_vicreg import VICRegForPreTraining
     from .trainer.bissl_trainer import BiSSLTrainer
     from .trainer.training_args import BiSSLTrainingArguments
 

@@ -1,5 +1,7 @@
 """Two and four processes against one process on the same global batch, in float64."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bissl_hf.distributed import average_flat, copy_from_first, gather_rows, rank, world_size
-from bissl_hf.losses import nt_xent_loss
+from bissl_hf.losses import barlow_twins_loss, byol_loss, nt_xent_loss, vicreg_loss
 
 from .processes import run_in_processes
 
@@ -24,11 +26,11 @@ def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return weights, direction, first, second
 
 
-def derivatives(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+def derivatives(rows: slice, loss_of_views: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient and Hessian-vector product in the weights of a small network, from some rows of the batch."""
     weights, direction, first, second = problem()
     weights.requires_grad_()
-    loss = nt_xent_loss(torch.tanh(first[rows] @ weights), torch.tanh(second[rows] @ weights), temperature=0.5)
+    loss = loss_of_views(torch.tanh(first[rows] @ weights), torch.tanh(second[rows] @ weights))
     (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
     (product,) = torch.autograd.grad(gradient, weights, direction, retain_graph=True)
     (again,) = torch.autograd.grad(gradient, weights, direction)  # a kept graph serves several products
@@ -36,48 +38,29 @@ def derivatives(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     return loss.detach(), gradient.detach(), product
 
 
-def covariance_derivatives(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a loss in the manner of VICReg: an invariance term of own rows, and a variance and a covariance
-    term of the global batch, which every process computes whole."""
-    weights, direction, first, second = problem()
-    weights.requires_grad_()
-    views = [torch.tanh(images[rows] @ weights) for images in (first, second)]
-    loss = (views[0] - views[1]).square().mean()
-    for view in views:
-        embeddings = gather_rows(view)
-        centred = embeddings - embeddings.mean(dim=0)
-        covariance = centred.T @ centred / (len(embeddings) - 1)
-        loss = loss + torch.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean()
-        loss = loss + (covariance - covariance.diagonal().diag()).square().sum() / DIM
-    (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
-    (product,) = torch.autograd.grad(gradient, weights, direction)
-    return loss.detach(), gradient.detach(), product
-
-
-def batch_statistics_derivatives(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a loss in the manner of BYOL, whose predictor normalises by the statistics of the global batch and
-    whose targets are constants."""
-    weights, direction, first, second = problem()
-    weights.requires_grad_()
-    embeddings, targets = torch.tanh(first[rows] @ weights), second[rows] @ weights.detach()
+def byol_of_views(first: Tensor, second: Tensor) -> Tensor:
+    """The loss of BYOL with a predictor that normalises by the statistics of the global batch."""
+    embeddings = torch.stack([first, second], dim=1)
     everything = gather_rows(embeddings)
     predictions = (embeddings - everything.mean(dim=0)) / (everything.var(dim=0, unbiased=False) + 1e-5).sqrt()
-    loss = (2 - 2 * torch.cosine_similarity(predictions, targets)).mean()
-    (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
-    (product,) = torch.autograd.grad(gradient, weights, direction)
-    return loss.detach(), gradient.detach(), product
+    return byol_loss(predictions, embeddings.flip(2))
 
 
-LOSSES = {"NT-Xent": derivatives, "VICReg": covariance_derivatives, "BYOL": batch_statistics_derivatives}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "NT-Xent": partial(nt_xent_loss, temperature=0.5),
+    "VICReg": vicreg_loss,
+    "Barlow Twins": barlow_twins_loss,
+    "BYOL": byol_of_views,
+}
 
 
 def in_process(folder: Path) -> None:
     processes, number = world_size(), rank()
     own = PAIRS // processes
     rows = slice(number * own, (number + 1) * own)
-    averaged = {name: average_flat(compute(rows)) for name, compute in LOSSES.items()}
+    averaged = {name: average_flat(derivatives(rows, loss)) for name, loss in LOSSES.items()}
     with mock.patch("torch.nn.functional.cross_entropy", wraps=torch.nn.functional.cross_entropy) as rows_of_loss:
-        derivatives(rows)
+        derivatives(rows, LOSSES["NT-Xent"])
     assert rows_of_loss.call_args.args[0].shape == (2 * own, 2 * PAIRS), "each process computes its own rows only"
 
     columns = torch.arange(6.0).reshape(2, 3).T + 10 * number  # not contiguous
@@ -113,7 +96,7 @@ def averages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.distributed
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_loss_and_its_derivatives_are_those_of_the_global_batch(loss: str, averages: list[dict[str, Any]]) -> None:
-    expected = LOSSES[loss](slice(None))
+    expected = derivatives(slice(None), LOSSES[loss])
     assert all(part.norm() > 1e-2 for part in expected)  # the product is one to speak of
     for averaged in averages:
         for actual, wanted in zip(averaged[loss], expected, strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.alternation import StepKey
 from ..data.batches import split_rows
 from ..data.streams import Inputs, model_randomness
+from ..models.convex_outputs import ConvexOutputs
 from ..models.modeling_bissl import BiSSLModel
 from ..tensors import Vector, add_scaled, at_least_float32, fill_missing
 from .gradient_cache import Embed, embedding_gradients
@@ -155,6 +156,21 @@ class LevelLosses:
             raise LossOfEmbeddingsError(f"compute_lower_loss uses parameters beside the embeddings {_CANNOT}")
         self._is_loss_of_embeddings = True
 
+    def loss_of_outputs(self, outputs: ConvexOutputs, inputs: Inputs) -> Callable[[Tensor], Tensor]:
+        """Returns the lower loss of a batch as a function of the outputs in which it is convex. The loss is the one
+        handed in, as in [`~LevelLosses.loss_of_embeddings`]; it may weigh and log the `loss` of the model."""
+
+        def loss_fn(values: Tensor) -> Tensor:
+            def model(**given: Any) -> Any:
+                if any(value is not inputs.get(name) for name, value in given.items()):
+                    raise LossOfEmbeddingsError(f"compute_lower_loss runs the model on other inputs {_CANNOT}")
+                return SimpleNamespace(loss=outputs.loss(values, inputs))
+
+            with self.autocast():
+                return self._lower_loss(model, inputs)
+
+        return loss_fn
+
     # The upper level
 
     def upper_gradient(
@@ -182,16 +198,21 @@ class LevelLosses:
         return total, gradient
 
     @torch.no_grad()
-    def try_on(self, lower: tuple[Inputs, StepKey], upper: tuple[Inputs, StepKey]) -> None:
+    def try_on(self, lower: tuple[Inputs, StepKey], upper: tuple[Inputs, StepKey]) -> dict[str, Tensor]:
         """Computes both losses once, without side effects, so that data and models that do not fit fail before
         training.
 
         Args:
             lower, upper (`tuple[dict, StepKey]`): a batch of each level with its key.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the losses of the levels `"lower"` and `"upper"`, of shape `()`.
         """
+        found: dict[str, Tensor] = {}
         for (inputs, key), level, loss in ((lower, "lower", self._lower_loss), (upper, "aligned", self._upper_loss)):
             with model_randomness(key), self.autocast():
-                loss(self.model.without_side_effects(level), inputs)
+                found["lower" if level == "lower" else "upper"] = loss(self.model.without_side_effects(level), inputs)
+        return found
 
 
 def _term_of_gradient(embed: Embed, gradient: Tensor, value: Tensor) -> Tensor:

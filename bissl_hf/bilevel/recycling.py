@@ -290,12 +290,16 @@ class _Recursion:
         self.size = torch.where(where, self.start, self.size)
         self.inherits, self.is_zero = self.inherits & ~where, self.is_zero | where
 
+    def _iterate_size(self) -> Tensor:
+        """The residual of the iterate, infinite where that is still zero: `x = 0` is no candidate."""
+        return torch.where(self.is_zero & (self.status != CONVERGED), float("inf"), self.size)
+
     def beats_rhs(self) -> bool:
         """Whether the iterate is as good as asked for, or no worse than x = rhs, as far as is known without a product.
         Reads from the device."""
         if int(self.status) == CONVERGED or not bool(torch.isinf(self.rhs_size)):
             return True
-        size = torch.minimum(self.size, self.given_up_size)
+        size = torch.minimum(self._iterate_size(), self.given_up_size)
         return bool(size <= self.directions.least_residual_of_rhs(self.rhs))
 
     def measure_rhs(self) -> None:
@@ -306,7 +310,7 @@ class _Recursion:
     def result(self) -> tuple[Tensor, SolveInfo]:
         """Returns the iterate of the smallest residual, and an account that may ask for x = rhs in place of it."""
         converged = self.status == CONVERGED
-        size = torch.where(self.is_zero & ~converged, float("inf"), self.size)
+        size = self._iterate_size()
         solution = torch.where(self.given_up_size < size, self.given_up, self.solution)
         size = torch.minimum(self.given_up_size, size)
         returns_rhs = ~converged & (~torch.isfinite(size) | (self.rhs_size < size))

@@ -17,6 +17,7 @@ u of gx, a of gamma's gradient (n m2) and b of beta's (n m1), with p = mean(u x^
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -149,9 +150,18 @@ def _resolve_padding(input: Tensor, weight: Tensor, padding: str, stride: Any, d
     return F.pad(input, odd) if any(odd) else input, [total // 2 for total in totals]
 
 
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on; there is none for devices without kernels."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def _as_autocast(tensor: Any) -> Any:
     """Returns a tensor in the precision that autocast gives to convolutions."""
-    if tensor is None or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+    if tensor is None or tensor.dtype == torch.float64 or not _autocasts(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
@@ -161,7 +171,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             return geometry.forward(x, weight, bias)
 
     @staticmethod
@@ -176,7 +186,7 @@ class _ConvolutionBackward(torch.autograd.Function):
         ctx.save_for_backward(g, x, weight)
         ctx.set_materialize_grads(False)
         ctx.geometry = geometry
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             return geometry.backward(g, x, weight, mask)
 
     @staticmethod
@@ -185,7 +195,7 @@ class _ConvolutionBackward(torch.autograd.Function):
         g, x, weight = ctx.saved_tensors
         geometry, needs = ctx.geometry, ctx.needs_input_grad
         mask = [needs[1] and of_gw is not None, needs[2] and of_gx is not None, False]
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             of_g = None
             if needs[0] and of_gx is not None:
                 of_g = geometry.forward(of_gx, weight, of_bias)

@@ -6,6 +6,7 @@ within the memory of the device: where a product runs out of it, the curvature b
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from ..data.alternation import StepKey, Stream
 from ..data.batches import batch_rows, split_rows
 from ..data.streams import Inputs, Streams, model_randomness
 from ..distributed import average_flat, world_size
+from ..models.convex_outputs import convex_outputs
 from ..tensors import Vector, cosine
 from .curvature import Curvature
 from .empirical_fisher import EmpiricalFisher
+from .gauss_newton import GaussNewton
 from .gradient_cache import EmbeddingCurvature
 from .hypergradient import SOLVERS, Memory, implicit_gradient
-from .level_losses import LevelLosses, LossOfEmbeddingsError, in_full_precision
+from .level_losses import LevelLosses, LossModel, LossOfEmbeddingsError, in_full_precision
 from .linear_solve import SolveInfo
 
 logger = logging.get_logger(__name__)
@@ -38,6 +41,7 @@ class SolveSettings:
         solver, max_iterations, tolerance: see [`implicit_gradient`].
         memory_size (`int`): gradients that `"mfac"` keeps.
         per_tensor (`bool`): whether `"mfac"` solves a system of its own for each tensor.
+        curvature_kind (`str`): `"hessian"`, or `"gauss_newton"`, which is never indefinite.
         curvature_mode (`str`): `"cached"`, `"recompute"`, or `"auto"`: cached, and in parts once memory runs out.
         full_precision (`bool`): take second derivatives in float32 whatever surrounds them (under fp16).
     """
@@ -46,6 +50,7 @@ class SolveSettings:
     max_iterations: int
     tolerance: float
     curvature_mode: str
+    curvature_kind: str = "hessian"
     memory_size: int = 20
     per_tensor: bool = False
     full_precision: bool = False
@@ -73,9 +78,15 @@ class UpperPhase:
         losses ([`LevelLosses`])
         streams ([`Streams`]): with `Stream.CURVATURE`.
         settings ([`SolveSettings`])
+
+    Raises:
+        `ValueError`: for a Gauss-Newton matrix of a loss that is not known as one of convex outputs.
     """
 
     def __init__(self, losses: LevelLosses, streams: Streams, settings: SolveSettings) -> None:
+        self.outputs = convex_outputs(losses.model.lower) if settings.curvature_kind == "gauss_newton" else None
+        if settings.curvature_kind == "gauss_newton":
+            _check_outputs(losses, known=self.outputs is not None)
         self.losses, self.streams, self.settings = losses, streams, settings
         # How often the part of the curvature batch that is held at once was halved. Saved, so that a resume takes the
         # same products.
@@ -121,9 +132,13 @@ class UpperPhase:
         Raises:
             `torch.OutOfMemoryError`: if a product does not fit the device, with the settings to change in a note.
         """
+        halvings = self.halvings
         while True:
             try:
-                return self._solve(key.alternation, rhs, proximal_weight, damping)
+                solve = self._solve(key.alternation, rhs, proximal_weight, damping)
+                if self.halvings > halvings:
+                    self._warn_about_parts()
+                return solve
             except torch.OutOfMemoryError as error:
                 # One process that tried again would leave the others waiting.
                 if world_size() > 1 or self.halvings >= self._most_halvings():
@@ -142,7 +157,6 @@ class UpperPhase:
             self._forget()
             torch.cuda.empty_cache()
             self.halvings += 1
-            self._warn_about_parts()
 
     def _solve(self, alternation: int, rhs: Vector, proximal_weight: float, damping: float) -> Solve:
         curvature = self.curvature(alternation) if self.takes_products else None
@@ -192,18 +206,35 @@ class UpperPhase:
             model = in_full_precision(model, losses.model.device)
         rows = batch_rows(inputs)
         parts = split_rows(inputs, self._part_rows(rows))
-        if len(parts) > 1 and self._takes_parts(rows):
-            embed_parts = [lambda part=part: losses.embed(model, part) for part, _ in parts]
-            return EmbeddingCurvature(embed_parts, losses.loss_of_embeddings(inputs), parameters, reduce=average_flat)
         mode = self.settings.curvature_mode
         if mode == "auto":
             mode = "recompute" if self.halvings else "cached"
+        if self.outputs is not None:
+            return GaussNewton(
+                [partial(self._rows_of, model, part) for part, _ in parts],
+                losses.loss_of_outputs(self.outputs, inputs),
+                parameters,
+                mode=mode,
+                join=self.outputs.join,
+                reduce=average_flat,
+            )
+        if len(parts) > 1 and self._takes_parts(rows):
+            embed_parts = [partial(losses.embed, model, part) for part, _ in parts]
+            return EmbeddingCurvature(embed_parts, losses.loss_of_embeddings(inputs), parameters, reduce=average_flat)
         return Curvature(losses.lower_terms(model, inputs, key), parameters, mode=mode, reduce=average_flat)
+
+    def _rows_of(self, model: LossModel, part: Inputs) -> Tensor:
+        if self.outputs is None:
+            raise RuntimeError("There are no outputs in which the lower loss is convex.")
+        with self.losses.autocast():
+            return self.outputs.rows(model, part)
 
     # Within the memory of the device
 
     def _takes_parts(self, rows: int) -> bool:
         """Whether the curvature of this loss can be taken in parts of the batch and stay that of the whole."""
+        if self.outputs is not None:
+            return True
         micro = self.losses.lower_micro_batch_size
         loss_of_the_batch = self.losses.gradient_cache or micro is None or micro >= rows
         return loss_of_the_batch and self._loss_has_parts
@@ -261,3 +292,18 @@ class UpperPhase:
         if "lower_gradient" in state:
             parts = state["lower_gradient"]
             self._lower_gradient = tuple(parts[str(index)] for index in range(len(parts)))
+
+
+def _check_outputs(losses: LevelLosses, *, known: bool) -> None:
+    lower = type(losses.model.lower).__name__
+    if not known:
+        raise ValueError(
+            f"curvature_kind is 'gauss_newton', and it is not known in which of its outputs the loss of {lower} is "
+            "convex: it needs the methods outputs_from_embeddings and loss_from_outputs. Set curvature_kind to "
+            "'hessian', or solver to one that takes no products."
+        )
+    if losses.lower_micro_batch_size is not None and not losses.gradient_cache:
+        raise ValueError(
+            "curvature_kind is 'gauss_newton', and with lower_micro_batch_size each part of a batch has a loss of its "
+            "own. Set lower_gradient_cache, or curvature_kind to 'hessian'."
+        )

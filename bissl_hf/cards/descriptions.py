@@ -119,14 +119,13 @@ def describe_aligned(record: RunRecord) -> Description:
 def describe_joint(record: RunRecord) -> Description:
     """A model that was trained on both tasks at once."""
     upper, lower = record.models["upper"], record.models["lower"]
-    code = 'from bissl_hf import BiSSLModel\n\nmodel = BiSSLModel.from_pretrained("{model}")'
     return Description(
         summary=f"{_class_sentence(upper)}\n\n{_JOINT}",
-        usage=[Snippet("The model with the heads of both tasks:", code)],
+        usage=native_usage(upper),
         examples=_examples_of_levels(record, lower),
         tags=["bissl", "multi-task-learning", "self-supervised-learning"],
         citations=[BISSL_CITATION],
-        library="bissl_hf",
+        task=upper.task,
         base_models=list(dict.fromkeys([*lower.hub_ids, *upper.hub_ids])),
     )
 

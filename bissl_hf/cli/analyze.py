@@ -28,10 +28,12 @@ from ..evaluation.figures import plot_layouts, plot_similarity
 from ..evaluation.metrics import MULTI_LABEL
 from ..models.backbone import load_backbone
 from ..models.batch_norm import recalibrate_batch_norm
+from ..models.finite import with_finite_weights
+from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
 from .images import DataArguments, LabelledImages, decode_labelled, load_labelled
 from .loading import load_config, loading
-from .outputs import RUN_RESULTS, format_table, open_output_dir
+from .outputs import RUN_RESULTS, afterwards, open_output_dir
 
 
 @dataclass
@@ -89,7 +91,7 @@ def load_backbones(arguments: AnalysisArguments) -> dict[str, PreTrainedModel]:
         config = load_config("checkpoints", source)
         with loading("checkpoints", source):
             if isinstance(config, BiSSLConfig):
-                both = BiSSLModel.from_pretrained(source)
+                both = with_finite_weights(BiSSLModel.from_pretrained(source), source)
                 levels = {"lower": both.lower.base_model, "upper": both.upper.base_model}
                 found = {f"{name}, {level} level": backbone for level, backbone in levels.items()}
             else:
@@ -150,11 +152,6 @@ def write_outputs(
     output = Path(analysis.arguments.output_dir)
     names = list(reports)
     similarity = cka_matrix([features for features, _ in test.values()])
-    if len(names) > 1:
-        plot_similarity(similarity, names, output / "figures" / "cka.png", title="Linear CKA of test features")
-    if layouts := analysis.layouts(test):
-        shown = class_names[: analysis.arguments.tsne_classes]
-        plot_layouts(layouts, shown, output / "figures" / "tsne.png")
     write_json(
         output / RUN_RESULTS,
         {
@@ -166,6 +163,12 @@ def write_outputs(
             "settings": {**asdict(analysis.arguments), **asdict(data)},
         },
     )
+    with afterwards("The figure of the similarities"):
+        if len(names) > 1:
+            plot_similarity(similarity, names, output / "figures" / "cka.png", title="Linear CKA of test features")
+    with afterwards("The figure of the features"):
+        if layouts := analysis.layouts(test):
+            plot_layouts(layouts, class_names[: analysis.arguments.tsne_classes], output / "figures" / "tsne.png")
 
 
 def finite(figures: dict[str, float]) -> dict[str, float | None]:
@@ -207,7 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
         reports[name] = report_features(features, num_classes=len(images.class_names), neighbors=options.knn_neighbors)
         test[name] = features["test"]
     write_outputs(analysis, data, reports, test, images.class_names)
-    print_summary(options.output_dir, reports, images.problem_type)
+    with afterwards("The summary"):
+        print_summary(options.output_dir, reports, images.problem_type)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 from ..data.augment import TrainTransform, TwoViewTransform
 from ..data.decoded import UNREADABLE, DecodedImages
 from ..data.duplicates import drop_duplicates
+from ..data.one_view import OneViewTransform
 from ..data.reading import UNREADABLE_ADVICE, UnreadableImagesError
 from ..data.schema import class_names
 from ..data.sources import load_image_dataset
@@ -199,8 +200,13 @@ def build_train_transform(image_size: int, arguments: CropArguments) -> TrainTra
     return TrainTransform(image_size, **_crop_options(arguments))
 
 
-def build_view_transform(image_size: int, arguments: ViewArguments) -> TwoViewTransform:
-    """Returns the two views of the pretext task."""
+def build_view_transform(
+    image_size: int, arguments: ViewArguments, pretext: str = "simclr"
+) -> TwoViewTransform | OneViewTransform:
+    """Returns the views of a pretext task: two to be compared, or one for masked images, which takes the crops and
+    flips only."""
+    if pretext == "mae":
+        return OneViewTransform(image_size, **_crop_options(arguments))
     return TwoViewTransform(
         image_size,
         **_crop_options(arguments),

@@ -7,51 +7,38 @@ The alternative to `align`: each step takes a batch of both tasks, and the loss 
 model or from a backbone, and writes an ordinary transformers checkpoint, which `finetune` takes as --model.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedModel, default_data_collator, set_seed
+from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from .. import BiSSLModel
 from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
-from ..data.alternation import Stream
 from ..evaluation.figures import plot_curves
-from ..models.batch_norm import recalibrate_batch_norm
-from ..models.saving import save_model
+from ..text import format_table
+from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input
+from .adapters import LoraArguments
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, format_table, name_metrics, open_run
+from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
 from .pairs import check_pairs
 from .tasks import DownstreamTask
 
 
 @dataclass
-class JointModelArguments(PretextModelArguments):
+class JointModelArguments(LoraArguments, PretextModelArguments):
     """Where the models come from."""
 
     upper_model: str | None = field(default=None, metadata={"help": "Image classifier whose head is kept."})
-    bn_recalibration_images: int = field(
-        default=1024,
-        metadata={
-            "help": "Training images for the batch-norm statistics of the exported model; 0 for those of the views."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.bn_recalibration_images < 0:
-            raise ValueError(f"bn_recalibration_images is {self.bn_recalibration_images}; it must be at least 0.")
 
 
 def build_run(
@@ -65,14 +52,15 @@ def build_run(
     set_seed(args.seed)
     check_pairs(args)
     check_sources(models, "lower_model", "backbone", "upper_model")
-    view_transform = build_view_transform(data.image_size, views)
+    view_transform = build_view_transform(data.image_size, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
     task = DownstreamTask.from_images(images, data.image_size, views)
-    args.remove_unused_columns = False  # forward of the model of both levels names none
     lower = build_pretext_model(models)
+    upper = build_upper(models.upper_model, lower, task)
+    models.adapt(lower, upper)
     trainer = JointTrainer(
-        BiSSLModel.from_models(lower, build_upper(models.upper_model, lower, task)),
+        BiSSLModel.from_models(lower, upper),
         args,
         train_dataset=images.train,
         lower_dataset=images.lower,
@@ -80,45 +68,22 @@ def build_run(
         lower_transform=view_transform,
         **task.trainer_arguments(),
     )
-    trainer.label_names = ["labels"]  # which Trainer finds in a forward that names them
     return images, task, trainer
 
 
-def trained_model(trainer: JointTrainer, images: Images, num_images: int) -> PreTrainedModel:
-    """Returns the native classifier, the shared backbone with the downstream head, with batch-norm statistics
-    estimated on `num_images` training images."""
-    model: Any = trainer.model.aligned_model()
-    model.to(trainer.args.device)
-    if num_images:
-        recalibrate_batch_norm(model, _training_batches(trainer, images, num_images))
-    return model.eval()
-
-
-def _training_batches(trainer: JointTrainer, images: Images, num_images: int) -> Iterator[dict[str, Any]]:
-    rows = np.random.default_rng(trainer.args.key_seed).permutation(len(images.train))[:num_images]
-    key = trainer.streams.key(Stream.EVALUATION)._replace(rank=0)
-    loader = DataLoader(
-        Subset(images.train, rows.tolist()), trainer.args.per_device_eval_batch_size, collate_fn=default_data_collator
-    )
-    for batch in loader:
-        yield trainer.streams.prepare(batch, key)
-
-
-def evaluate(trainer: JointTrainer, task: DownstreamTask, model: PreTrainedModel, images: Images) -> dict[str, Any]:
-    """Returns the metrics of the native model on validation (`eval_*`) and test images (`test_*`)."""
-    with trainer.evaluating(model):
-        found = trainer.evaluate(images.validation)
-        found |= trainer.evaluate(images.test, metric_key_prefix="test")
-        predicted = trainer.predict(images.test)
+def evaluate(trainer: JointTrainer, task: DownstreamTask, images: Images) -> dict[str, Any]:
+    """Returns the metrics of the final model on validation (`eval_*`) and test images (`test_*`)."""
+    found = trainer.evaluate(images.validation)
+    found |= trainer.evaluate(images.test, metric_key_prefix="test")
+    predicted = trainer.predict(images.test)
     return {**found, "test_per_class": task.per_class(predicted.predictions, predicted.label_ids)}
 
 
-def write_outputs(trainer: JointTrainer, model: PreTrainedModel, metrics: dict[str, Any], images: Images) -> None:
+def write_outputs(trainer: JointTrainer, metrics: dict[str, Any], images: Images) -> None:
     """Writes the native model, its card, results and curves."""
     output = Path(str(trainer.args.output_dir))
-    save_model(model, output, trainer.processing_class)
+    trainer.save_model(output)
     history = [row for row in trainer.state.log_history if "step" in row]
-    plot_curves(history, [("Joint loss", [("loss", "training")])], output / "figures" / "joint.png")
     write_json(
         output / RUN_RESULTS,
         {
@@ -129,8 +94,10 @@ def write_outputs(trainer: JointTrainer, model: PreTrainedModel, metrics: dict[s
         },
     )
     trainer.facts.evaluations = [Evaluation("This model", "test", metrics_under(metrics, "test"), len(images.test))]
-    trainer.model = model  # type: ignore[assignment]  # the card describes what has been written
-    trainer.create_model_card()
+    with afterwards("The figure of the losses"):
+        plot_curves(history, [("Joint loss", [("loss", "training")])], output / "figures" / "joint.png")
+    with afterwards("The model card"):
+        trainer.create_model_card()
 
 
 def print_summary(output: str, metrics: dict[str, Any]) -> None:
@@ -145,6 +112,7 @@ def print_summary(output: str, metrics: dict[str, Any]) -> None:
     print(f"    bissl-hf predict --model {output} --inputs FOLDER\n")
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
     data, lower_data, views, models, card, args = parse_arguments(
@@ -179,11 +147,12 @@ def main(arguments: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         print(task.describe_splits(images))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    model = trained_model(trainer, images, models.bn_recalibration_images)
-    metrics = evaluate(trainer, task, model, images)
+    metrics = evaluate(trainer, task, images)
+    check_metrics(metrics, of="the joint model")
     if trainer.is_world_process_zero():
-        write_outputs(trainer, model, metrics, images)
-        print_summary(str(args.output_dir), metrics)
+        write_outputs(trainer, metrics, images)
+        with afterwards("The summary"):
+            print_summary(str(args.output_dir), metrics)
     trainer.push_outputs()
 
 

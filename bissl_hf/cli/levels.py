@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from .. import SimCLRForPreTraining, load_image_dataset
+from .. import load_image_dataset
 from ..data.decoded import DecodedImages
+from ..models.pretext import downstream_config
 from .images import DataArguments, LabelledImages, decode_labelled, decode_unlabelled, load_labelled
 from .tasks import DownstreamTask
 
@@ -45,9 +46,9 @@ def load_images(data: DataArguments, lower_data: LowerDataArguments, seed: int) 
     return Images(**vars(labelled), lower=unlabelled)
 
 
-def build_upper(upper_model: str | None, lower: SimCLRForPreTraining, task: DownstreamTask) -> PreTrainedModel:
+def build_upper(upper_model: str | None, lower: PreTrainedModel, task: DownstreamTask) -> PreTrainedModel:
     """Returns the model for the downstream task: the one that a user has named, or a new one on a backbone like that
     of the pretext model."""
     if upper_model:
         return task.load_model(upper_model, field="upper_model")
-    return task.new_model(lower.config.backbone_config)
+    return task.new_model(downstream_config(lower))

@@ -5,15 +5,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel, ViTMAEForPreTraining
 
 from ..evaluation.metrics import SINGLE_LABEL
+from ..models import pretext
+from ..models.auto import PRETEXT_MODELS, pretext_class
 from ..models.backbone import load_backbone
 from ..models.configuration_backbone import resnet18_config
 from ..models.configuration_bissl import BiSSLConfig
-from ..models.configuration_simclr import SimCLRConfig
+from ..models.finite import with_finite_weights
+from ..models.mae import freeze_positions
 from ..models.modeling_bissl import BiSSLModel
-from ..models.modeling_simclr import SimCLRForPreTraining
+from ..models.pretext import pretext_tasks
 from .loading import load_config, loading
 
 
@@ -21,7 +24,8 @@ from .loading import load_config, loading
 class PretextModelArguments:
     """Where the pretext model comes from."""
 
-    lower_model: str | None = field(default=None, metadata={"help": "Pre-trained SimCLR model: a folder or Hub id."})
+    pretext: str = field(default="simclr", metadata={"help": f"Pretext task: {', '.join(pretext_tasks())}."})
+    lower_model: str | None = field(default=None, metadata={"help": "Pre-trained pretext model: a folder or Hub id."})
     backbone: str | None = field(
         default=None, metadata={"help": "Backbone to start from: a folder or Hub id; a ResNet-18 if not given."}
     )
@@ -29,47 +33,72 @@ class PretextModelArguments:
         default="pretrained",
         metadata={"help": "pretrained: load --backbone's weights; random: its architecture only."},
     )
-    projection_dims: list[int] = field(
-        default_factory=lambda: [256, 256, 256], metadata={"help": "Widths of the projection head."}
+    projection_dims: list[int] | None = field(
+        default=None, metadata={"help": "Widths of the projection head; those of the task if not given."}
     )
-    temperature: float = field(default=0.5, metadata={"help": "Temperature of the NT-Xent loss."})
+    temperature: float | None = field(default=None, metadata={"help": "Temperature of the NT-Xent loss; 0.5."})
+    mask_ratio: float | None = field(default=None, metadata={"help": "Share of masked patches of mae; 0.75."})
 
     def loaded_models(self) -> list[str]:
         """Returns the models, as the user named them, whose weights training starts from."""
         backbone = self.backbone if self.backbone_init == "pretrained" else None
         return [name for name in (self.lower_model, backbone) if name]
 
+    def task_settings(self) -> dict[str, Any]:
+        """Returns the settings of the pretext task that were given.
 
-def build_pretext_model(arguments: PretextModelArguments) -> SimCLRForPreTraining:
-    """Returns the SimCLR model that the arguments name: loaded whole, or a new head on a backbone.
+        Raises:
+            `ValueError`: for an unknown task, or a setting that the task does not have.
+        """
+        if self.pretext not in pretext_tasks():
+            raise ValueError(f"pretext is {self.pretext!r}; it must be one of {', '.join(pretext_tasks())}.")
+        owners = {
+            "projection_dims": [name for name in pretext_tasks() if name != "mae"],
+            "temperature": ["simclr"],
+            "mask_ratio": ["mae"],
+        }
+        given = {name: value for name in owners if (value := getattr(self, name)) is not None}
+        for name, value in given.items():
+            if self.pretext not in owners[name]:
+                raise ValueError(
+                    f"{name} is {value}, which the pretext task {self.pretext} does not have; it is for "
+                    f"{', '.join(owners[name])}. Leave it out."
+                )
+        return given
+
+
+def build_pretext_model(arguments: PretextModelArguments) -> PreTrainedModel:
+    """Returns the pretext model that the arguments name: loaded whole, or a new head on a backbone.
 
     Raises:
         `ValueError`: if the arguments contradict each other or name another kind of model.
     """
-    heads: dict[str, Any] = {"projection_dims": arguments.projection_dims, "temperature": arguments.temperature}
+    settings = arguments.task_settings()
     if arguments.backbone_init not in ("pretrained", "random"):
         raise ValueError(f"backbone_init is {arguments.backbone_init!r}; it must be pretrained or random.")
     if arguments.lower_model and arguments.backbone:
         raise ValueError("Both lower_model and backbone are given; a lower model brings its backbone, so drop one.")
     if arguments.lower_model:
-        return _load_simclr(arguments.lower_model)
+        return _load_pretext_model(arguments.lower_model)
     if arguments.backbone and arguments.backbone_init == "pretrained":
         with loading("backbone", arguments.backbone):
             backbone = load_backbone(arguments.backbone)
-        return SimCLRForPreTraining.from_backbone(backbone, **heads)
+        return pretext.build_pretext_model(arguments.pretext, backbone, **settings)
     config = load_config("backbone", arguments.backbone) if arguments.backbone else resnet18_config()
-    return SimCLRForPreTraining(SimCLRConfig(backbone_config=config, **heads))
+    return pretext.new_pretext_model(arguments.pretext, config, **settings)
 
 
-def _load_simclr(source: str) -> SimCLRForPreTraining:
+def _load_pretext_model(source: str) -> PreTrainedModel:
     config = load_config("lower_model", source)
-    if not isinstance(config, SimCLRConfig):
-        raise ValueError(
-            f"lower_model {source} is a {config.model_type!r} model; it must be a SimCLR one. To put a SimCLR head on "
-            "it pass it as --backbone."
-        )
     with loading("lower_model", source):
-        return SimCLRForPreTraining.from_pretrained(source)
+        if config.model_type in PRETEXT_MODELS:
+            return with_finite_weights(pretext_class(config.model_type).from_pretrained(source), source)
+        if config.model_type == "vit_mae":
+            return with_finite_weights(freeze_positions(ViTMAEForPreTraining.from_pretrained(source)), source)
+    raise ValueError(
+        f"lower_model {source} is a {config.model_type!r} model; it must be one of a pretext task "
+        f"({', '.join(pretext_tasks())}). To put the head of a pretext task on it pass it as --backbone."
+    )
 
 
 def new_classifier(
@@ -99,6 +128,7 @@ def load_classifier(
     """
     with loading(field, source):
         model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False)
+        with_finite_weights(model, source)
     if model.config.num_labels != len(class_names):
         raise ValueError(
             f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "
@@ -123,7 +153,7 @@ class StartArguments:
     model: str | None = field(
         default=None,
         metadata={
-            "help": "What to fine-tune: an image classifier, a backbone, a SimCLR model or the output of BiSSL, as a "
+            "help": "What to fine-tune: an image classifier, a backbone, a pretext model or the output of BiSSL, as a "
             "folder or Hub id; a ResNet-18 with random weights if not given."
         },
     )
@@ -188,20 +218,20 @@ def _backbone_config(source: str | None) -> PretrainedConfig:
     config: Any = load_config("model", source) if source else resnet18_config()
     if isinstance(config, BiSSLConfig):
         return config.upper_config
-    return config.backbone_config if isinstance(config, SimCLRConfig) else config
+    return config.backbone_config if config.model_type in PRETEXT_MODELS else config
 
 
 def _load_backbone(source: str) -> PreTrainedModel:
     config = load_config("model", source)
     with loading("model", source):
         if isinstance(config, BiSSLConfig):
-            return BiSSLModel.from_pretrained(source).aligned_model().base_model
+            return with_finite_weights(BiSSLModel.from_pretrained(source), source).aligned_model().base_model
         return load_backbone(source)
 
 
 def _load_whole(source: str, class_names: Sequence[str], problem_type: str) -> PreTrainedModel:
     config = load_config("model", source)
-    if isinstance(config, SimCLRConfig | BiSSLConfig):
+    if isinstance(config, BiSSLConfig) or config.model_type in PRETEXT_MODELS:
         raise ValueError(
             f"model {source} is a {config.model_type!r} model, which is no image classifier; leave keep_head out."
         )

@@ -2,7 +2,8 @@
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +114,19 @@ def open_run(args: TrainingArguments, *, leaves: Sequence[str]) -> Path | None:
     return checkpoint
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lays rows out as a table of text, one column per key; no text for no rows. Cells are for the terminal."""
-    if not rows:
-        return ""
-    columns = list(rows[0])
-    cells = [
-        [for_terminal(cell) for cell in row] for row in (columns, *([row[name] for name in columns] for row in rows))
-    ]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+@contextmanager
+def afterwards(what: str) -> Iterator[None]:
+    """Has what comes after a finished run (a figure, a card, a line) fail with a warning: the results are there.
+
+    Args:
+        what (`str`): what is made, for the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        message = f"warning: {what} failed, and the run's results are whole without it: {reason}\n"
+        sys.stderr.write(for_terminal(message.strip()).encode("ascii", "backslashreplace").decode() + "\n")
 
 
 def name_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, str]:

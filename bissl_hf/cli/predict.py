@@ -24,9 +24,10 @@ from transformers.image_utils import load_image
 from transformers.utils.logging import disable_progress_bar
 
 from ..evaluation.metrics import MULTI_LABEL, REGRESSION
+from ..models.finite import with_finite_weights
+from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
 from .loading import load_config, loading
-from .outputs import format_table
 
 _ROWS_SHOWN = 5
 
@@ -86,6 +87,7 @@ class Classifier:
         with loading("model", source):
             self.processor: Any = AutoImageProcessor.from_pretrained(source)
             model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(source)
+            with_finite_weights(model, source)
         self.device = device
         self.model: Any = model.to(device).eval()  # type: ignore[arg-type]
 

@@ -19,10 +19,11 @@ from .. import load_image_dataset
 from ..checkpoints import write_json
 from ..data.augment import EvalTransform, image_processor
 from ..evaluation.figures import plot_curves
+from ..text import format_table
 from ..trainer.knn_check import KnnCheck
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import (
     DataArguments,
@@ -36,7 +37,7 @@ from .images import (
 )
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, format_table, open_run
+from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
 
 
@@ -104,7 +105,7 @@ def build_trainer(
             f"train_examples is {data.train_examples}, but pre-training uses no labels and all images; leave it out."
         )
     check_sources(models, "lower_model", "backbone")
-    view_transform = build_view_transform(data.image_size, views)
+    view_transform = build_view_transform(data.image_size, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         splits = load_image_dataset(
             data.dataset,
@@ -129,8 +130,7 @@ def write_outputs(trainer: PretextTrainer) -> None:
     output = Path(str(trainer.args.output_dir))
     trainer.save_model(output)
     history = [row for row in trainer.state.log_history if "step" in row]
-    panels = [("Pretext loss", [("loss", "NT-Xent")]), ("kNN accuracy", [("knn_accuracy", "validation")])]
-    plot_curves(history, panels, output / "figures" / "pretraining.png")
+    panels = [("Pretext loss", [("loss", "training")]), ("kNN accuracy", [("knn_accuracy", "validation")])]
     write_json(
         output / RUN_RESULTS,
         {
@@ -141,7 +141,10 @@ def write_outputs(trainer: PretextTrainer) -> None:
             "log_history": history,
         },
     )
-    trainer.create_model_card()
+    with afterwards("The figure of the losses"):
+        plot_curves(history, panels, output / "figures" / "pretraining.png")
+    with afterwards("The model card"):
+        trainer.create_model_card()
 
 
 def last(history: list[dict[str, Any]], name: str) -> float | None:
@@ -156,11 +159,12 @@ def print_summary(trainer: PretextTrainer) -> None:
             rows.append({"": title, "first": form.format(values[0]), "last": form.format(values[-1])})
     output = trainer.args.output_dir
     print(f"\n{format_table(rows)}\n")
-    print(f"The SimCLR model is in {output}, its curves in {output}/figures. To go on with it:\n")
+    print(f"The pretext model is in {output}, its curves in {output}/figures. To go on with it:\n")
     print(f"    accelerate launch recipes/bissl.py --lower_model {output} ...    aligns it with a downstream task")
     print(f"    accelerate launch recipes/finetune.py --model {output} ...       fine-tunes it\n")
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     data, views, models, card, args = parse_arguments(
         (PretextDataArguments, ViewArguments, PretextModelArguments, CardArguments, PretextTrainingArguments),
@@ -169,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
-        check_dataset(data, f"This command pre-trains with SimCLR for {args.num_train_epochs:g} epochs.")
+        check_dataset(data, f"This command pre-trains with {models.pretext} for {args.num_train_epochs:g} epochs.")
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)
@@ -193,7 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         write_outputs(trainer)
-        print_summary(trainer)
+        with afterwards("The summary"):
+            print_summary(trainer)
     trainer.push_outputs()
 
 

@@ -9,11 +9,12 @@ from sklearn.manifold import TSNE
 from torch import nn
 
 from ..models.backbone import pool_features
+from ..models.mae import without_masking
 
 
 @torch.no_grad()
 def extract_features(model: Any, batches: Iterable[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Runs the backbone of a vision model in evaluation mode.
+    """Runs the backbone of a vision model in evaluation mode, that of a ViT-MAE on all patches.
 
     Args:
         model (`PreTrainedModel`): its base model is run.
@@ -27,9 +28,10 @@ def extract_features(model: Any, batches: Iterable[dict[str, Any]]) -> tuple[np.
     was_training = backbone.training
     backbone.eval()
     features, labels = [], []
-    for batch in batches:
-        features.append(pool_features(backbone(pixel_values=batch["pixel_values"])).float().cpu().numpy())
-        labels.append(batch["labels"].cpu().numpy())
+    with without_masking(model):
+        for batch in batches:
+            features.append(pool_features(backbone(pixel_values=batch["pixel_values"])).float().cpu().numpy())
+            labels.append(batch["labels"].cpu().numpy())
     backbone.train(was_training)
     return np.concatenate(features), np.concatenate(labels)
 

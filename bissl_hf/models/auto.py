@@ -8,8 +8,13 @@ from importlib import import_module
 import transformers
 from transformers import PreTrainedModel
 
-# Model type -> class name; the class lies in modeling_TYPE.py.
-PRETEXT_MODELS = {"simclr": "SimCLRForPreTraining"}
+# Model type -> class name; the class is in modeling_TYPE.py, its configuration in configuration_TYPE.py.
+PRETEXT_MODELS = {
+    "simclr": "SimCLRForPreTraining",
+    "byol": "BYOLForPreTraining",
+    "vicreg": "VICRegForPreTraining",
+    "barlow_twins": "BarlowTwinsForPreTraining",
+}
 
 
 def pretext_class(model_type: str) -> type[PreTrainedModel]:

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .auto import PRETEXT_MODELS, pretext_class
+from .finite import with_finite_weights
 
 
 def _classifies_images(config: PretrainedConfig) -> bool:
@@ -33,10 +34,11 @@ def build_backbone(config: PretrainedConfig) -> PreTrainedModel:
 def load_backbone(source: str | PreTrainedModel) -> Any:
     """Returns the base model behind a folder, a Hub id or a model."""
     if isinstance(source, PreTrainedModel):
-        return source.base_model
+        return with_finite_weights(source.base_model, f"the {type(source).__name__}")
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type in PRETEXT_MODELS:
-        return pretext_class(config.model_type).from_pretrained(source).backbone
+        pretrained: Any = pretext_class(config.model_type).from_pretrained(source)
+        return with_finite_weights(pretrained.backbone, source)
     auto_class = AutoModelForImageClassification if _classifies_images(config) else AutoModel
     # A head that is missing is expected here and would be reported at length; a backbone that is not whole is an
     # error.
@@ -50,7 +52,7 @@ def load_backbone(source: str | PreTrainedModel) -> Any:
     missing = sorted(name for key in report["missing_keys"] if (name := _below_base(model, key)) in backbone_keys)
     if missing:
         raise ValueError(f"{source} lacks {len(missing)} of the backbone's parameters: {', '.join(missing[:5])}.")
-    return model.base_model
+    return with_finite_weights(model.base_model, source)
 
 
 def _below_base(model: PreTrainedModel, key: str) -> str:

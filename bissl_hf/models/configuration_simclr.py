@@ -1,14 +1,14 @@
 """Configuration of SimCLR pre-training."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from .configuration_backbone import as_config, infer_feature_size, resnet18_config
+from .configuration_pretext import PretextConfig
 
 
-class SimCLRConfig(PretrainedConfig):
+class SimCLRConfig(PretextConfig):
     """Configuration of [`SimCLRForPreTraining`].
 
     Args:
@@ -22,13 +22,8 @@ class SimCLRConfig(PretrainedConfig):
     """
 
     model_type = "simclr"
-    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
-    has_no_defaults_at_init = False
 
-    backbone_config: Any = None
-    projection_dims: Any = (256, 256, 256)
     temperature: float = 0.5
-    feature_size: Any = None
 
     def __init__(
         self,
@@ -40,17 +35,8 @@ class SimCLRConfig(PretrainedConfig):
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0.")
-        if not projection_dims or min(projection_dims) < 1:
-            raise ValueError(f"projection_dims is {projection_dims}; it must hold at least one width, each above 0.")
-        backbone = as_config(backbone_config) if backbone_config is not None else resnet18_config()
-        # The base class resets the attention of the sub-configurations it finds, so they are set after it.
-        super().__init__(**kwargs)
-        self.backbone_config = backbone
-        if kwargs.get("attn_implementation") is not None:
-            self._attn_implementation = kwargs["attn_implementation"]
-        self.projection_dims = list(projection_dims)
+        super().__init__(backbone_config, projection_dims, feature_size, **kwargs)
         self.temperature = temperature
-        self.feature_size = feature_size or infer_feature_size(backbone)
 
 
 AutoConfig.register("simclr", SimCLRConfig)

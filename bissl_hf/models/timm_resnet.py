@@ -119,7 +119,7 @@ def _abridged(names: Iterable[str]) -> str:
 
 
 def _take_head(weights: Weights, prefix: str | None) -> tuple[Weights, Weights]:
-    """Splits off the projection head, with its layers numbered as in `SimCLRProjectionHead`."""
+    """Splits off the projection head, with its layers numbered as in `ProjectionHead`."""
     found = {name: match for name in weights if (match := re.fullmatch(rf"(.*?)(\d+)\.{_NORM_FIELDS}", name))}
     prefixes = sorted({match[1] for match in found.values()})
     if prefix is None:
@@ -159,7 +159,7 @@ def infer_resnet_config(backbone: Mapping[str, Tensor]) -> ResNetConfig:
 
 def projection_dims(head: Mapping[str, Tensor]) -> list[int]:
     """Returns the widths of a projection head of linear layers with batch norm between them, as
-    `SimCLRProjectionHead` has it: the last linear layer without bias.
+    `ProjectionHead` has it: the last linear layer without bias.
 
     Raises:
         `ValueError`: if the head is built otherwise.

@@ -133,7 +133,7 @@ def parse_optimizer_options(text: str | None, *, field: str) -> dict[str, Any]:
 
 def build_optimizer(
     name: str,
-    parameters: Sequence[Tensor],
+    parameters: Sequence[Any],
     *,
     learning_rate: float,
     weight_decay: float,
@@ -144,7 +144,7 @@ def build_optimizer(
 
     Args:
         name (`str`): see [`torch_optimizers`].
-        parameters (`Sequence[torch.Tensor]`): what it moves.
+        parameters (`Sequence`): the tensors that it moves, or groups of them as dictionaries.
         learning_rate (`float`), weight_decay (`float`): as usual.
         options (`dict`): further arguments of the class; those that it does not take are an error.
         field (`str`): the argument that names the optimizer, for messages.

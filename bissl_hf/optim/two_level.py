@@ -25,6 +25,7 @@ class LevelSettings:
         num_steps (`int`): steps of this level in the whole run.
         warmup_steps (`int`): of them, those of the warm-up.
         max_grad_norm (`float`): bound on the gradient norm; 0 for none.
+        head_learning_rate (`float`, *optional*): of the parameters outside of the backbone, if it is one of its own.
     """
 
     prefix: str
@@ -37,9 +38,19 @@ class LevelSettings:
     num_steps: int
     warmup_steps: int
     max_grad_norm: float
+    head_learning_rate: float | None = None
 
-    def build_optimizer(self, parameters: Sequence[Tensor]) -> Optimizer:
-        """Returns the optimizer of some parameters; weight decay applies to all of them."""
+    def build_optimizer(self, backbone: Sequence[Tensor], heads: Sequence[Tensor] = ()) -> Optimizer:
+        """Returns the optimizer of some parameters; weight decay applies to all of them.
+
+        Args:
+            backbone (`Sequence[torch.Tensor]`): of the first group of parameters.
+            heads (`Sequence[torch.Tensor]`, *optional*): the others; in a group of their own if they have a learning
+                rate of their own.
+        """
+        parameters: Sequence[Any] = (*backbone, *heads)
+        if self.head_learning_rate is not None and heads:
+            parameters = [{"params": list(backbone)}, {"params": list(heads), "lr": self.head_learning_rate}]
         return build_optimizer(
             self.optim,
             parameters,

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..data.streams import (
     model_randomness,
 )
 from ..distributed import average_flat
+from ..evaluation.monitors import EmbeddingMonitor
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
 from ..optim.pull import (
@@ -43,8 +45,9 @@ from ..optim.pull import (
     horizon_damping,
     warn_about_pull,
 )
-from ..optim.two_level import LEVELS, TwoLevelOptimizer, two_level_scheduler
-from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
+from ..optim.two_level import LEVELS, TwoLevelOptimizer, own_step, two_level_scheduler
+from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, is_finite, norm, subtract
+from .divergence import check_first_batch
 from .given import check_arguments, check_rows, refuse_loss_hooks
 from .resumable_trainer import ResumableTrainer
 from .run_record import record_run, size_of
@@ -130,7 +133,7 @@ class BiSSLTrainer(ResumableTrainer):
             eval_dataset=eval_dataset,
             data_collator=data_collator,
             eval_transform=eval_transform,
-            callbacks=[*(callbacks or []), _BeforeFirstAlternation(self)],
+            callbacks=[*(callbacks or []), _BeforeFirstAlternation(self), _AfterLowerStep(self)],
             **trainer_kwargs,
         )
         if args.label_names is None:
@@ -157,6 +160,7 @@ class BiSSLTrainer(ResumableTrainer):
                 max_iterations=args.solver_max_iterations,
                 tolerance=args.solver_tolerance,
                 curvature_mode=args.curvature_mode,
+                curvature_kind=args.curvature_kind,
                 memory_size=args.solver_memory,
                 per_tensor=args.solver_per_tensor,
                 full_precision=args.fp16,
@@ -166,6 +170,8 @@ class BiSSLTrainer(ResumableTrainer):
         self.checkpoints.register("pull", self.pull)
         self.checkpoints.register("proximal_weight", self.weight)
         self.checkpoints.register("upper_phase", self.upper_phase)
+        self.monitor = EmbeddingMonitor()
+        self.checkpoints.register("embeddings", self.monitor)
         self._level = "lower"
         self._damping: float | None = None
         self._start: Vector | None = None
@@ -302,7 +308,9 @@ class BiSSLTrainer(ResumableTrainer):
         for level in ("lower", "upper"):
             self.args.level(level).build_schedule()
         batches = [self.streams.first_rows(stream, rows) for stream in (Stream.LOWER, Stream.UPPER)]
-        self.losses.try_on(batches[0], batches[1])
+        found = self.losses.try_on(batches[0], batches[1])
+        for (inputs, _), (level, loss) in zip(batches, found.items(), strict=True):
+            check_first_batch(inputs, {f"{level} loss": loss})
 
     # A step
 
@@ -312,6 +320,7 @@ class BiSSLTrainer(ResumableTrainer):
         """Leaves the gradients of one lower or one upper step on that level's parameters, as the batch's key says; the
         optimizer does the rest."""
         key: StepKey = inputs["key"]
+        self.divergence.begin_step(key)
         model.train()
         self._level = Stream(key.stream).level
         batch = self.streams.prepare(inputs["inputs"], key)
@@ -332,7 +341,7 @@ class BiSSLTrainer(ResumableTrainer):
     def _lower_step(self, model: nn.Module, inputs: Inputs, key: StepKey) -> Tensor:
         """Gradient of  L_P(theta_P, phi_P) + lambda/2 ||theta_P - theta_D||^2  (section 2 of the paper)."""
         loss = torch.zeros((), device=self.args.device)
-        terms = self.losses.lower_terms(partial(model, level="lower"), inputs, key)
+        terms = self.losses.lower_terms(self.monitor.watching(partial(model, level="lower")), inputs, key)
         for index, term in enumerate(terms):
             with self._synchronised_if(index == len(terms) - 1, model):
                 part_loss = term()
@@ -344,12 +353,13 @@ class BiSSLTrainer(ResumableTrainer):
         theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
         offset = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
         gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
-        if not self.upper_phase.takes_products:
+        if not self.upper_phase.takes_products and not (self.divergence.skips and not is_finite(gradients)):
             is_last = key.step == self.args.lower_steps - 1
             self.upper_phase.record(self.loss_scale.remove(gradients), is_last=is_last)
         force = [self.loss_scale(part) for part in offset]
         for parameter, gradient in zip(theta_p, add_scaled(gradients, force, proximal_weight), strict=True):
             parameter.grad = gradient
+        self.divergence.note_loss(loss)
         self.metrics_buffer.add("loss", loss)
         self.metrics_buffer.add("lower/loss", loss)
         self.metrics_buffer.add("lower/proximal", 0.5 * proximal_weight * dot(offset, offset))
@@ -386,6 +396,7 @@ class BiSSLTrainer(ResumableTrainer):
         for parameter, value in zip((*theta_d, *phi_d), gradient, strict=True):
             parameter.grad = value
 
+        self.divergence.note_loss(loss + direct_loss)
         self.metrics_buffer.add("loss", loss)
         self.metrics_buffer.add("upper/loss", loss)
         self.metrics_buffer.add("upper/direct_loss", direct_loss)
@@ -405,9 +416,8 @@ class BiSSLTrainer(ResumableTrainer):
         if info is not None and self.upper_phase.takes_products:
             add("solver/iterations", info.iterations_tensor)
             add("solver/residual", info.residual_tensor)
-            self._lowest_quotient = torch.minimum(
-                self._lowest_quotient.to(info.rayleigh_quotient_tensor.device), info.rayleigh_quotient_tensor.double()
-            )
+            lowest = self._lowest_quotient.to(rhs[0].device, non_blocking=True)
+            self._lowest_quotient = torch.minimum(lowest, info.rayleigh_quotient_tensor.double())
             add("solver/cosine", cosine(solve.solution, rhs))
             for position, status in enumerate(SolveStatus):
                 if status in (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.NON_FINITE):
@@ -446,16 +456,17 @@ class BiSSLTrainer(ResumableTrainer):
 
     # Optimization
 
-    def _level_parameters(self, level: str) -> tuple[Tensor, ...]:
+    def _level_parameters(self, level: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Returns theta and phi of a level."""
         if level == "lower":
-            return (*self.model.lower_shared_parameters(), *self.model.lower_head_parameters())
-        return (*self.model.upper_shared_parameters(), *self.model.upper_head_parameters())
+            return self.model.lower_shared_parameters(), self.model.lower_head_parameters()
+        return self.model.upper_shared_parameters(), self.model.upper_head_parameters()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Returns one optimizer for both levels; weight decay applies to every parameter."""
         if self.optimizer is None:
             self.optimizer = self.two_level_optimizer = TwoLevelOptimizer(
-                **{level: self.args.level(level).build_optimizer(self._level_parameters(level)) for level in LEVELS}
+                **{level: self.args.level(level).build_optimizer(*self._level_parameters(level)) for level in LEVELS}
             )
             for name in ("target_pull", "damping"):
                 wanted = self.args.damping == "auto" if name == "damping" else self.args.target_pull is not None
@@ -490,6 +501,8 @@ class BiSSLTrainer(ResumableTrainer):
             self.metrics_buffer.add(f"{self._level}/skipped_steps", float(skipped))
             if skipped:
                 return size
+        if self.divergence.note_gradient(size):
+            return size
         self.metrics_buffer.add(f"{self._level}/gradient_norm", size)
         if self._level == "lower":
             self.pull.count(
@@ -503,7 +516,14 @@ class BiSSLTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
         """Trainer skips clipping where the upper bound is 0; the lower level may still have one (a private hook of
         transformers 5.23, 2026-11)."""
-        return super()._get_grad_norm(model, self._clip_grad_norm(model) if grad_norm is None else grad_norm)
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    def inputs_of_step(self, key: StepKey) -> list[Inputs]:
+        """Returns the batch of a step, and of an upper one that of the curvature too."""
+        inputs = super().inputs_of_step(key)
+        if key.stream == Stream.UPPER:
+            inputs.append(self.streams.read(self.streams.key(Stream.CURVATURE, key.alternation)))
+        return inputs
 
     # Before the first alternation
 
@@ -546,7 +566,7 @@ class BiSSLTrainer(ResumableTrainer):
         key = self.streams.key(Stream.LOWER)
         batch = self.streams.read(key)
         self.model.train()
-        parameters = self._level_parameters("lower")
+        parameters = list(chain(*self._level_parameters("lower")))
         gradients: list[Tensor | None] = [None] * len(parameters)
         with model_randomness(key):
             for term in self.losses.lower_terms(self.model.without_side_effects("lower"), batch, key):
@@ -564,7 +584,7 @@ class BiSSLTrainer(ResumableTrainer):
         """
         self.create_optimizer()
         settings = self.args.level("lower")
-        gradient = fill_missing(self.first_gradients(), self._level_parameters("lower"))
+        gradient = fill_missing(self.first_gradients(), list(chain(*self._level_parameters("lower"))))
         pull_at_one = estimate_pull(
             self.two_level_optimizer.lower,
             self.model.lower_shared_parameters(),
@@ -607,7 +627,10 @@ class BiSSLTrainer(ResumableTrainer):
         """Adds what is measured at the moment of the log."""
         theta_p = [p.detach() for p in self.model.lower_shared_parameters()]
         size = norm(theta_p)
-        rates = {group["level"]: group["lr"] for group in self.two_level_optimizer.param_groups}
+        # The first group of a level is that of its backbone.
+        rates = {group["level"]: group["lr"] for group in reversed(self.two_level_optimizer.param_groups)}
+        for name, figure in self.monitor.pop_figures().items():
+            self.metrics_buffer.add(f"lower/{name}", figure)
         collected = super().collect_logs()
         if collected.get("solver/negative_curvature", 0.0) >= 0.5 and not self._has_warned:
             self._has_warned = True
@@ -648,6 +671,20 @@ class BiSSLTrainer(ResumableTrainer):
         return {**super().resume_settings(), **streams, "lower_optim": self.args.lower_optim}
 
 
+class _AfterLowerStep(TrainerCallback):
+    """Moves the target of a lower model that has one (BYOL) after each of its steps."""
+
+    def __init__(self, trainer: BiSSLTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lower: Any = self.trainer.model.lower
+        lower_steps, upper_steps = args.lower_steps, args.upper_steps
+        if hasattr(lower, "update_target") and state.global_step % (lower_steps + upper_steps) < lower_steps:
+            step = own_step(state.global_step, "lower", lower_steps=lower_steps, upper_steps=upper_steps)
+            lower.update_target(step, args.num_alternations * lower_steps)
+
+
 class _BeforeFirstAlternation(TrainerCallback):
     """Warms the head up and looks at the pull, once the model is where it will be trained."""
 
@@ -657,6 +694,9 @@ class _BeforeFirstAlternation(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self.trainer.remember_start()
+            lower: Any = self.trainer.model.lower
+            if args.restart_target and hasattr(lower, "restart_target"):
+                lower.restart_target()
             self.trainer.warm_up_head()
             pull = self.trainer.estimate_pull()
             warn_about_pull(pull, self.trainer.proximal_weight)

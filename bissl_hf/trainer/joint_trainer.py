@@ -1,21 +1,26 @@
 """Joint training of both tasks on one backbone: the rival of BiSSL that needs no linear solve."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import default_data_collator
+from transformers import PreTrainedModel, default_data_collator
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils.generic import find_labels
 
 from ..cards.record import RunRecord
 from ..data.alternation import KeyedSource, StepKey, Stream
 from ..data.decoded import decoded_for
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
-from ..models.batch_norm import running_statistics
+from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
+from .divergence import check_first_batch
 from .given import check_arguments, check_rows, refuse_loss_hooks
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
+from .target_update import TargetUpdate
 from .training_args import JointTrainingArguments
 
 
@@ -81,6 +86,16 @@ class JointTrainer(SingleLevelTrainer):
             world_size=args.world_size,
         )
         self.streams.add(Stream.UPPER, labelled, train_transform)
+        if hasattr(model.lower, "update_target"):
+            self.add_callback(TargetUpdate(model.lower))
+        if args.label_names is None:
+            self.label_names = find_labels(type(model.upper))
+        # Columns that the downstream model takes; Trainer would look at the signature of BiSSLModel.
+        self._signature_columns = [  # type: ignore[assignment]
+            *inspect.signature(model.upper.forward).parameters,
+            "label",
+            "label_ids",
+        ]
 
     def joint_loss(self, pretext: Inputs, key: StepKey) -> Tensor:
         """Returns the loss of a step, shape `()`.
@@ -96,11 +111,17 @@ class JointTrainer(SingleLevelTrainer):
         with model_randomness(labelled_key):
             return loss + self.args.downstream_weight * self.model(level="aligned", **labelled).loss
 
+    def backbone_and_heads(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns theta_P, and the heads of both tasks."""
+        heads: list[Tensor] = [*self.model.lower_head_parameters(), *self.model.upper_head_parameters()]
+        return list(self.model.lower_shared_parameters()), heads
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Computes the gradient of both losses and averages it over the processes."""
         key = inputs["key"]
+        self.divergence.begin_step(key)
         pretext = self.streams.prepare(inputs["inputs"], key)
         self.count_samples(pretext)
         self.model.train()
@@ -111,6 +132,7 @@ class JointTrainer(SingleLevelTrainer):
         gradient = average_flat(gradient, in_place=running_statistics(self.model.lower))
         for parameter, value in zip(parameters, gradient, strict=True):
             parameter.grad = value
+        self.divergence.note_loss(loss)
         self.metrics_buffer.add("loss", loss.detach())
         return loss.detach()
 
@@ -124,13 +146,34 @@ class JointTrainer(SingleLevelTrainer):
         batch, key = self.streams.first_rows(self.stream, rows)
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            self.joint_loss(batch, key._replace(rank=self.args.process_index))
+            loss = self.joint_loss(batch, key._replace(rank=self.args.process_index))
+        check_first_batch(batch, {"loss": loss})
+
+    def inputs_of_step(self, key: StepKey) -> list[Inputs]:
+        """Returns both batches of a step."""
+        return [self.streams.read(key), self.streams.read(key._replace(stream=int(Stream.UPPER)))]
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what the labelled stream reads."""
         return {**super().resume_settings(), "downstream": self.streams.sources[Stream.UPPER].describe()}
 
+    # Evaluation, and what users take away
+
+    def final_model(self) -> PreTrainedModel:
+        """Returns a native copy of the downstream model, the shared backbone with its head, its batch-norm statistics
+        estimated on labelled training images."""
+        model = self.model.aligned_model()
+        if has_batch_norm(model) and self.args.bn_recalibration_images:
+            source = self.streams.sources[Stream.UPPER]
+            recalibrate_batch_norm(model, self.calibration_batches(self.args.bn_recalibration_images, source))
+        return model.eval()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluates the final model."""
+        with self.evaluating(self.final_model()):
+            return super().evaluation_loop(*args, **kwargs)
+
     def record(self) -> RunRecord:
-        """Returns what a card says of the run and of the model of both tasks."""
+        """Returns what a card says of the run and of the downstream model."""
         labelled = self.streams.sources[Stream.UPPER].dataset
         return record_run(self, "joint", examples={"train": size_of(labelled), "lower": size_of(self.train_dataset)})

@@ -2,15 +2,18 @@
 
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..cards.record import RunRecord
 from ..data.alternation import Stream
 from ..data.decoded import decoded_for
 from ..data.streams import check_pretext_batch
+from ..evaluation.monitors import EmbeddingMonitor
 from .given import check_arguments, check_rows
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
+from .target_update import TargetUpdate
 from .training_args import PretextTrainingArguments
 
 
@@ -48,6 +51,29 @@ class PretextTrainer(SingleLevelTrainer):
             train_dataset=train_dataset,
             **trainer_kwargs,
         )
+        if hasattr(model, "update_target"):
+            self.add_callback(TargetUpdate(model))
+        self.monitor = EmbeddingMonitor()
+        self.checkpoints.register("embeddings", self.monitor)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Watches the embeddings of which the loss is made, for the figures of a collapse."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if isinstance(embeddings := getattr(outputs, "embeddings", None), Tensor):
+            self.monitor.watch(embeddings)
+        return (loss, outputs) if return_outputs else loss
+
+    def collect_logs(self) -> dict[str, float]:
+        """Adds the spread and the effective rank of the embeddings of the last step."""
+        for name, figure in self.monitor.pop_figures().items():
+            self.metrics_buffer.add(name, figure)
+        return super().collect_logs()
 
     def record(self) -> RunRecord:
         """Returns what a card says of the run and the pretext model."""

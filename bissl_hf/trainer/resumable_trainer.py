@@ -2,6 +2,7 @@
 waiting."""
 
 import inspect
+import math
 import os
 import shutil
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, RemoveColumnsCollator
 from transformers.utils import logging
@@ -33,16 +34,18 @@ from ..checkpoints import (
     rotate_checkpoints,
     write_manifest,
 )
-from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream, keyed_random_state
+from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, keyed_random_state
 from ..data.batches import batch_rows, split_rows
 from ..data.decoded import decoded_for
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
+from ..models.finite import check_finite_weights
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
 from .callbacks import BestCheckpoint, EpochBoundary, NewRun, ShortProgressCallback, TrainingClock
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
+from .divergence import DivergenceGuard
 from .given import check_arguments
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
@@ -108,15 +111,12 @@ class ResumableTrainer(Trainer):
         self.metrics_buffer = MetricsBuffer(average_flat)
         self._clock, self._best = TrainingClock(), BestCheckpoint()
         self._staging: Path | None = None
+        self._resumed_step = 0
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
-        callbacks = [
-            NewRun(),
-            self._clock,
-            self._best,
-            *(trainer_kwargs.pop("callbacks", None) or []),
-            EpochBoundary(),
-        ]
+        self.divergence = DivergenceGuard(self)
+        callbacks = [NewRun(), self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or [])]
+        callbacks += [EpochBoundary(), self.divergence]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         eval_dataset = trainer_kwargs.pop("eval_dataset", None)
@@ -138,6 +138,7 @@ class ResumableTrainer(Trainer):
         self.checkpoints = CheckpointStore()
         for name, owner in (("metrics", self.metrics_buffer), ("seconds", self._clock), ("best", self._best)):
             self.checkpoints.register(name, owner)
+        self.checkpoints.register("divergence", self.divergence)
 
     # Several processes
 
@@ -171,6 +172,25 @@ class ResumableTrainer(Trainer):
         if self.args.fp16 and self.args.device.type == "cpu":
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    # Divergence
+
+    def inputs_of_step(self, key: StepKey) -> list[dict[str, Any]]:
+        """Returns the batches of a step anew, to tell whether they were finite."""
+        return [self.streams.read(key)]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
+        """The norm of every step's gradient passes here (a private hook of transformers 5.23, 2026-11)."""
+        size = super()._get_grad_norm(model, grad_norm)
+        self.divergence.note_gradient(size)
+        return size
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A metric that is not finite is never the best (a private hook of transformers 5.23, 2026-11)."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if not math.isfinite(metrics.get(name, 0.0)):
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     # Batches
 
@@ -220,6 +240,16 @@ class ResumableTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Takes a `datasets.Dataset` with a column of images, too."""
         return super().get_test_dataloader(self._decoded(test_dataset))
+
+    def set_initial_training_values(
+        self, args: Any, dataloader: Any
+    ) -> tuple[int, int, int, int, int, int | None, int]:
+        """Leaves no epoch to a run that is resumed after its last step: Trainer (2026-11, transformers 5.23) takes one
+        more step where that was inside an epoch."""
+        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._resumed_step >= max_steps:
+            epochs = self._resumed_step // steps_per_epoch
+        return epochs, steps_per_epoch, *others, max_steps  # type: ignore[return-value]
 
     # Logs
 
@@ -275,21 +305,25 @@ class ResumableTrainer(Trainer):
         finally:
             self._evaluated = None
 
-    def calibration_batches(self, num_images: int) -> Iterator[dict[str, Any]]:
+    def calibration_batches(self, num_images: int, source: KeyedSource | None = None) -> Iterator[dict[str, Any]]:
         """Yields the batches from which batch-norm statistics are estimated: the same training examples in each call
         and on each process, with the evaluation transform.
 
         Args:
             num_images (`int`): about how many; whole batches of at most `per_device_eval_batch_size`.
+            source ([`KeyedSource`], *optional*): of the labelled examples; `train_dataset` if not given.
         """
-        total = min(num_images, len(self.train_dataset))
+        dataset, collator = (
+            (self.train_dataset, self.data_collator) if source is None else (source.dataset, source.collator)
+        )
+        total = min(num_images, len(dataset))
         if total == 0:
             return
         batch = min(self.args.per_device_eval_batch_size, total)
-        source = KeyedSource(self.train_dataset, batch, self.data_collator, steps_per_alternation=total // batch)
+        ordered = KeyedSource(dataset, batch, collator, steps_per_alternation=total // batch)
         for position in range(total // batch):
             key = self.streams.key(Stream.EVALUATION, step=position)._replace(rank=0)
-            yield self.streams.prepare(source.read(key), key)
+            yield self.streams.prepare(ordered.read(key), key)
 
     # Hub. The overrides of Trainer's methods with a leading underscore: 2026-11, transformers 5.23.
 
@@ -304,6 +338,7 @@ class ResumableTrainer(Trainer):
         if _internal_call:
             super().save_model(folder, _internal_call=True)
         elif self.args.should_save:
+            check_finite_weights(self.model, "the training has diverged, and no model is written")
             self.write_final_model(folder)
 
     def write_final_model(self, folder: str) -> None:
@@ -477,7 +512,11 @@ class ResumableTrainer(Trainer):
         return str(Path(output_dir) / STAGING_FOLDER) if self._staging else output_dir
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Has Trainer write the checkpoint aside, and renames it once it is whole."""
+        """Has Trainer write the checkpoint aside, and renames it once it is whole. Of weights that are not finite none
+        is written."""
+        self.divergence.check()
+        if self.divergence.found is not None:
+            return
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staging, final = run_dir / STAGING_FOLDER, run_dir / name
@@ -513,6 +552,8 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         self.check_checkpoint(resume_from_checkpoint)
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        self._resumed_step = state.global_step
         self._restore_weights(resume_from_checkpoint)
         self.checkpoints.load(Path(resume_from_checkpoint), self.args.device)
         self._best.find_beside(Path(resume_from_checkpoint))
@@ -524,5 +565,9 @@ class ResumableTrainer(Trainer):
     def _restore_weights(self, checkpoint: str) -> None:
         """Trainer reads a state dict leniently. Checkpoints of some models (ViT) hold other names than the model,
         which only `from_pretrained` translates back; the weights would stay as they are without an error."""
-        restored = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+        # In the widest format among them, so that adapters in float32 on a backbone in bfloat16 lose nothing.
+        floating = {p.dtype for p in self.model.parameters() if p.dtype.is_floating_point}
+        widest = max(floating, key=lambda dtype: torch.finfo(dtype).bits)
+        restored = type(self.model).from_pretrained(checkpoint, dtype=widest)
+        check_finite_weights(restored, f"{checkpoint} is of a run that has diverged; resume from an earlier one")
         self.model.load_state_dict(restored.state_dict())

@@ -15,6 +15,7 @@ from ..data.streams import Transform, model_randomness
 from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.saving import save_model
+from .divergence import check_first_batch
 from .resumable_trainer import ResumableTrainer
 from .training_args import ResumableTrainingArguments
 
@@ -70,8 +71,9 @@ class SingleLevelTrainer(ResumableTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Returns the optimizer; weight decay applies to every parameter."""
         if self.optimizer is None:
-            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            self.optimizer = self.args.level(num_steps=self.num_planned_steps).build_optimizer(parameters)
+            self.optimizer = self.args.level(num_steps=self.num_planned_steps).build_optimizer(
+                *self.backbone_and_heads()
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
@@ -82,6 +84,12 @@ class SingleLevelTrainer(ResumableTrainer):
             # 2026-11, transformers 5.23: Trainer saves a schedule only if it is marked as its own.
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def backbone_and_heads(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the trainable parameters of the base model, and the others."""
+        base = {id(parameter) for parameter in self.model.base_model.parameters()}
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [p for p in trainable if id(p) in base], [p for p in trainable if id(p) not in base]
 
     @property
     def num_planned_steps(self) -> int:
@@ -114,11 +122,13 @@ class SingleLevelTrainer(ResumableTrainer):
     ) -> Tensor:
         """Makes the views of a tagged batch and takes Trainer's step on them."""
         key = inputs["key"]
+        self.divergence.begin_step(key)
         batch = self.streams.prepare(inputs["inputs"], key)
         self.count_samples(batch)
         with model_randomness(key):
             loss = super().training_step(model, batch, num_items_in_batch)
         average_flat([], in_place=running_statistics(self.model))
+        self.divergence.note_loss(loss)
         self.metrics_buffer.add("loss", loss)
         return loss
 
@@ -129,7 +139,8 @@ class SingleLevelTrainer(ResumableTrainer):
         batch, key = self.streams.first_rows(self.stream, rows)
         self.model.eval()
         with torch.no_grad(), model_randomness(key), self.accelerator.autocast():
-            self.model(**batch)
+            loss = self.model(**batch).loss
+        check_first_batch(batch, {"loss": loss})
 
     def final_model(self) -> PreTrainedModel:
         """Returns the model to keep, in evaluation mode."""

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
@@ -31,6 +31,7 @@ from .fields import (
 )
 
 PAPER_DAMPING = 10.0
+CURVATURE_KINDS = ("hessian", "gauss_newton")
 CURVATURE_MODES = ("auto", *FIXED_CURVATURE_MODES)
 
 # Smallest values allowed, for each trainer and for BiSSL.
@@ -121,10 +122,19 @@ class ResumableTrainingArguments(TrainingArguments):
         default=128,
         metadata={"help": "Images per device in an evaluation, and where batch-norm statistics are estimated."},
     )
+    on_divergence: str = field(
+        default="stop",
+        metadata={
+            "help": "Where numbers are not finite: stop, with an error; or skip, which leaves out the steps whose "
+            "gradients are not finite and waits for the device in each step to know."
+        },
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Losses that are not finite are shown."})
 
     def __post_init__(self) -> None:
         check_at_least(self, **_AT_LEAST)
+        if self.on_divergence not in ("stop", "skip"):
+            raise ValueError(f"on_divergence is {self.on_divergence!r}; it must be stop or skip.")
         self._refuse_unsupported()
         optim = getattr(self.optim, "value", self.optim)
         resolve_optimizer(optim, field="optim")
@@ -230,6 +240,17 @@ class PretextTrainingArguments(ResumableTrainingArguments):
     )
     per_device_train_batch_size: int = field(default=1024, metadata={"help": "Pairs of views per device and step."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Bound on the gradient norm; 0 for none."})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the pretext head or decoder; learning_rate if not given."}
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least(self, head_learning_rate=0)
+        super().__post_init__()
+
+    def level(self, name: str = "upper", *, num_steps: int) -> LevelSettings:
+        """Returns how the model is optimized, see [`ResumableTrainingArguments.level`]."""
+        return replace(super().level(name, num_steps=num_steps), head_learning_rate=self.head_learning_rate)
 
 
 @dataclass
@@ -245,9 +266,12 @@ class JointTrainingArguments(PretextTrainingArguments):
     per_device_labelled_batch_size: int = field(
         default=256, metadata={"help": "Labelled images per device and step, beside the pairs of views."}
     )
+    bn_recalibration_images: int = field(
+        default=1024, metadata={"help": "Labelled images for the batch-norm statistics of the model; 0 for none."}
+    )
 
     def __post_init__(self) -> None:
-        check_at_least(self, downstream_weight=0, per_device_labelled_batch_size=1)
+        check_at_least(self, downstream_weight=0, per_device_labelled_batch_size=1, bn_recalibration_images=0)
         super().__post_init__()
 
 
@@ -348,6 +372,9 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             each tensor.
         solver_max_iterations (`int`, *optional*, defaults to 5): Hessian-vector products per upper step, at most.
         solver_tolerance (`float`, *optional*, defaults to 0.0): bound on the relative residual at which a solve stops.
+        curvature_kind (`str`, *optional*, defaults to `"hessian"`): `"hessian"`, the paper's; or `"gauss_newton"`,
+            which is never indefinite and holds the memory of a first-order graph, for lower losses that are known as
+            convex functions of outputs (see [`convex_outputs`]).
         curvature_mode (`str`, *optional*, defaults to `"auto"`): `"cached"` keeps the graph of the lower gradient for
             an upper phase; `"recompute"` builds it for each product, slower, and holds none in between; `"auto"` keeps
             it while it fits the memory of the GPU, and otherwise, with a warning, takes the curvature batch in parts.
@@ -361,6 +388,10 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             theta_D <- (1 - s) theta_D + s theta_P; 0 for never.
         upper_adaptation_strength (`float`, *optional*, defaults to 0.1): s.
         lower_learning_rate (`float`, *optional*, defaults to 1.0)
+        lower_head_learning_rate (`float`, *optional*): of phi_P, such as the decoder of a masked autoencoder;
+            `lower_learning_rate` if not given.
+        restart_target (`bool`, *optional*, defaults to `False`): whether the moving target of a lower model that has
+            one (BYOL) starts as a copy of the online network, or goes on as it is.
         lower_optim (`str`, *optional*, defaults to `"lars"`): `"lars"` or an optimizer of `torch.optim` by name.
         lower_optim_args (`str`, *optional*): its further arguments, such as `"exclude_bias_and_norm=True"`.
         lower_weight_decay (`float`, *optional*, defaults to 1e-6)
@@ -401,6 +432,9 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
     solver_per_tensor: bool = field(default=False, metadata={"help": "Solver mfac: a system for each tensor."})
     solver_max_iterations: int = field(default=5, metadata={"help": "Hessian-vector products per upper step at most."})
     solver_tolerance: float = field(default=0.0, metadata={"help": "Relative residual at which a solve stops."})
+    curvature_kind: str = field(
+        default="hessian", metadata={"help": f"Matrix of the linear systems: {', '.join(CURVATURE_KINDS)}."}
+    )
     curvature_mode: str = field(
         default="auto",
         metadata={"help": f"Graph of the curvature: {', '.join(CURVATURE_MODES)} (cached while it fits the GPU)."},
@@ -418,6 +452,13 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
     upper_adaptation_strength: float = field(default=0.1, metadata={"help": "How far theta_D moves towards theta_P."})
 
     lower_learning_rate: float = field(default=1.0, metadata={"help": "Learning rate of the lower level."})
+    lower_head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the pretext head or decoder; lower_learning_rate if none."},
+    )
+    restart_target: bool = field(
+        default=False, metadata={"help": "BYOL: copy the target anew from the online network before BiSSL."}
+    )
     lower_optim: str = field(default="lars", metadata={"help": "Lower optimizer: lars or one of torch.optim."})
     lower_optim_args: str | None = field(default=None, metadata={"help": "Its further arguments: name=value,..."})
     lower_weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of the lower level."})
@@ -451,7 +492,9 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
     def _check_ranges(self) -> None:
         self._set_coupling()
         check_at_least(self, **_BISSL_AT_LEAST)
-        for name in ("target_pull", "proximal_weight", "learning_rate", "lower_learning_rate"):
+        for name in (
+            "target_pull", "proximal_weight", "learning_rate", "lower_learning_rate", "lower_head_learning_rate"
+        ):  # fmt: skip
             if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value}; it must be a finite number above 0.")
         if self.solver == "none" and self.direct_weight == 0:
@@ -461,7 +504,11 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
         for name in ("lower_momentum", "upper_adaptation_strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
-        for name, allowed in (("solver", SOLVERS), ("curvature_mode", CURVATURE_MODES)):
+        for name, allowed in (
+            ("solver", SOLVERS),
+            ("curvature_mode", CURVATURE_MODES),
+            ("curvature_kind", CURVATURE_KINDS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if self.lower_gradient_cache and self.lower_micro_batch_size is None:
@@ -540,6 +587,7 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             num_steps=num_steps or self.num_alternations * self.lower_steps,
             warmup_steps=self.get_lower_warmup_steps(),
             max_grad_norm=self.lower_max_grad_norm,
+            head_learning_rate=self.lower_head_learning_rate,
         )
 
     def get_lower_warmup_steps(self) -> int:

@@ -326,3 +326,24 @@ def test_bad_arguments_are_refused(changed, message):
     matvec, rhs = arguments.pop("matvec"), arguments.pop("rhs")
     with pytest.raises(ValueError, match=message):
         recycled_conjugate_gradient(matvec, rhs, Directions(), **arguments)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_breakdown_at_the_last_product_is_held_against_the_right_hand_side(monkeypatch, reads):
+    """The inherited directions are given up with no product left to start anew; x = 0 must not pass for an iterate."""
+    monkeypatch.setattr(recycling, "may_read_device", lambda rhs, tolerance: reads)
+    breakdowns = 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        basis, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))
+        matrix = (basis * torch.tensor([4.0, 1.0, -1.0, 3.0], dtype=torch.float64)) @ basis.T
+        directions = Directions()
+        for rhs in torch.randn(4, 4, generator=generator, dtype=torch.float64):
+            (x,), info = recycled_conjugate_gradient(
+                lambda v, matrix=matrix: (matrix @ v[0],), (rhs,), directions, max_iterations=1
+            )
+            found, of_rhs = (float((rhs - matrix @ y).norm() / rhs.norm()) for y in (x, rhs))
+            assert found <= of_rhs * (1 + 1e-9)
+            assert info.residual == pytest.approx(found, rel=1e-8)
+            breakdowns += info.status == SolveStatus.NEGATIVE_CURVATURE
+    assert breakdowns > 20

@@ -6,17 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
 )
 
 from bissl_hf import BiSSLModel, BiSSLTrainer
 from bissl_hf.bilevel import upper_phase
 from bissl_hf.bilevel.curvature import Curvature
+from bissl_hf.bilevel.gauss_newton import GaussNewton
 from bissl_hf.bilevel.gradient_cache import EmbeddingCurvature
 from bissl_hf.bilevel.upper_phase import MIN_PART_ROWS, UpperPhase
+from bissl_hf.models.convex_outputs import convex_outputs
 from bissl_hf.trainer import bissl_trainer
 
 from ..conftest import vit_model
@@ -270,3 +277,126 @@ def test_one_process_of_several_does_not_try_again_alone(tmp_path, monkeypatch):
         trainer.train()
     assert "Set a smaller curvature_batch_size" in caught.value.__notes__[0]
     assert trainer.upper_phase.halvings == 0
+
+
+# Gauss-Newton matrices
+
+
+def bert_config(**settings):
+    return BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **settings,
+    )  # fmt: skip
+
+
+def masked_words():
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 20, (6, 5), generator=generator)
+    labels = torch.where(torch.rand(6, 5, generator=generator) < 0.4, words, -100)
+    return {"input_ids": words.masked_fill(labels >= 0, 0), "labels": labels}
+
+
+def pairs_of_images():
+    return {"pixel_values": torch.rand(6, 2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))}
+
+
+def lower_of(kind):
+    """A lower model whose loss is convex in known outputs, with a batch of it."""
+    torch.manual_seed(0)
+    if kind == "simclr":
+        return vit_model(projection_dims=(5,), dropout=0.0).lower.double(), pairs_of_images()
+    if kind == "masked words":
+        return BertForMaskedLM(bert_config()).double(), masked_words()
+    vit = {
+        "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 8,
+    }  # fmt: skip
+    images = pairs_of_images()["pixel_values"][:, 0]
+    if kind == "rotations":
+        labels = torch.arange(6) % 4
+        return ViTForImageClassification(ViTConfig(num_labels=4, **vit)).double(), {
+            "pixel_values": images, "labels": labels
+        }  # fmt: skip
+    decoder = {"decoder_hidden_size": 8, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    config = ViTMAEConfig(mask_ratio=0.5, decoder_intermediate_size=8, **decoder, **vit)
+    return ViTMAEForPreTraining(config).double(), {"pixel_values": images}
+
+
+@pytest.mark.parametrize("kind", ["simclr", "masked words", "rotations", "masked patches"])
+def test_outputs_give_the_loss_and_a_gauss_newton_product(kind):
+    """Against J v by two backward passes and plain second derivatives of the loss in the outputs."""
+    model, inputs = lower_of(kind)
+    with sdpa_kernel(SDPBackend.MATH):
+        check_outputs(model, inputs)
+
+
+def check_outputs(model, inputs):
+    known = convex_outputs(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    vector = [torch.randn_like(p) for p in parameters]
+    state = torch.get_rng_state()
+
+    def rows():
+        torch.set_rng_state(state)
+        return known.rows(model, inputs)
+
+    def loss_of(rows):
+        return known.loss(known.join(rows) if known.join else rows, inputs)
+
+    outputs = rows()
+    torch.set_rng_state(state)
+    assert loss_of(outputs).item() == pytest.approx(model(**inputs).loss.item(), rel=1e-12)
+
+    def joined(rows):
+        return known.join(rows) if known.join else rows
+
+    values = joined(rows())
+    weights = torch.zeros_like(values, requires_grad=True)
+    finite = torch.isfinite(values)
+    pulled = torch.autograd.grad(
+        torch.where(finite, values, 0.0), parameters, weights, create_graph=True, materialize_grads=True,
+        allow_unused=True,
+    )  # fmt: skip
+    pairs = [(g, v) for g, v in zip(pulled, vector, strict=True) if g.requires_grad]
+    (tangent,) = torch.autograd.grad([g for g, _ in pairs], weights, [v for _, v in pairs])
+    leaf = values.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(known.loss(leaf, inputs), leaf, create_graph=True)
+    (curved,) = torch.autograd.grad(slope, leaf, torch.where(finite, tangent, 0.0))
+    expected = torch.autograd.grad(
+        torch.where(finite, joined(rows()), 0.0), parameters, torch.where(finite, curved, 0.0), allow_unused=True
+    )
+    torch.set_rng_state(state)
+    matrix = GaussNewton(rows, lambda found: known.loss(found, inputs), parameters, join=known.join)
+    for found, wanted in zip(matrix(vector), expected, strict=True):
+        torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted, rtol=0, atol=1e-10)
+
+
+def test_a_run_with_gauss_newton_in_parts_is_that_of_the_whole_batch(tmp_path):
+    settings = {"curvature_kind": "gauss_newton", "damping": 1.0}
+    runs = [build(tmp_path / "whole", **settings), build(tmp_path / "parts", phase=ShortOfMemory, **settings)]
+    for run in runs:
+        run.train()
+        assert sum(log.get("solver/negative_curvature", 0.0) for log in run.state.log_history) == 0
+    assert runs[1].upper_phase.halvings == 2
+    assert_close(*(run.model.state_dict() for run in runs), atol=1e-9)
+    runs[0].model.train()
+    assert isinstance(runs[0].upper_phase.curvature(0), GaussNewton)
+
+
+def test_a_weighed_loss_weighs_its_gauss_newton_matrix(tmp_path):
+    products = []
+    for cls in (BiSSLTrainer, Doubled):
+        trainer = build(tmp_path, cls=cls, curvature_kind="gauss_newton")
+        trainer.model.train()
+        matrix = trainer.upper_phase.curvature(0)
+        products.append(matrix(tuple(torch.ones_like(part) for part in matrix.parameters)))
+    assert_close(products[1], tuple(2.0 * part for part in products[0]))
+
+
+def test_gauss_newton_is_refused_where_it_is_not_known(tmp_path):
+    multi = BertForSequenceClassification(bert_config(problem_type="multi_label_classification"))
+    model = BiSSLModel.from_models(multi, BertForSequenceClassification(bert_config()))
+    with pytest.raises(ValueError, match="of its outputs the loss of BertForSequenceClassification is convex"):
+        build(tmp_path, model=model, curvature_kind="gauss_newton")
+    with pytest.raises(ValueError, match="with lower_micro_batch_size each part of a batch has a loss of its own"):
+        build(tmp_path, curvature_kind="gauss_newton", lower_micro_batch_size=8)

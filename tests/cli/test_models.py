@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, ResNetForImageClassification
+from transformers import PreTrainedModel, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from bissl_hf import SimCLRConfig, SimCLRForPreTraining
 from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
+from bissl_hf.models.pretext import downstream_config
 
 from ..conftest import tiny_resnet_config
 
@@ -52,7 +53,7 @@ def test_a_resnet18_by_default() -> None:
     [
         ({"backbone_init": "zeros"}, "backbone_init is 'zeros'; it must be pretrained or random"),
         ({"lower_model": "a", "backbone": "b"}, "Both lower_model and backbone are given"),
-        ({"lower_model": "{classifier}"}, "is a 'resnet' model; it must be a SimCLR one.*--backbone"),
+        ({"lower_model": "{classifier}"}, "is a 'resnet' model; it must be one of a pretext task.*--backbone"),
     ],
 )
 def test_contradictions_are_refused(arguments: dict[str, str], message: str, classifier: Path) -> None:
@@ -96,3 +97,40 @@ def test_the_kind_of_task_decides_the_loss(classifier: Path) -> None:
         probability = 1 / (1 + torch.exp(-found.logits))
         by_hand = -(labels * probability.log() + (1 - labels) * (1 - probability).log()).mean()
         torch.testing.assert_close(found.loss, by_hand)
+
+
+TINY_VIT = {
+    "image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "intermediate_size": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["simclr", "byol", "vicreg", "barlow_twins", "mae"])
+@pytest.mark.parametrize("start", ["pretrained", "random"])
+def test_every_pretext_task_is_built_saved_and_loaded_by_name(tmp_path, task, start):
+    ViTForImageClassification(ViTConfig(**TINY_VIT)).save_pretrained(tmp_path / "vit")
+    model = build_pretext_model(
+        PretextModelArguments(pretext=task, backbone=str(tmp_path / "vit"), backbone_init=start)
+    )
+    model.save_pretrained(tmp_path / task)
+    loaded = build_pretext_model(PretextModelArguments(lower_model=str(tmp_path / task)))
+    assert type(loaded) is type(model)
+    assert same_weights(loaded, model)
+    trainable = [{n for n, p in each.named_parameters() if p.requires_grad} for each in (model, loaded)]
+    assert trainable[0] == trainable[1]
+    upper = new_classifier(downstream_config(model), ["a", "b"])
+    assert type(upper).__name__ == "ViTForImageClassification"
+
+
+TASK_SETTINGS = [
+    ({"pretext": "moco"}, "pretext is 'moco'; it must be one of simclr, byol, vicreg, barlow_twins, mae"),
+    ({"pretext": "byol", "temperature": 0.1}, "temperature is 0.1, which the pretext task byol does not have"),
+    ({"pretext": "mae", "projection_dims": [4]}, "projection_dims is .4., which the pretext task mae does not have"),
+    ({"mask_ratio": 0.5}, "mask_ratio is 0.5, which the pretext task simclr does not have"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), TASK_SETTINGS)
+def test_settings_of_another_task_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        build_pretext_model(PretextModelArguments(**values))

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import xxhash
 from transformers import TrainingArguments
 
 from bissl_hf.checkpoints import write_manifest
 from bissl_hf.cli import outputs
+from bissl_hf.text import format_table
 
 from ..hub_stand_in import HubStandIn
 from ..processes import run_in_processes
@@ -91,7 +93,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
 
 def test_table() -> None:
     rows = [{"model": "before", "accuracy": 7}, {"model": "the aligned one", "accuracy": "98.00 %"}]
-    assert outputs.format_table(rows).splitlines() == [
+    assert format_table(rows).splitlines() == [
         "model            accuracy",
         "---------------  --------",
         "before           7",
@@ -128,7 +130,7 @@ def test_a_model_from_elsewhere_is_not_written_over(tmp_path):
 
 
 def test_a_table_without_rows_is_no_text():
-    assert outputs.format_table([]) == ""
+    assert format_table([]) == ""
 
 
 def open_in_process(environment: dict[str, str], folder: str) -> None:
@@ -144,7 +146,8 @@ def open_in_process(environment: dict[str, str], folder: str) -> None:
 @pytest.mark.distributed
 def test_processes_fetch_a_checkpoint_once_and_stay_in_step(tmp_path):
     state = '{"global_step": 7}'
-    manifest = json.dumps({"files": {"trainer_state.json": len(state)}})
+    checksum = xxhash.xxh3_128(state.encode()).hexdigest()
+    manifest = json.dumps({"files": {"trainer_state.json": {"bytes": len(state), "xxh3_128": checksum}}})
     with HubStandIn() as hub:
         files = {"last-checkpoint/trainer_state.json": state, "last-checkpoint/manifest.json": manifest}
         hub.add_repository("user/run", files)

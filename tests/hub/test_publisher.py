@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from huggingface_hub import CommitInfo, ModelCard
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageClassification, TrainerCallback
@@ -319,7 +320,8 @@ def test_code_in_a_checkpoint_of_others_is_not_run(hub, tmp_path, name):
     torch.save(Harm(tmp_path / "witness"), tmp_path / "harm")
     files[f"last-checkpoint/{name}"] = (tmp_path / "harm").read_bytes()
     manifest = json.loads(files["last-checkpoint/manifest.json"])
-    manifest["files"][name] = len(files[f"last-checkpoint/{name}"])
+    content = files[f"last-checkpoint/{name}"]
+    manifest["files"][name] = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
     files["last-checkpoint/manifest.json"] = json.dumps(manifest).encode()
     checkpoint = fetch_last_checkpoint("user/run", tmp_path / "again")
     second = make_pretext_trainer(tmp_path / "again", max_steps=6, push_to_hub=False)

@@ -125,7 +125,7 @@ def plan(**changes) -> Plan:
         ({"bissl": {"lower_steps": None}}, "bissl sets lower_steps to None; it must be a whole number"),
         ({"bissl": {"lower_steps": 2.5}}, "bissl sets lower_steps to 2.5; it must be a whole number"),
         ({"bissl": {"lower_steps": True}}, "bissl sets lower_steps to True; it must be a whole number"),
-        ({"bissl": {"damping": "much"}}, "bissl sets damping to 'much'; it must be a number"),
+        ({"bissl": {"damping": "much"}}, "damping is 'much'; it must be a number"),
         ({"finetune": {"optim": ["sgd"]}}, r"finetune sets optim to \['sgd'\]; it must be text"),
         ({"finetune": {"bf16": "false"}}, "finetune sets bf16 to 'false'; it must be true or false"),
         ({"finetune": {"eval_strategy": False}}, "finetune sets eval_strategy to False; it must be text"),

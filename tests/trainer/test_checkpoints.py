@@ -1,23 +1,28 @@
 """Checkpoints are whole or not there, and a run goes on from one as if it had not been interrupted."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
+from safetensors.torch import load_file
 
 from bissl_hf.checkpoints import (
     MANIFEST_NAME,
+    RUN_TENSORS_NAME,
     STAGING_FOLDER,
     find_defect,
     find_last_checkpoint,
     list_checkpoints,
     publish,
+    read_run_state,
+    rotate_checkpoints,
     write_json,
     write_manifest,
 )
-from bissl_hf.trainer.resumable_trainer import RUN_TENSORS_NAME
 
 from .test_bissl_trainer import make_text_trainer, make_trainer, same_tensors
 
@@ -31,10 +36,46 @@ def whole_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def test_a_manifest_lists_every_file_with_its_size(tmp_path):
+def test_a_manifest_lists_every_file_with_its_size_and_checksum(tmp_path):
     folder = whole_checkpoint(tmp_path / "checkpoint-1")
-    assert json.loads((folder / MANIFEST_NAME).read_text()) == {"files": {"weights": 5, "inner/state": 1}}
+    assert json.loads((folder / MANIFEST_NAME).read_text()) == {
+        "files": {
+            name: {
+                "bytes": (folder / name).stat().st_size,
+                "xxh3_128": xxhash.xxh3_128((folder / name).read_bytes()).hexdigest(),
+            }
+            for name in ("weights", "inner/state")
+        }
+    }
     assert find_defect(folder) is None
+
+
+def test_a_flipped_bit_is_found_where_contents_are_looked_at(tmp_path):
+    folder = whole_checkpoint(tmp_path / "checkpoint-1")
+    content = bytearray((folder / "weights").read_bytes())
+    content[2] ^= 1
+    (folder / "weights").write_bytes(content)
+    assert find_defect(folder) == "weights is damaged: its checksum is not that with which it was written"
+    assert find_defect(folder, contents=False) is None
+
+
+@pytest.mark.parametrize("limit", [None, 0, 1, 2, 3, 9])
+def test_rotation_goes_by_step_whatever_the_clock_says(tmp_path, limit):
+    for step in (9, 10, 100, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        os.utime(folder, (10**9 - step, 10**9 - step))  # the newest step has the oldest time
+    rotate_checkpoints(tmp_path, limit, keep={"checkpoint-2"})
+    left = {path.name for path in tmp_path.iterdir()}
+    expected = {1: {2, 100}, 2: {2, 100}, 3: {2, 10, 100}}.get(limit or 9, {2, 9, 10, 100})
+    assert left == {f"checkpoint-{step}" for step in expected}
+
+
+def test_an_edited_state_is_one_sentence(tmp_path):
+    for content in ("{", "[]", '{"settings": 1, "state": {}}', "[" * 100_000):
+        (tmp_path / "run_state.json").write_text(content)
+        with pytest.raises(ValueError, match=r"run_state.json .*Resume from another checkpoint"):
+            read_run_state(tmp_path)
 
 
 DEFECTS = [
@@ -293,5 +334,10 @@ def test_a_resume_inside_an_upper_phase_finds_what_the_solver_has_learned(recycl
 
 def test_only_a_checkpoint_inside_an_upper_phase_holds_directions(recycled_run):
     folders = list_checkpoints(Path(recycled_run.args.output_dir))
-    holders = [folder.name for folder in folders if (folder / RUN_TENSORS_NAME).exists()]
+    holders = [
+        folder.name
+        for folder in folders
+        if (folder / RUN_TENSORS_NAME).exists()
+        and any(name.startswith("upper_phase/memory/") for name in load_file(folder / RUN_TENSORS_NAME))
+    ]
     assert holders == [f"checkpoint-{step}" for step in (3, 4, 8, 9)]

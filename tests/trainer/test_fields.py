@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 
 from bissl_hf import BiSSLTrainingArguments
 from bissl_hf.trainer.fields import (
-    ACTING,
     REFUSED,
     REFUSED_BY_ALTERNATIONS,
     REFUSED_IN_JOINT_TRAINING,
@@ -36,6 +35,32 @@ OTHERS = {
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "activation_checkpointing_kwargs": {"use_reentrant": False},
 }  # fmt: skip
+
+# Those that act, in every trainer or in the stages that do not refuse them.
+ACTING = frozenset(
+    (
+        *("output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs", "max_steps"),
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
+        *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+        *("bf16", "fp16", "tf32", "full_determinism", "seed", "data_seed", "use_cpu"),
+        *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        *("activation_checkpointing", "activation_checkpointing_kwargs"),
+        *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+        *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "log_level"),
+        *("log_level_replica", "disable_tqdm", "report_to", "run_name", "project"),
+        *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_use_gather_object", "do_eval"),
+        *("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "remove_unused_columns"),
+        *("save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "load_best_model_at_end"),
+        *("metric_for_best_model", "greater_is_better", "restore_callback_states_from_checkpoint"),
+        *("resume_from_checkpoint", "push_to_hub", "hub_private_repo", "hub_model_id", "hub_strategy"),
+        *("hub_always_push", "hub_revision", "accelerator_config", "local_rank", "debug", "skip_memory_metrics"),
+        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+        *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+        *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+        *("ddp_backend", "ddp_timeout"),
+    )
+)
 
 
 def other_value(name):

@@ -68,7 +68,7 @@ def test_batch_norm_does_not_remember_where_the_model_comes_from(tmp_path):
 def test_the_first_statistics_are_those_of_training_images(tmp_path):
     trainer = make_trainer(tmp_path, bn_recalibration_images=16, per_device_eval_batch_size=8)
     expected, dataset = classifier(), TinyImages(20)
-    rows = [batch_indices(20, 8, position, seed=7, level=4) for position in range(2)]
+    rows = [batch_indices(20, 8, position, seed=7, stream=4) for position in range(2)]
     recalibrate_batch_norm(
         expected, [{"pixel_values": torch.stack([dataset[int(row)]["pixel_values"] for row in part])} for part in rows]
     )

@@ -15,9 +15,10 @@ def make_args(**overrides) -> BiSSLTrainingArguments:
 
 
 def test_defaults_are_the_papers():
-    args = make_args(proximal_weight=0.001)
+    args = make_args()
     expected = {
-        "num_alternations": 500, "lower_steps": 20, "upper_steps": 8, "proximal_weight": 0.001, "damping": 10.0,
+        "num_alternations": 500, "lower_steps": 20, "upper_steps": 8, "target_pull": 10.0,
+        "proximal_weight": None, "damping": "auto", "curvature_kind": "hessian", "solver_memory": 20,
         "direct_weight": 0.01, "solver": "cg", "solver_max_iterations": 5, "head_warmup_epochs": 20,
         "lower_optim": "lars", "lower_learning_rate": 1.0, "lower_weight_decay": 1e-6, "lower_momentum": 0.9,
         "lower_max_grad_norm": 10.0, "per_device_lower_batch_size": 1024, "optim": "sgd", "learning_rate": 0.015,
@@ -28,6 +29,29 @@ def test_defaults_are_the_papers():
     assert args.optimizer_options == {"momentum": 0.9}
     assert args.lower_optimizer_options == {"momentum": 0.9}
     assert args.lr_scheduler_kwargs == args.lower_lr_scheduler_kwargs == {"min_lr_rate": 0.001}
+
+
+def test_the_papers_weight_comes_with_the_papers_damping():
+    args = make_args(proximal_weight=0.001)
+    assert (args.target_pull, args.proximal_weight, args.damping) == (None, 0.001, 10.0)
+    assert make_args(proximal_weight=0.001, damping="auto").damping == "auto"
+    assert make_args(damping="3.5").damping == 3.5
+
+
+COUPLING = [
+    ({"target_pull": 3.0, "proximal_weight": 0.1}, "target_pull is 3.0 and proximal_weight 0.1; the first finds"),
+    ({"target_pull": 0.0}, "target_pull is 0.0; it must be a finite number above 0"),
+    ({"damping": "much"}, "damping is 'much'; it must be a number or 'auto'"),
+    ({"solver": "none", "direct_weight": 0.0}, "solver is 'none' and direct_weight 0"),
+    ({"solver_memory": 0}, "solver_memory is 0; it must be a finite number of at least 1"),
+    ({"curvature_kind": "fisher"}, "curvature_kind is 'fisher'; it must be one of hessian, gauss_newton"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), COUPLING)
+def test_what_couples_the_levels_is_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(**values)
 
 
 def test_pretext_defaults():
@@ -137,7 +161,7 @@ def test_values_between_0_and_1(name, value):
 
 
 REFUSED = [
-    ({"solver": "lu"}, "solver is 'lu'; it must be one of cg, recycled, blockwise_cg, mfac, identity"),
+    ({"solver": "lu"}, "solver is 'lu'; it must be one of cg, recycled, blockwise_cg, mfac, identity, none"),
     ({"curvature_mode": "eager"}, "curvature_mode is 'eager'; it must be one of auto, cached, recompute"),
     ({"solver": "blockwise_cg", "solver_tolerance": 0.1}, "solver_tolerance is 0.1, and solver 'blockwise_cg' has no"),
     ({"num_train_epochs": 3}, "num_train_epochs is 3 and num_alternations 500; one epoch is one alternation"),

@@ -291,6 +291,7 @@ class BiSSLTrainer(ResumableTrainer):
         self.streams.add(Stream.CURVATURE, curvature, lower_transform)
         self.streams.add(Stream.UPPER, labelled(steps_per_alternation=args.upper_steps), train_transform)
         self.streams.add(Stream.HEAD_WARMUP, warm_up, train_transform)
+        self.check_workers(Stream.LOWER, Stream.UPPER)
 
     def get_train_dataloader(self) -> AlternatingDataLoader:
         """Returns the loader of tagged batches of both levels."""

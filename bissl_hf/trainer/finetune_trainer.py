@@ -45,7 +45,7 @@ class FineTuneTrainer(SingleLevelTrainer):
             args.eval_strategy = type(args.eval_strategy)("no")
         super().__init__(
             args=args,
-            task="downstream",
+            role="downstream",
             stream=Stream.UPPER,
             batch_size=labelled_batch_size(args.per_device_train_batch_size, args.world_size, train_dataset),
             train_dataset=train_dataset,

@@ -1,6 +1,6 @@
 """Joint training of both tasks on one backbone: the rival of BiSSL that needs no linear solve."""
 
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class JointTrainer(SingleLevelTrainer):
         args ([`JointTrainingArguments`])
         train_dataset: labelled, map-style data set.
         lower_dataset: map-style data set of the pretext task, one pass over which is an epoch.
+        data_collator, lower_data_collator (`Callable`, *optional*): stack labelled rows and rows of the pretext task
+            into a dictionary of tensors.
         train_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the
             device and deterministic in the key.
         **trainer_kwargs: further arguments of `transformers.Trainer`.
@@ -54,6 +56,8 @@ class JointTrainer(SingleLevelTrainer):
         *,
         train_dataset: Any,
         lower_dataset: Any,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        lower_data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_transform: Transform | None = None,
         lower_transform: Transform | None = None,
         **trainer_kwargs: Any,
@@ -69,19 +73,22 @@ class JointTrainer(SingleLevelTrainer):
         super().__init__(
             model=model,
             args=args,
-            task="pretext",
+            role="pretext",
             stream=Stream.LOWER,
             batch_size=batch,
             train_dataset=lower_dataset,
             train_transform=lower_transform,
             **trainer_kwargs,
         )
+        # Not by the signature of BiSSLModel, which takes anything.
+        self.source.collator = self.dropping_columns(lower_data_collator or default_data_collator, model.lower)
+        self.data_collator = self.dropping_columns(data_collator or default_data_collator, model.upper)
         labelled_batch = labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset)
         check_rows(train_dataset, name="train_dataset", transform="train_transform", labelled_for=model.upper)
         labelled = KeyedSource(
             train_dataset,
             labelled_batch,
-            self.dropping_columns(default_data_collator, model.upper),
+            self.data_collator,
             steps_per_alternation=self.source.steps_per_alternation,
             world_size=args.world_size,
         )
@@ -90,12 +97,6 @@ class JointTrainer(SingleLevelTrainer):
             self.add_callback(TargetUpdate(model.lower))
         if args.label_names is None:
             self.label_names = find_labels(type(model.upper))
-        # Columns that the downstream model takes; Trainer would look at the signature of BiSSLModel.
-        self._signature_columns = [  # type: ignore[assignment]
-            *inspect.signature(model.upper.forward).parameters,
-            "label",
-            "label_ids",
-        ]
 
     def joint_loss(self, pretext: Inputs, key: StepKey) -> Tensor:
         """Returns the loss of a step, shape `()`.

@@ -45,7 +45,7 @@ class PretextTrainer(SingleLevelTrainer):
         super().__init__(
             model=model,
             args=args,
-            task="pretext",
+            role="pretext",
             stream=Stream.LOWER,
             batch_size=batch,
             train_dataset=train_dataset,

@@ -37,6 +37,7 @@ from ..checkpoints import (
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, keyed_random_state
 from ..data.batches import batch_rows, split_rows
 from ..data.decoded import decoded_for
+from ..data.shared_memory import check_shared_memory, processes_here
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
@@ -204,6 +205,24 @@ class ResumableTrainer(Trainer):
             multiprocessing_context=(
                 self.args.dataloader_multiprocessing_context if self.args.dataloader_num_workers else None
             ),
+        )
+
+    def check_workers(self, *streams: Stream) -> None:
+        """Refuses loader workers whose batches, of some streams or of the evaluation, shared memory has no room for.
+
+        Raises:
+            `ValueError`: with the room that is needed and that there is.
+        """
+        args, sources = self.args, [self.streams.sources[stream] for stream in streams]
+        given: Any = self.eval_dataset
+        evaluated = given.values() if isinstance(given, dict) else [given]
+        batches = [(source.dataset, source.batch_size // args.world_size) for source in sources]
+        batches += [(d, min(args.per_device_eval_batch_size, len(d))) for d in evaluated if hasattr(d, "__len__")]
+        check_shared_memory(
+            batches,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            num_processes=processes_here(),
         )
 
     def dropping_columns(

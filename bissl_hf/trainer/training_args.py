@@ -4,6 +4,7 @@ level's."""
 import copy
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,9 @@ def _checked_options(schedule: str, options: dict[str, Any] | str | None, *, fie
         options = _parse_dict(options, field=f"{field.removesuffix('_type')}_kwargs")
     if options is None:
         options = default_schedule_options(schedule)
+    for name, value in (options or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.removesuffix('_type')}_kwargs has {name} = {value}; it must be a finite number.")
     level_schedule(schedule, num_steps=1, options=options, field=field)
     return options
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from bissl_hf import BiSSLModel, BiSSLTrainer
+from bissl_hf import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
+from bissl_hf.data.alternation import Stream
 from bissl_hf.data.augment import EvalTransform, TrainTransform, TwoViewTransform
 from bissl_hf.data.decoded import DecodedImages
 from bissl_hf.trainer.finetune_trainer import FineTuneTrainer
@@ -102,6 +103,28 @@ def test_rows_that_do_not_fit_are_refused(tmp_path):
         build(tmp_path, train=wrong)
 
 
+@pytest.mark.parametrize(
+    ("cls", "arguments"),
+    [
+        (BiSSLTrainer, BiSSLTrainingArguments),
+        (FineTuneTrainer, FineTuningArguments),
+        (PretextTrainer, PretextTrainingArguments),
+        (JointTrainer, JointTrainingArguments),
+    ],
+)
+def test_workers_without_room_in_shared_memory_are_refused(tmp_path, cls, arguments):
+    room = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 10**12}
+    lower = {"per_device_lower_batch_size": 8} if cls is BiSSLTrainer else {}
+    args = arguments(str(tmp_path), per_device_train_batch_size=8, **lower, **BASIC, **room)
+    pairs, both = TinyImages(24, pairs=True), tiny_model()
+    model = {FineTuneTrainer: both.upper, PretextTrainer: both.lower}.get(cls, both)
+    data = {"train_dataset": pairs if cls is PretextTrainer else TinyImages(12)}
+    if model is both:
+        data["lower_dataset"] = pairs
+    with pytest.raises(ValueError, match=r"dataloader_num_workers is 2: .* bytes of shared memory, .*_workers to 0"):
+        cls(model=model, args=args, **data)
+
+
 def test_a_frozen_backbone_is_refused(tmp_path):
     model = tiny_model()
     model.lower.backbone.requires_grad_(False)
@@ -167,6 +190,22 @@ def test_unused_columns_are_dropped_alike(tmp_path):
     trainer = build(
         tmp_path, train=rows(text="a"), keywords={"eval_dataset": rows(6, text="b"), "data_collator": stack}
     )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_joint_training_drops_the_columns_of_each_task(tmp_path):
+    """A row of either task keeps what its own model takes, in training and in evaluation."""
+    args = JointTrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=8, **BASIC)
+    trainer = JointTrainer(
+        tiny_model(),
+        args,
+        train_dataset=rows(other=1),
+        lower_dataset=[{**TinyImages(16, pairs=True)[index], "other": index} for index in range(16)],
+        eval_dataset=rows(6, other=2),
+    )
+    assert trainer.streams.read(trainer.streams.key(Stream.LOWER)).keys() == {"pixel_values"}
+    assert trainer.streams.read(trainer.streams.key(Stream.UPPER)).keys() == {"pixel_values", "labels"}
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0
 

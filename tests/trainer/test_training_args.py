@@ -191,6 +191,11 @@ REFUSED = [
     ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type is 'reduce_lr_on_plateau', which follows a"),
     ({"lower_lr_scheduler_kwargs": "{"}, r"lower_lr_scheduler_kwargs is '\{'; it must be a JSON object"),
     ({"lower_lr_scheduler_kwargs": "[1]"}, r"lower_lr_scheduler_kwargs is '\[1\]'; it must be a JSON object"),
+    (
+        {"lower_lr_scheduler_kwargs": '{"min_lr_rate": NaN}'},
+        "lower_lr_scheduler_kwargs has min_lr_rate = nan; it must",
+    ),
+    ({"lr_scheduler_kwargs": {"min_lr_rate": float("inf")}}, "lr_scheduler_kwargs has min_lr_rate = inf; it must"),
     ({"lower_lr_scheduler_kwargs": {"bend": 1}}, "lower_lr_scheduler_type is 'cosine_with_min_lr' with the options"),
 ]
 

@@ -29,6 +29,7 @@ from ..data.streams import Transform
 from ..evaluation.features import extract_features, tsne_layout, with_one_class
 from ..evaluation.figures import plot_layouts, plot_run
 from ..optim.optimizers import resolve_optimizer
+from ..tasks.downstream import DownstreamTask
 from ..text import format_table
 from ..trainer.divergence import check_metrics
 from ..trainer.pretext_trainer import PretextTrainer
@@ -36,7 +37,7 @@ from ..trainer.training_args import PretextTrainingArguments
 from .adapters import LoraArguments
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
-from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
+from .images import DataArguments, ViewArguments, build_train_transform, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
@@ -45,7 +46,6 @@ from .pairs import check_pairs
 from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
-from .tasks import DownstreamTask
 
 TSNE_ROWS = 1000
 BEFORE_NAME = "before.json"
@@ -288,7 +288,7 @@ def build_run(
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
     lower = build_pretext_model(models)
-    task = DownstreamTask.from_images(images, data.image_size, views)
+    task = DownstreamTask.from_images(images, data.image_size, build_train_transform(data.image_size, views))
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
     model = BiSSLModel.from_models(lower, upper)

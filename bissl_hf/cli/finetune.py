@@ -19,6 +19,7 @@ from ..checkpoints import write_json
 from ..data.augment import image_processor
 from ..evaluation.figures import plot_curves, plot_search
 from ..models.saving import save_model
+from ..tasks.labelled import decode_labelled
 from ..text import format_table
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, check_backend
@@ -26,7 +27,7 @@ from ..trainer.training_args import FineTuningArguments, with_changes
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .finetuning import FineTuning, summarise
-from .images import CropArguments, DataArguments, build_train_transform, check_dataset, decode_labelled, load_labelled
+from .images import CropArguments, DataArguments, build_train_transform, check_dataset, load_labelled
 from .loading import check_sources
 from .models import StartArguments, classifier_builder
 from .outputs import RUN_RESULTS, afterwards, open_run

@@ -18,6 +18,7 @@ from .. import BiSSLModel
 from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
 from ..evaluation.figures import plot_curves
+from ..tasks.downstream import DownstreamTask
 from ..text import format_table
 from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
@@ -25,13 +26,12 @@ from ..trainer.training_args import JointTrainingArguments
 from .adapters import LoraArguments
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
-from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
+from .images import DataArguments, ViewArguments, build_train_transform, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
 from .pairs import check_pairs
-from .tasks import DownstreamTask
 
 
 @dataclass
@@ -55,7 +55,7 @@ def build_run(
     view_transform = build_view_transform(data.image_size, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
-    task = DownstreamTask.from_images(images, data.image_size, views)
+    task = DownstreamTask.from_images(images, data.image_size, build_train_transform(data.image_size, views))
     lower = build_pretext_model(models)
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)

@@ -19,22 +19,14 @@ from .. import load_image_dataset
 from ..checkpoints import write_json
 from ..data.augment import EvalTransform, image_processor
 from ..evaluation.figures import plot_curves
+from ..tasks.labelled import LabelledImages, decode_labelled, decode_unlabelled
 from ..text import format_table
 from ..trainer.knn_check import KnnCheck
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
-from .images import (
-    DataArguments,
-    LabelledImages,
-    ViewArguments,
-    build_view_transform,
-    check_dataset,
-    decode_labelled,
-    decode_unlabelled,
-    load_labelled,
-)
+from .images import DataArguments, ViewArguments, build_view_transform, check_dataset, load_labelled
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, open_run

@@ -46,8 +46,10 @@ from ..optim.pull import (
     warn_about_pull,
 )
 from ..optim.two_level import LEVELS, TwoLevelOptimizer, own_step, two_level_scheduler
+from ..tasks.image_task import ImageTask
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, is_finite, norm, subtract
 from .divergence import check_first_batch
+from .from_task import filled_from_task
 from .given import check_arguments, check_rows, refuse_loss_hooks
 from .resumable_trainer import ResumableTrainer
 from .run_record import record_run, size_of
@@ -70,6 +72,8 @@ class BiSSLTrainer(ResumableTrainer):
     Args:
         model ([`BiSSLModel`]): both levels.
         args ([`BiSSLTrainingArguments`])
+        task ([`ImageTask`], *optional*): data, transforms, metrics and image processor; what is given beside it counts
+            in its place.
         train_dataset, eval_dataset: labelled, map-style data sets of the upper level. A `datasets.Dataset` with a
             column of images is decoded for its transform.
         lower_dataset: map-style data set of the lower level.
@@ -102,11 +106,13 @@ class BiSSLTrainer(ResumableTrainer):
     args: BiSSLTrainingArguments
     model: BiSSLModel
 
+    @filled_from_task(ImageTask.bilevel_arguments)
     def __init__(
         self,
         model: BiSSLModel | None = None,
         args: BiSSLTrainingArguments | None = None,
         *,
+        task: ImageTask | None = None,
         train_dataset: Any = None,
         lower_dataset: Any = None,
         eval_dataset: Any = None,

@@ -16,7 +16,9 @@ from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batc
 from ..distributed import average_flat
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
+from ..tasks.image_task import ImageTask
 from .divergence import check_first_batch
+from .from_task import filled_from_task
 from .given import check_arguments, check_rows, refuse_loss_hooks
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
@@ -34,6 +36,8 @@ class JointTrainer(SingleLevelTrainer):
     Args:
         model ([`BiSSLModel`]): theta_D is frozen in it.
         args ([`JointTrainingArguments`])
+        task ([`ImageTask`], *optional*): data, transforms, metrics and image processor; what is given beside it counts
+            in its place.
         train_dataset: labelled, map-style data set.
         lower_dataset: map-style data set of the pretext task, one pass over which is an epoch.
         data_collator, lower_data_collator (`Callable`, *optional*): stack labelled rows and rows of the pretext task
@@ -49,13 +53,15 @@ class JointTrainer(SingleLevelTrainer):
     args: JointTrainingArguments
     model: BiSSLModel
 
+    @filled_from_task(ImageTask.bilevel_arguments)
     def __init__(
         self,
         model: BiSSLModel,
         args: JointTrainingArguments,
         *,
-        train_dataset: Any,
-        lower_dataset: Any,
+        task: ImageTask | None = None,
+        train_dataset: Any = None,
+        lower_dataset: Any = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         lower_data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_transform: Transform | None = None,

@@ -34,9 +34,10 @@ def test_both_levels_start_from_one_backbone() -> None:
         for name, value in getattr(model, level).base_model.state_dict().items():
             assert torch.equal(value, source.state_dict()[name]), name
     assert model.upper.config.label2id == {"ant": 0, "bee": 1}
-    assert BiSSLModel.from_backbone(source, num_labels=4, pretext="vicreg").upper.config.num_labels == 4
+    model = BiSSLModel.from_backbone(source, num_labels=4, pretext="vicreg", projection_dims=(6, 5))
+    assert model.upper.config.num_labels == 4
     task = load_image_task("digits", image_size=8)
-    assert BiSSLModel.from_backbone(source, task=task).upper.config.num_labels == 10
+    assert BiSSLModel.from_backbone(source, task=task, projection_dims=(6, 5)).upper.config.num_labels == 10
 
 
 @pytest.mark.parametrize(

@@ -167,8 +167,8 @@ def keep_pretraining_settings(pretrainer: PretextTrainer, models: ModelArguments
 
 
 def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
-    """Builds what training will build and sends a few images through both models, so that settings which do not fit
-    come to light before it."""
+    """Builds what training will build and sends a few images through both models, so that wrong settings
+    fail before it."""
     trainer.try_losses(rows=4)
     trainer.create_optimizer()
     trainer.get_train_dataloader()
@@ -301,9 +301,9 @@ def build_run(
 def print_plan(trainer: BiSSLTrainer, pretrainer: PretextTrainer, images: Images) -> None:
     args = trainer.args
     print(f"Measuring {MEASURED_ALTERNATIONS} of {args.num_alternations} alternations", flush=True)
-    plan = make_plan(trainer, pretrainer, test_rows=len(images.test))
+    parts, peak_bytes = make_plan(trainer, pretrainer, test_rows=len(images.test))
     if trainer.is_world_process_zero():
-        print(f"\n{format_plan(plan)}\nNothing of this is kept: start the run without --plan.")
+        print(f"\n{format_plan(parts, peak_bytes)}\nNothing of this is kept: start the run without --plan.")
 
 
 def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:

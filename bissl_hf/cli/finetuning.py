@@ -39,7 +39,7 @@ class FineTuning:
             torch's random state.
         train_transform ([`TrainTransform`])
         image_size (`int`): of the evaluation transform and the image processor.
-        settings (`Mapping`): what the images and the model come from, to tell runs apart.
+        settings (`Mapping`): what the images and the model come from, to distinguish runs.
     """
 
     args: FineTuningArguments

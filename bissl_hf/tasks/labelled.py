@@ -40,7 +40,7 @@ def check_several_classes(splits: Mapping[str, datasets.Dataset], *, name: str) 
     """
     names = class_names(splits["train"])
     if len(names) < 2:
-        raise ValueError(f"{name} has a single class, {names[0]!r}; there is nothing to tell apart.")
+        raise ValueError(f"{name} has a single class, {names[0]!r}; a classifier needs at least two.")
 
 
 def decode_labelled(

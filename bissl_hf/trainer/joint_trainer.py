@@ -72,7 +72,7 @@ class JointTrainer(SingleLevelTrainer):
         refuse_loss_hooks(type(self), SingleLevelTrainer, trainer_kwargs, "override joint_loss(pretext, key)")
         lower_dataset = decoded_for(lower_dataset, lower_transform, labelled=False)
         train_dataset = decoded_for(train_dataset, train_transform)
-        for parameter in model.upper_shared_parameters():
+        for parameter in model.backbone_parameters("upper"):
             parameter.requires_grad_(False)
         batch = args.per_device_train_batch_size * args.world_size
         check_pretext_batch(batch, lower_dataset, name="lower_dataset", field="per_device_train_batch_size")
@@ -120,8 +120,8 @@ class JointTrainer(SingleLevelTrainer):
 
     def backbone_and_heads(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns theta_P, and the heads of both tasks."""
-        heads: list[Tensor] = [*self.model.lower_head_parameters(), *self.model.upper_head_parameters()]
-        return list(self.model.lower_shared_parameters()), heads
+        heads: list[Tensor] = [*self.model.head_parameters("lower"), *self.model.head_parameters("upper")]
+        return list(self.model.backbone_parameters("lower")), heads
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -35,7 +35,7 @@ from ..checkpoints import (
     write_manifest,
 )
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, keyed_random_state
-from ..data.batches import batch_rows, split_rows
+from ..data.batches import batch_rows, rows_between
 from ..data.decoded import decoded_for
 from ..data.shared_memory import check_shared_memory, processes_here
 from ..data.streams import Streams, Transform
@@ -177,7 +177,7 @@ class ResumableTrainer(Trainer):
     # Divergence
 
     def inputs_of_step(self, key: StepKey) -> list[dict[str, Any]]:
-        """Returns the batches of a step anew, to tell whether they were finite."""
+        """Returns the batches of a step again, to check whether they were finite."""
         return [self.streams.read(key)]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
@@ -307,7 +307,7 @@ class ResumableTrainer(Trainer):
         """Applies the evaluation transform on the device, and runs the model of [`~ResumableTrainer.evaluating`] if
         there is one. The loss is that of this process's own rows, without those that fill up the last batch."""
         rows = batch_rows(inputs)
-        own, _ = split_rows(inputs, max(num_own_rows(self.accelerator, rows), 1))[0]
+        own = rows_between(inputs, 0, max(num_own_rows(self.accelerator, rows), 1))
         own = self.streams.prepare(own, self.streams.key(Stream.EVALUATION))
         with self.accelerator.autocast():
             loss, logits, labels = super().prediction_step(

@@ -73,7 +73,7 @@ def test_without_unlabelled_images_the_training_images_are_taken():
 def test_what_is_no_task_is_refused():
     with pytest.raises(ValueError, match=r"pretext is 'jigsaw'; it must be one of simclr"):
         load_image_task("nowhere", image_size=8, pretext="jigsaw")
-    with pytest.raises(ValueError, match=r"The data set has a single class, 'ant'; there is nothing to tell apart"):
+    with pytest.raises(ValueError, match=r"The data set has a single class, 'ant'; a classifier needs at least two"):
         load_image_task(pictures(6, classes=1), image_size=8)
     with pytest.raises(ValueError, match=r"\['revision'\] apply to data sets on the Hub only.*in memory"):
         load_image_task(pictures(6), image_size=8, revision="main")

@@ -17,7 +17,7 @@ from bissl_hf.trainer.pretext_trainer import PretextTrainer
 from bissl_hf.trainer.training_args import FineTuningArguments, JointTrainingArguments, PretextTrainingArguments
 
 from ..conftest import TinyImages, tiny_model, vit_model
-from .test_bissl_trainer import make_args, make_trainer
+from .trainers import make_args, make_trainer
 
 BASIC = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
 

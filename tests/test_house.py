@@ -11,7 +11,7 @@ PACKAGE = Path(bissl_hf.__file__).parent
 ROOMS = (
     "tensors", "text", "paths", "distributed", "losses", "class_weights", "checkpoints", "run_lock", "data", "models",
     "bilevel", "optim",
-    "evaluation", "cards", "report", "hub", "trainer", "benchmark", "cli", "study", "commands",
+    "evaluation", "tasks", "cards", "report", "hub", "trainer", "benchmark", "cli", "study", "commands",
 )  # fmt: skip
 # Modules of cli that start what is in other rooms.
 COMMANDS = ("main", "benchmark", "study")

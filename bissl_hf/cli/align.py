@@ -22,6 +22,7 @@ from ..data.alternation import Stream
 from ..data.streams import Transform
 from ..optim.optimizers import resolve_optimizer
 from ..optim.pull import GOOD_PULL, TYPICAL_PULL
+from ..tasks.downstream import DownstreamTask
 from ..text import for_console
 from ..trainer.divergence import check_metrics
 from ..trainer.pretext_trainer import PretextTrainer
@@ -31,7 +32,7 @@ from .aligned import AFTER_PREFIXES, BEFORE_PREFIXES, AlignedRun, evaluate_stage
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .console import prepare_console
-from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
+from .images import DataArguments, ViewArguments, build_train_transform, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
@@ -41,7 +42,6 @@ from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
 from .running import as_a_run
-from .tasks import DownstreamTask
 from .views import PreviewArguments, write_preview
 from .watching import WatchArguments, add_knn_check
 
@@ -239,7 +239,7 @@ def build_run(
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
     lower = build_pretext_model(models)
-    task = DownstreamTask.from_images(images, data.image_size, views)
+    task = DownstreamTask.from_images(images, data.image_size, build_train_transform(data.image_size, views))
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
     model = BiSSLModel.from_models(lower, upper)

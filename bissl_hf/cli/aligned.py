@@ -17,6 +17,7 @@ from ..report.page import write_report
 from ..report.pictures import file_uri
 from ..report.reading import explain_difference, explain_end, judge_difference
 from ..report.record import Evaluated, Report
+from ..tasks.downstream import DownstreamTask
 from ..text import for_console, for_terminal
 from ..trainer.bissl_trainer import BiSSLTrainer
 from .levels import Images
@@ -31,7 +32,6 @@ from .reporting import (
     sample_pictures,
     settings_of_facts,
 )
-from .tasks import DownstreamTask
 
 TSNE_ROWS = 1000
 BEFORE, AFTER, UPPER = "before: linear head", "after: aligned", "after: upper level"

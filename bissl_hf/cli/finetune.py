@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import HubStrategy
 
+from ..tasks.labelled import decode_labelled
 from ..text import for_console
 from ..trainer.search import SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
@@ -20,7 +21,7 @@ from .card import CardArguments, recipe_facts
 from .console import prepare_console
 from .finetuned import FineTuned, seed_folder
 from .finetuning import FineTuning
-from .images import CropArguments, DataArguments, build_train_transform, check_dataset, decode_labelled, load_labelled
+from .images import CropArguments, DataArguments, build_train_transform, check_dataset, load_labelled
 from .loading import check_sources
 from .models import StartArguments, classifier_builder
 from .outputs import afterwards, open_run

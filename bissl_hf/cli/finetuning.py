@@ -14,13 +14,13 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..checkpoints import find_last_checkpoint
 from ..data.augment import TrainTransform
+from ..tasks.downstream import DownstreamTask
+from ..tasks.labelled import LabelledImages
 from ..trainer.divergence import check_metrics
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, search
 from ..trainer.training_args import FineTuningArguments, with_changes
-from .images import LabelledImages
 from .parts import Stage
-from .tasks import DownstreamTask
 
 _DECISIVE = (
     *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm"),

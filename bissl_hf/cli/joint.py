@@ -19,6 +19,7 @@ from ..checkpoints import write_json
 from ..evaluation.figures import plot_curves
 from ..report.page import write_report
 from ..report.record import Evaluated, Report
+from ..tasks.downstream import DownstreamTask
 from ..text import for_console, for_terminal
 from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
@@ -27,7 +28,7 @@ from .adapters import LoraArguments
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .console import prepare_console
-from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
+from .images import DataArguments, ViewArguments, build_train_transform, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
@@ -43,7 +44,6 @@ from .reporting import (
     settings_of_facts,
 )
 from .running import as_a_run
-from .tasks import DownstreamTask
 from .views import PreviewArguments, write_preview
 
 
@@ -68,7 +68,7 @@ def build_run(
     view_transform = build_view_transform(data.image_size, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
-    task = DownstreamTask.from_images(images, data.image_size, views)
+    task = DownstreamTask.from_images(images, data.image_size, build_train_transform(data.image_size, views))
     lower = build_pretext_model(models)
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)

@@ -19,22 +19,14 @@ from ..data.decoded import DecodedImages
 from ..evaluation.figures import plot_curves
 from ..report.page import write_report
 from ..report.record import Report
+from ..tasks.labelled import LabelledImages, decode_labelled, decode_unlabelled
 from ..text import for_terminal, format_table
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .console import prepare_console
-from .images import (
-    DataArguments,
-    LabelledImages,
-    ViewArguments,
-    build_view_transform,
-    check_dataset,
-    decode_labelled,
-    decode_unlabelled,
-    load_labelled,
-)
+from .images import DataArguments, ViewArguments, build_view_transform, check_dataset, load_labelled
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, open_run

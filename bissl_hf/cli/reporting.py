@@ -16,11 +16,11 @@ from ..evaluation.proportions import PairedDifference, compare_paired
 from ..report.page import interval_text
 from ..report.pictures import png_uri
 from ..report.record import Evaluated, Picture
+from ..tasks.downstream import DownstreamTask
+from ..tasks.labelled import LabelledImages
 from ..text import format_table
 from ..trainer.resumable_trainer import ResumableTrainer
-from .images import LabelledImages
 from .outputs import name_metrics
-from .tasks import DownstreamTask
 from .views import sample_views
 
 NUM_ERRORS = 20

@@ -10,9 +10,9 @@ from torch.utils.data import Subset
 
 from ..data.augment import EvalTransform
 from ..evaluation.monitors import effective_rank
+from ..tasks.labelled import LabelledImages
 from ..trainer.knn_check import KnnCheck
 from ..trainer.resumable_trainer import ResumableTrainer
-from .images import LabelledImages
 
 
 @dataclass

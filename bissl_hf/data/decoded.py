@@ -141,8 +141,8 @@ class DecodedImages(torch.utils.data.Dataset):
         above 255 are scaled to 8 bits (logged as a warning), and EXIF data that cannot be read are left aside.
 
         Args:
-            dataset (`datasets.Dataset`): split with a column `image` and maybe `label`, as
-                [`load_image_dataset`] returns it.
+            dataset (`datasets.Dataset`): split with a column of images and maybe one of labels, `label` or `labels`,
+                as [`load_image_dataset`] or a tutorial makes it.
             image_size (`int`): side of the images that the model sees, in pixels. Images are stored as squares of
                 side `resize_side(image_size)`.
             native_size (`bool`, *optional*, defaults to `False`): whether images that are all square and of one size
@@ -165,8 +165,7 @@ class DecodedImages(torch.utils.data.Dataset):
                 cannot be written.
         """
         resize_side(image_size)
-        if "image" not in dataset.column_names:
-            raise ValueError(f"`dataset` has the columns {dataset.column_names}; it must have a column 'image'.")
+        dataset = _with_usual_names(dataset)
         if len(dataset) == 0:
             raise ValueError("`dataset` is empty; it must have at least one image.")
         if unreadable not in UNREADABLE:
@@ -196,6 +195,14 @@ class DecodedImages(torch.utils.data.Dataset):
     def _labelled(cls, pixels: np.ndarray | Path, dataset: datasets.Dataset) -> "DecodedImages":
         if "label" not in dataset.column_names:
             return cls(pixels)
+        feature = dataset.features["label"]
+        if isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint")):
+            return cls(pixels, np.asarray(dataset.with_format(None)[:]["label"], dtype=np.int64))
+        if isinstance(feature, datasets.Value):
+            raise ValueError(
+                f"The labels are {feature}; they must be class labels or whole numbers: "
+                "`dataset.class_encode_column('label')` numbers them."
+            )
         return cls(pixels, labels_of(dataset), class_names(dataset))
 
     def select(self, rows: Sequence[int]) -> "DecodedImages":
@@ -251,6 +258,43 @@ class DecodedImages(torch.utils.data.Dataset):
         self.__dict__.update(state)
         if self._path is not None:
             self._pixels = map_pixels(self._path)
+
+
+def _with_usual_names(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Returns a split with its images in `image` and its labels, `label` or `labels`, in `label`.
+
+    Raises:
+        `ValueError`: if it has no column of images, or several without a usual name.
+    """
+    if "image" not in dataset.column_names:
+        typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if len(typed) != 1:
+            raise ValueError(f"`dataset` has the columns {dataset.column_names}; it must have a column 'image'.")
+        dataset = dataset.rename_column(typed[0], "image")
+    if "labels" in dataset.column_names and "label" not in dataset.column_names:
+        dataset = dataset.rename_column("labels", "label")
+    return dataset
+
+
+def decoded_for(dataset: Any, transform: Any, *, labelled: bool = True, crops: bool = True) -> Any:
+    """Returns a data set that a trainer can read: one of `datasets` with a column of images is decoded for the
+    transform it goes through; any other, and one with a `with_transform` of its own, comes back as it is.
+
+    Args:
+        dataset: any data set, or `None`.
+        transform (`Callable`, *optional*): a transform of this package tells the size by its `image_size`.
+        labelled (`bool`, *optional*, defaults to `True`): whether to keep labels.
+        crops (`bool`, *optional*, defaults to `True`): whether the transform crops, so that images keep their size
+            where they are square and of one size.
+    """
+    size = getattr(transform, "image_size", None)
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom" or size is None:
+        return dataset
+    if not any(isinstance(feature, datasets.Image) for feature in dataset.features.values()):
+        return dataset
+    dataset = _with_usual_names(dataset)
+    dataset = dataset if labelled else dataset.select_columns("image")
+    return DecodedImages.from_dataset(dataset, image_size=size, native_size=crops)
 
 
 def _without(dataset: datasets.Dataset, rows: Sequence[int]) -> datasets.Dataset:

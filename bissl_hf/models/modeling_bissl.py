@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any
@@ -15,8 +15,11 @@ from transformers import PreTrainedModel
 
 from .adapters import adapter_of, add_adapter, frozen_parameters, merged, unwrap, write_adapter
 from .auto import resolve_class
+from .backbone import load_backbone
 from .batch_norm import has_batch_norm, recalibrate_batch_norm
+from .classifier import classifier_on, labels_of_task
 from .configuration_bissl import BiSSLConfig
+from .pretext import build_pretext_model
 from .saving import save_model
 
 PASSES = ("lower", "upper", "aligned")
@@ -60,6 +63,11 @@ class BiSSLModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Both models initialise their own layers."""
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]
+        """Whether both models do."""
+        return bool(self.lower.supports_gradient_checkpointing and self.upper.supports_gradient_checkpointing)
 
     def _freeze(self) -> None:
         for name in self.config.frozen_parameters:
@@ -156,6 +164,47 @@ class BiSSLModel(PreTrainedModel):
         model.start_upper_from_lower()
         return model
 
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | PreTrainedModel,
+        *,
+        id2label: Mapping[int, str] | None = None,
+        num_labels: int | None = None,
+        task: Any = None,
+        pretext: str = "simclr",
+        **settings: Any,
+    ) -> "BiSSLModel":
+        """Builds both levels on a backbone with its weights, which are copied: the model of a pretext task, and an
+        image classifier with a new head.
+
+        Args:
+            backbone (`str` or `PreTrainedModel`): a folder, a Hub id, or a model (its backbone counts).
+            id2label (`Mapping[int, str]`, *optional*): names of the classes by their numbers, from 0.
+            num_labels (`int`, *optional*): number of classes, in place of their names.
+            task (*optional*): an object with `class_names` and `problem_type`, in place of both.
+            pretext (`str`, *optional*, defaults to `"simclr"`): name of the pretext task.
+            **settings: of the pretext task, see [`~models.pretext.build_pretext_model`].
+
+        Raises:
+            `ValueError`: if not exactly one of `id2label`, `num_labels` and `task` is given, or for an unknown task.
+
+        Example:
+
+        ```python
+        >>> from transformers import ResNetConfig, ResNetModel
+        >>> from bissl_hf import BiSSLModel
+        >>> backbone = ResNetModel(ResNetConfig(hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic"))
+        >>> model = BiSSLModel.from_backbone(backbone, id2label={0: "cat", 1: "dog"}, temperature=0.2)
+        >>> type(model.lower).__name__, type(model.upper).__name__
+        ('SimCLRForPreTraining', 'ResNetForImageClassification')
+        ```
+        """
+        class_names, problem_type = labels_of_task(id2label, num_labels, task)
+        source = load_backbone(backbone)
+        lower = build_pretext_model(pretext, source, **settings)
+        return cls.from_models(lower, classifier_on(source, class_names, problem_type=problem_type))
+
     def start_upper_from_lower(self) -> None:
         """Sets theta_D to theta_P, and copies the buffers that both base models have."""
         self._copy_backbone(self.lower.base_model, self.upper.base_model, self.shared_parameter_names)
@@ -219,7 +268,6 @@ class BiSSLModel(PreTrainedModel):
 
         Raises:
             `ValueError`: for another level.
-            `RuntimeError`: from the pass, if the level's model uses gradient checkpointing.
         """
         if level not in PASSES:
             raise ValueError(f"level is {level!r}; it must be one of {', '.join(PASSES)}.")
@@ -227,12 +275,6 @@ class BiSSLModel(PreTrainedModel):
 
     def _call_with_copies(self, level: str, **inputs: Any) -> Any:
         model = self.lower if level == "lower" else self.upper
-        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            # What is computed again in the backward pass would see the live tensors instead of those put in here.
-            raise RuntimeError(
-                f"{type(model).__name__} uses gradient checkpointing, which would give wrong gradients here; turn it "
-                "off with `gradient_checkpointing_disable()` and use smaller micro-batches or a recomputed curvature."
-            )
         tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if level == "aligned":
             prefix = base_prefix(self.upper)
@@ -244,6 +286,12 @@ class BiSSLModel(PreTrainedModel):
                 for name, buffer in buffers.items()
                 if (other := tensors.get(prefix + name)) is not None and other.shape == buffer.shape
             }
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            # A functional call ends before the backward pass computes layers again, which would then see the live
+            # tensors. A copy of the modules around the same parameters keeps those put in here.
+            live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            kept: dict[int, Any] = {id(tensor): tensors.get(name, tensor) for name, tensor in live.items()}
+            return copy.deepcopy(model, kept)(**inputs)
         return functional_call(model, tensors, kwargs=inputs)
 
     # What users take away

@@ -14,10 +14,11 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from ..checkpoints import read_mapping
 from ..cli.finetuning import FineTuning
-from ..cli.images import LabelledImages
-from ..cli.models import StartArguments, classifier_builder, new_classifier
+from ..cli.models import StartArguments, classifier_builder
 from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Stage
 from ..evaluation.metrics import SINGLE_LABEL, classification_metrics
+from ..models.classifier import new_classifier
+from ..tasks.labelled import LabelledImages
 from ..trainer.bissl_trainer import BiSSLTrainer
 from .alignment import measure_alignment
 from .arms import Arm

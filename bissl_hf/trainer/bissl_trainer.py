@@ -1,7 +1,6 @@
 """The trainer of the bilevel problem: alternations of lower and upper steps as epochs of a `transformers.Trainer`."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +23,15 @@ from ..bilevel.linear_solve import SolveStatus, sufficient_damping
 from ..bilevel.upper_phase import Solve, SolveSettings, UpperPhase
 from ..cards.record import RunRecord
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
-from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
+from ..data.decoded import decoded_for
+from ..data.streams import (
+    Inputs,
+    Transform,
+    check_map_style,
+    check_pretext_batch,
+    labelled_batch_size,
+    model_randomness,
+)
 from ..distributed import average_flat
 from ..evaluation.monitors import EmbeddingMonitor
 from ..models.batch_norm import check_rows_for_batch_norm, has_batch_norm, recalibrate_batch_norm, running_statistics
@@ -39,14 +46,21 @@ from ..optim.pull import (
     warn_about_pull,
 )
 from ..optim.two_level import LEVELS, TwoLevelOptimizer, own_step, two_level_scheduler
+from ..tasks.image_task import ImageTask
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, is_finite, norm, subtract
 from .divergence import check_first_batch
 from .export_level import better_level
+from .from_task import filled_from_task
+from .given import check_arguments, check_rows, refuse_loss_hooks
 from .resumable_trainer import ResumableTrainer
 from .run_record import record_run, size_of
+from .smoothing import check_smoothing, smoothed_loss
 from .training_args import BiSSLTrainingArguments
 
 logger = logging.get_logger(__name__)
+
+_HOOKS = "override compute_upper_loss(model, inputs) or compute_lower_loss(model, inputs) in its place"
+_NO_SEARCH = "Train once per setting in a loop, each into a folder of its own, or run `bissl-hf study`."
 
 
 class BiSSLTrainer(ResumableTrainer):
@@ -59,7 +73,10 @@ class BiSSLTrainer(ResumableTrainer):
     Args:
         model ([`BiSSLModel`]): both levels.
         args ([`BiSSLTrainingArguments`])
-        train_dataset, eval_dataset: labelled, map-style data sets of the upper level.
+        task ([`ImageTask`], *optional*): data, transforms, metrics and image processor; what is given beside it counts
+            in its place.
+        train_dataset, eval_dataset: labelled, map-style data sets of the upper level. A `datasets.Dataset` with a
+            column of images is decoded for its transform.
         lower_dataset: map-style data set of the lower level.
         data_collator, lower_data_collator (`Callable`, *optional*): stack rows into a dictionary of tensors.
         train_transform, eval_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`,
@@ -68,9 +85,10 @@ class BiSSLTrainer(ResumableTrainer):
         **trainer_kwargs: further arguments of `transformers.Trainer` (`processing_class`, `compute_metrics`, ...).
 
     Raises:
-        `TypeError`: if `model` is not a [`BiSSLModel`].
-        `ValueError`: for data sets that are missing, empty or smaller than a pretext batch, or a lower model that does
-            not fit `lower_gradient_cache`.
+        `TypeError`: for a model, arguments, data sets or rows of another kind, or a hook of `transformers.Trainer` in
+            the place of [`~BiSSLTrainer.compute_lower_loss`] and [`~BiSSLTrainer.compute_upper_loss`].
+        `ValueError`: for data sets that are missing, empty or smaller than a pretext batch, rows without labels or
+            with labels out of range, a frozen backbone, or a lower model that does not fit `lower_gradient_cache`.
 
     Example:
 
@@ -89,11 +107,13 @@ class BiSSLTrainer(ResumableTrainer):
     args: BiSSLTrainingArguments
     model: BiSSLModel
 
+    @filled_from_task(ImageTask.bilevel_arguments)
     def __init__(
         self,
-        model: BiSSLModel,
-        args: BiSSLTrainingArguments,
+        model: BiSSLModel | None = None,
+        args: BiSSLTrainingArguments | None = None,
         *,
+        task: ImageTask | None = None,
         train_dataset: Any = None,
         lower_dataset: Any = None,
         eval_dataset: Any = None,
@@ -105,10 +125,7 @@ class BiSSLTrainer(ResumableTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        if not isinstance(model, BiSSLModel):
-            raise TypeError(
-                f"model is a {type(model).__name__}; it must be a BiSSLModel (see BiSSLModel.from_models)."
-            )
+        model, args = self._checked(model, args, trainer_kwargs)
         if eval_dataset is None and args.export_level == "best":
             raise ValueError(
                 "export_level is 'best', and there is no eval_dataset to find the better level; pass one, or set "
@@ -117,11 +134,14 @@ class BiSSLTrainer(ResumableTrainer):
         if eval_dataset is None and args.eval_strategy != "no":
             logger.info("No eval_dataset was given, so nothing is evaluated during training.")
             args.eval_strategy = type(args.eval_strategy)("no")
-        self.lower_dataset = lower_dataset
+        for name, dataset in (("train_dataset", train_dataset), ("lower_dataset", lower_dataset)):
+            if dataset is not None:
+                check_map_style(dataset, name=name)
+        self.lower_dataset = decoded_for(lower_dataset, lower_transform, labelled=False)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=decoded_for(train_dataset, train_transform),
             eval_dataset=eval_dataset,
             data_collator=data_collator,
             eval_transform=eval_transform,
@@ -130,13 +150,8 @@ class BiSSLTrainer(ResumableTrainer):
         )
         if args.label_names is None:
             self.label_names = find_labels(type(model.upper))
-        # Columns that the upper model takes; Trainer would look at the signature of BiSSLModel.
-        self._signature_columns = [  # type: ignore[assignment]
-            *inspect.signature(model.upper.forward).parameters,
-            "label",
-            "label_ids",
-        ]
         if train_dataset is not None or lower_dataset is not None:
+            args.remove_unused_columns = args.remove_unused_columns and not (train_transform or lower_transform)
             self._add_streams(lower_data_collator or default_data_collator, train_transform, lower_transform)
         self.losses = LevelLosses(
             model,
@@ -176,6 +191,42 @@ class BiSSLTrainer(ResumableTrainer):
         self._lowest_quotient, self._has_warned = torch.zeros((), dtype=torch.float64), False
         self._head_is_warm = False
 
+    def _checked(
+        self, model: Any, args: Any, trainer_kwargs: dict[str, Any]
+    ) -> tuple[BiSSLModel, BiSSLTrainingArguments]:
+        """Returns model and arguments once they are of the kind that this trainer takes."""
+        if trainer_kwargs.pop("model_init", None) is not None:
+            raise TypeError(f"model_init is not used by BiSSLTrainer; pass a model. {_NO_SEARCH}")
+        if not isinstance(model, BiSSLModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}; it must be a BiSSLModel (see BiSSLModel.from_models)."
+            )
+        check_arguments(args, BiSSLTrainingArguments, BiSSLTrainer)
+        refuse_loss_hooks(type(self), BiSSLTrainer, trainer_kwargs, _HOOKS)
+        frozen = [
+            f"{level}.{name}"
+            for level in LEVELS
+            for name, parameter in getattr(model, level).base_model.named_parameters()
+            if name in model.shared_parameter_names and not parameter.requires_grad
+        ]
+        if frozen:
+            raise ValueError(
+                f"{len(frozen)} parameters of the backbone are frozen, such as {frozen[0]}; theta_P and theta_D must "
+                "be trainable. Make them so (requires_grad_(True)), or freeze them in both models before "
+                "BiSSLModel.from_models, which leaves them out of the backbone."
+            )
+        if args.label_smoothing_factor:
+            check_smoothing(model.upper)
+        return model, args
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a trial would need a new pair of models and new streams.
+
+        Raises:
+            `NotImplementedError`: with what to do instead.
+        """
+        raise NotImplementedError(f"hyperparameter_search is not offered by BiSSLTrainer. {_NO_SEARCH}")
+
     # What to override for another pair of tasks
 
     def compute_lower_loss(self, model: LossModel, inputs: Inputs) -> Tensor:
@@ -196,7 +247,27 @@ class BiSSLTrainer(ResumableTrainer):
             model (`Callable`): takes the inputs as keyword arguments.
             inputs (`dict`): a batch of the labelled data set, on the device.
         """
-        return model(**inputs).loss
+        return smoothed_loss(model(**inputs), inputs, self.label_smoother, self.model.upper)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Has Trainer report the loss that is trained, that of `compute_upper_loss`, in evaluations. Predictions are
+        the outputs of its first call of the model."""
+        outputs: list[Any] = []
+
+        def recorded(**given: Any) -> Any:
+            outputs.append(model(**given))
+            return outputs[-1]
+
+        loss = self.compute_upper_loss(recorded, inputs)
+        if not return_outputs:
+            return loss
+        return loss, outputs[0] if outputs else model(**inputs)
 
     # Batches
 
@@ -213,11 +284,17 @@ class BiSSLTrainer(ResumableTrainer):
                 row with batch norm.
         """
         args, world = self.args, self.args.world_size
+        self.data_collator = self.dropping_columns(self.data_collator, self.model.upper)
+        lower_collator = self.dropping_columns(lower_collator, self.model.lower)
         upper_batch = labelled_batch_size(args.per_device_train_batch_size, world, self.train_dataset)
         lower_batch = args.per_device_lower_batch_size * world
         curvature_batch = args.curvature_batch_size or lower_batch
         for field, batch in (("per_device_lower_batch_size", lower_batch), ("curvature_batch_size", curvature_batch)):
             check_pretext_batch(batch, self.lower_dataset, name="lower_dataset", field=field)
+        check_rows(
+            self.train_dataset, name="train_dataset", transform="train_transform", labelled_for=self.model.upper
+        )
+        check_rows(self.lower_dataset, name="lower_dataset", transform="lower_transform")
         labelled = partial(KeyedSource, self.train_dataset, upper_batch, self.data_collator, world_size=world)
         unlabelled = partial(KeyedSource, self.lower_dataset, collator=lower_collator, world_size=world)
         lower = unlabelled(batch_size=lower_batch, steps_per_alternation=args.lower_steps)
@@ -234,7 +311,7 @@ class BiSSLTrainer(ResumableTrainer):
             (self.model.upper, upper_batch, upper_part, "per_device_train_batch_size and upper_micro_batch_size"),
         ):
             check_rows_for_batch_norm(level, batch // world, part, what=what)
-        self.check_room()
+        self.check_workers(Stream.LOWER, Stream.UPPER)
 
     def get_train_dataloader(self) -> AlternatingDataLoader:
         """Returns the loader of tagged batches of both levels."""

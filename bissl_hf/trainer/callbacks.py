@@ -4,9 +4,32 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.utils import CONFIG_NAME
 
+from ..checkpoints import list_checkpoints
 from ..data.alternation import AlternatingDataLoader
 from ..run_lock import hold_for_run, release_folder
+
+
+class NewRun(TrainerCallback):
+    """Refuses to begin a run in a folder that holds another one, which it would write over."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks into the output folder.
+
+        Raises:
+            `ValueError`: with what is there and the ways out.
+        """
+        if state.global_step or state.is_hyper_param_search:
+            return
+        folder = Path(str(args.output_dir))
+        found = [path.name for path in list_checkpoints(folder)]
+        found += [name for name in (CONFIG_NAME, "all_results.json") if (folder / name).is_file()]
+        if found:
+            raise ValueError(
+                f"output_dir {folder} holds a run ({', '.join(found[:3])}), which would be written over; go on with "
+                "it by train(resume_from_checkpoint=True), or choose another output_dir."
+            )
 
 
 class BestCheckpoint(TrainerCallback):

@@ -1,6 +1,7 @@
 """What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without
 waiting."""
 
+import inspect
 import math
 import os
 import shutil
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, RemoveColumnsCollator
+from transformers.utils import logging
 
 from ..cards.card import build_model_card
 from ..cards.facts import ModelFacts
@@ -33,6 +36,7 @@ from ..checkpoints import (
 )
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, keyed_random_state
 from ..data.batches import batch_rows, rows_between
+from ..data.decoded import decoded_for
 from ..data.shared_memory import check_shared_memory, processes_here
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
@@ -40,17 +44,20 @@ from ..hub.publisher import Progress, Publisher
 from ..models.finite import check_finite_weights
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
-from .callbacks import BestCheckpoint, EpochBoundary, OneRunInFolder
+from .callbacks import BestCheckpoint, EpochBoundary, NewRun, OneRunInFolder
 from .clocks import StepClock, TrainingClock
 from .console import ShortPrinterCallback, ShortProgressCallback
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 from .divergence import DivergenceGuard
+from .given import check_arguments
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
 from .same_arguments import check_same_arguments
 from .signals import StopSignals, leave_signals_to_the_run
 from .state_files import find_refused_file, read_trainer_state
 from .training_args import ResumableTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 
 class ResumableTrainer(Trainer):
@@ -85,6 +92,7 @@ class ResumableTrainer(Trainer):
     def __init__(
         self, *, args: ResumableTrainingArguments, eval_transform: Transform | None = None, **trainer_kwargs: Any
     ) -> None:
+        check_arguments(args, ResumableTrainingArguments, type(self))
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs and would split batches by DataParallel, which is not supported. "
@@ -114,11 +122,13 @@ class ResumableTrainer(Trainer):
         self._samples, self._samples_since = 0, time.perf_counter()
         self.divergence, self._stop_signals = DivergenceGuard(self), StopSignals()
         observers = trainer_kwargs.pop("callbacks", None) or []
-        callbacks = [OneRunInFolder(), self._clock, self.step_clock, self._best, *observers]
+        callbacks = [NewRun(), OneRunInFolder(), self._clock, self.step_clock, self._best, *observers]
         callbacks += [self._stop_signals, EpochBoundary(), self.divergence]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
-        super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
+        eval_dataset = trainer_kwargs.pop("eval_dataset", None)
+        self._eval_transform = eval_transform
+        super().__init__(args=args, callbacks=callbacks, eval_dataset=self._decoded(eval_dataset), **trainer_kwargs)
         self.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ShortPrinterCallback() if args.disable_tqdm else ShortProgressCallback(self.step_clock))
         if args.device.type == "cpu":
@@ -126,7 +136,7 @@ class ResumableTrainer(Trainer):
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
         check_same_arguments(args)
-        check_whole_model(self.model)
+        check_whole_model(self.model, second_order=args.takes_second_derivatives)
         copy_from_first([*self.model.parameters(), *self.model.buffers()], args.device)
         self.streams = Streams(device=args.device, seed=args.key_seed, rank=args.process_index)
         self.streams.add(Stream.EVALUATION, None, eval_transform)
@@ -198,15 +208,6 @@ class ResumableTrainer(Trainer):
 
     # Batches
 
-    def check_room(self) -> None:
-        """Refuses loader workers whose batches do not fit in shared memory."""
-        check_shared_memory(
-            [(source.dataset, source.batch_size // source.world_size) for source in self.streams.sources.values()],
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            num_processes=processes_here(),
-        )
-
     def keyed_loader(self, *phases: tuple[Stream, int]) -> AlternatingDataLoader:
         """Returns a loader of tagged batches of some streams, each with its steps in an epoch."""
         return self.streams.loader(
@@ -215,7 +216,63 @@ class ResumableTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=leave_signals_to_the_run,
+            multiprocessing_context=(
+                self.args.dataloader_multiprocessing_context if self.args.dataloader_num_workers else None
+            ),
         )
+
+    def check_workers(self, *streams: Stream) -> None:
+        """Refuses loader workers whose batches, of some streams or of the evaluation, shared memory has no room for.
+
+        Raises:
+            `ValueError`: with the room that is needed and that there is.
+        """
+        args, sources = self.args, [self.streams.sources[stream] for stream in streams]
+        given: Any = self.eval_dataset
+        evaluated = given.values() if isinstance(given, dict) else [given]
+        batches = [(source.dataset, source.batch_size // args.world_size) for source in sources]
+        batches += [(d, min(args.per_device_eval_batch_size, len(d))) for d in evaluated if hasattr(d, "__len__")]
+        check_shared_memory(
+            batches,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            num_processes=processes_here(),
+        )
+
+    def dropping_columns(
+        self, collator: Callable[[list[Any]], dict[str, Any]], model: PreTrainedModel
+    ) -> Callable[[list[Any]], dict[str, Any]]:
+        """Returns a collator without the columns that a model's forward pass does not take, as `remove_unused_columns`
+        says; the same in training and in evaluation, where Trainer would take them out of the data set (and out of
+        what a `with_transform` reads)."""
+        if not self.args.remove_unused_columns:
+            return collator
+        columns = [*inspect.signature(model.forward).parameters, "label", "label_ids"]
+        return RemoveColumnsCollator(collator, columns, logger=logger, model_name=type(model).__name__)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """Leaves data sets whole: see `dropping_columns` (a private hook of transformers 5.23, 2026-11)."""
+        return dataset
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Callable[..., Any], description: str | None = None
+    ) -> Callable[..., Any]:
+        """Likewise."""
+        return data_collator
+
+    def _decoded(self, dataset: Any) -> Any:
+        """Returns evaluation data whose images are decoded; of a dictionary of data sets each."""
+        if isinstance(dataset, dict):
+            return {name: decoded_for(part, self._eval_transform, crops=False) for name, part in dataset.items()}
+        return decoded_for(dataset, self._eval_transform, crops=False)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Takes a `datasets.Dataset` with a column of images, too."""
+        return super().get_eval_dataloader(self._decoded(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Takes a `datasets.Dataset` with a column of images, too."""
+        return super().get_test_dataloader(self._decoded(test_dataset))
 
     def set_initial_training_values(
         self, args: Any, dataloader: Any

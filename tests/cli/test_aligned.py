@@ -14,10 +14,10 @@ from bissl_hf.cli import aligned
 from bissl_hf.cli.align import print_pull
 from bissl_hf.cli.aligned import AFTER, BEFORE, UPPER, AlignedRun
 from bissl_hf.cli.levels import Images
-from bissl_hf.cli.tasks import DownstreamTask
 from bissl_hf.data.augment import TrainTransform, TwoViewTransform
 from bissl_hf.data.decoded import DecodedImages
 from bissl_hf.evaluation.metrics import SINGLE_LABEL
+from bissl_hf.tasks.downstream import DownstreamTask
 
 from ..report.made import made_run
 

@@ -45,14 +45,14 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path):
     model = tiny_model()
     model.upper.classifier.to("meta")
     with pytest.raises(ValueError, match=r"The parameters are on cpu, meta.*Load the models without device_map"):
-        check_whole_model(model)
+        check_whole_model(model, second_order=True)
 
 
 def test_a_model_under_tensor_parallelism_is_refused(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(type(model.lower), "tp_size", 2)
     with pytest.raises(ValueError, match=r"lower is split by tensor parallelism over 2 processes.*without tp_plan"):
-        check_whole_model(model)
+        check_whole_model(model, second_order=True)
 
 
 def test_a_compiled_part_is_refused(tmp_path):

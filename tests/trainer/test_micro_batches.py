@@ -142,7 +142,9 @@ def test_the_parts_resume_to_the_bit(tmp_path):
 
 
 def test_the_cache_needs_a_loss_of_embeddings(tmp_path):
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )
     model = BiSSLModel.from_models(BertForMaskedLM(config), BertForSequenceClassification(config))
     with pytest.raises(ValueError, match="needs a lower model with `loss_from_embeddings`, which BertForMaskedLM"):
         make_trainer(tmp_path, model=model, **CACHED)

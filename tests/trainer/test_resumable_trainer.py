@@ -1,7 +1,5 @@
 """What the trainers share: the buffer of figures, parts of a batch, and what is refused."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -70,9 +68,11 @@ def keyed_args(tmp_path, **overrides) -> ResumableTrainingArguments:
     return ResumableTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **overrides)
 
 
-def test_several_gpus_in_one_process_are_refused():
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ResumableTrainingArguments, "n_gpu", 2)
+    args = keyed_args(tmp_path)
     with pytest.raises(ValueError, match=r"One process sees 2 GPUs .*--num_processes 2.*CUDA_VISIBLE_DEVICES"):
-        ResumableTrainer(args=SimpleNamespace(n_gpu=2), model=torch.nn.Linear(1, 1))
+        ResumableTrainer(args=args, model=torch.nn.Linear(1, 1))
 
 
 def test_optimizers_are_refused(tmp_path):

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test test-all test-gpu test-oldest check format clean
+.PHONY: help env demo study test test-all test-gpu test-oldest check docs dist format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -45,9 +45,17 @@ check: env ## Lint and type-check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: env ## Build the documentation into site/, every warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
+dist: env ## Build the source archive and the wheel into dist/ and check them
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 format: env ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove the environments and the caches
-	rm -rf $(VENV) .venv-oldest .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-oldest .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info

@@ -26,6 +26,7 @@ from ..hub.folder import lay_out, outputs_of_run
 from ..hub.process import UploadJob
 from ..hub.push_queue import PushQueue
 from ..models.saving import save_model
+from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments
 from .conversion import (
@@ -37,7 +38,7 @@ from .conversion import (
     timm_weights_of,
     with_plain_names,
 )
-from .outputs import afterwards, format_table
+from .outputs import afterwards
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -103,6 +103,7 @@ class ResumableTrainer(Trainer):
         self.metrics_buffer = MetricsBuffer(average_flat)
         self._clock, self._best = TrainingClock(), BestCheckpoint()
         self._staging: Path | None = None
+        self._resumed_step = 0
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
         self.divergence = DivergenceGuard(self)
@@ -191,6 +192,16 @@ class ResumableTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
+
+    def set_initial_training_values(
+        self, args: Any, dataloader: Any
+    ) -> tuple[int, int, int, int, int, int | None, int]:
+        """Leaves no epoch to a run that is resumed after its last step: Trainer (2026-11, transformers 5.23) takes one
+        more step where that was inside an epoch."""
+        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._resumed_step >= max_steps:
+            epochs = self._resumed_step // steps_per_epoch
+        return epochs, steps_per_epoch, *others, max_steps  # type: ignore[return-value]
 
     # Logs
 
@@ -493,6 +504,8 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         self.check_checkpoint(resume_from_checkpoint)
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        self._resumed_step = state.global_step
         self._restore_weights(resume_from_checkpoint)
         self.checkpoints.load(Path(resume_from_checkpoint), self.args.device)
         self._best.find_beside(Path(resume_from_checkpoint))

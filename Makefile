@@ -45,17 +45,26 @@ check: env ## Lint and type-check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: env ## Build the documentation into site/, every warning an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+# Without torch and this package: the pages are made from the source as text.
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt --requirement .venv-docs/requirements.txt
+	@touch $@
 
-dist: env ## Build the source archive and the wheel into dist/ and check them
+docs: .venv-docs/.installed ## Build the documentation into site/, every warning an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --site-dir site
+
+dist: env .venv-docs/.installed ## Build the source archive and the wheel into dist/, and run the demo from the wheel
 	rm -rf build dist
-	$(BIN)/python -m build --outdir dist
-	$(BIN)/twine check --strict dist/*
+	.venv-docs/bin/python -m build --outdir dist
+	.venv-docs/bin/twine check --strict dist/*
+	.ci/check_wheel $(BIN)/python dist/*.whl
 
 format: env ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove the environments and the caches
-	rm -rf $(VENV) .venv-oldest .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-docs .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info

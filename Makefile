@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test test-all test-gpu test-oldest check docs dist format clean
+.PHONY: help env demo study test test-all test-gpu test-oldest check fields docs dist format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -52,6 +52,9 @@ check: env ## Lint and type-check
 		print(*project["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
 	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt --requirement .venv-docs/requirements.txt
 	@touch $@
+
+fields: env ## Make docs/fields.md, the fields of all commands, from the package
+	$(BIN)/python -m tests.docs.fields_page
 
 docs: .venv-docs/.installed ## Build the documentation into site/, every warning an error
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --site-dir site

@@ -1,26 +1,20 @@
-"""Commands of the documentation take the fields that pages give them, and pages describe all fields."""
+"""Commands of the documentation take the fields that pages give them, and one page has all fields."""
 
 import importlib
 import re
 import shlex
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainingArguments
 
 from bissl_hf.cli.main import COMMANDS
 
+from .fields_page import PAGE, StopError, render
 from .pages import PAGES, ROOT, blocks, name_of
 
 RECIPES = {"bissl": "align", **{name: name for name in COMMANDS}}
 _PLACEHOLDERS = ("COMMAND", "[")
-_DESCRIPTIONS = ("commands.md", "arguments.md", "studies.md", "memory.md", "searches.md", "hub.md", "performance.md")
-
-
-class StopError(Exception):
-    """Ends a command once its arguments are there."""
 
 
 def commands_of(page: Path) -> list[tuple[str, list[str]]]:
@@ -71,28 +65,8 @@ def test_commands_take_the_fields_of_a_page(page: Path, monkeypatch: pytest.Monk
                 parse(name, without_own_files(given), patch)
 
 
-def dataclasses_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The dataclasses that hold the fields of a command."""
-    module = importlib.import_module(f"bissl_hf.cli.{name}")
-    kinds: list[Any] = []
-
-    def keep(dataclass_types: Any, *args: Any, **kwargs: Any) -> None:
-        kinds.extend(dataclass_types)
-        raise StopError
-
-    monkeypatch.setattr(module, "parse_arguments", keep)
-    with pytest.raises(StopError):
-        module.main([])
-    return kinds
-
-
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo"])
-def test_every_field_of_a_command_is_described(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in _DESCRIPTIONS)
-    described = set(re.findall(r"`(?:--)?(\w+)(?:[ :=][^`]*)?`", text))
-    upstream = {field.name for field in fields(TrainingArguments)}
-    own = {field.name for kind in dataclasses_of(name, monkeypatch) for field in fields(kind) if field.init}
-    assert sorted(own - upstream - described) == []
+def test_the_page_of_all_fields_is_that_of_the_package() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "docs/fields.md is out of date; run make fields"
 
 
 def test_the_table_of_commands_has_all_of_them() -> None:

@@ -16,8 +16,8 @@ PAGE = ROOT / "docs" / "fields.md"
 _HEAD = """# All fields of all commands
 
 What `--help` says of each command, with the defaults; `make fields` makes this page from the package. A field is given
-as `--field value`, or as `field: value` in a file for `--config`. `demo` takes the fields of `align`. `--help all` adds
-the other fields of `transformers.TrainingArguments`.
+as `--field value`, or as `field: value` in a file for `--config`. `demo` takes the fields of `align`. `--help all` has
+those of `transformers.TrainingArguments` too.
 """
 
 

@@ -1,4 +1,4 @@
-"""The cells of docs/tutorial.ipynb run in their order, on the images that they are for, with small numbers of steps."""
+"""The cells of docs/tutorial.ipynb run in their order, with small numbers of steps."""
 
 import json
 from pathlib import Path

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test test-all test-gpu test-oldest check format clean
+.PHONY: help env demo study test test-all test-gpu test-oldest check fields docs dist format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -45,9 +45,29 @@ check: env ## Lint and type-check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Without torch and this package: the pages are made from the source as text.
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt --requirement .venv-docs/requirements.txt
+	@touch $@
+
+fields: env ## Make docs/fields.md, the fields of all commands, from the package
+	$(BIN)/python -m tests.docs.fields_page
+
+docs: .venv-docs/.installed ## Build the documentation into site/, every warning an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --site-dir site
+
+dist: env .venv-docs/.installed ## Build the source archive and the wheel into dist/, and run the demo from the wheel
+	rm -rf build dist
+	.venv-docs/bin/python -m build --outdir dist
+	.venv-docs/bin/twine check --strict dist/*
+	.ci/check_wheel $(BIN)/python dist/*.whl
+
 format: env ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove the environments and the caches
-	rm -rf $(VENV) .venv-oldest .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-docs .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info

@@ -12,9 +12,9 @@ from transformers import ResNetForImageClassification
 from bissl_hf import BiSSLModel
 from bissl_hf.models.auto import PRETEXT_MODELS
 
-from .conftest import tiny_resnet_config
+from ..conftest import tiny_resnet_config
 
-PAGE = Path(__file__).parent.parent / "docs" / "new_pretext_task.md"
+PAGE = Path(__file__).parents[2] / "docs" / "new_pretext_task.md"
 
 
 def test_the_rotation_task_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

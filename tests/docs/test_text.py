@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
 
-from .data.test_text import WORDS, tiny_tokenizer
+from ..data.test_text import WORDS, tiny_tokenizer
 
-PAGE = Path(__file__).parent.parent / "docs" / "text.md"
+PAGE = Path(__file__).parents[2] / "docs" / "text.md"
 
 
 @pytest.mark.filterwarnings("ignore:.*pull.*")

@@ -28,6 +28,7 @@ from ..evaluation.figures import plot_layouts, plot_similarity
 from ..evaluation.metrics import MULTI_LABEL
 from ..models.backbone import load_backbone
 from ..models.batch_norm import recalibrate_batch_norm
+from ..models.loading import load_pretrained
 from .arguments import parse_arguments, refusing_bad_input
 from .images import DataArguments, LabelledImages, decode_labelled, load_labelled
 from .loading import load_config, loading
@@ -89,8 +90,8 @@ def load_backbones(arguments: AnalysisArguments) -> dict[str, PreTrainedModel]:
         config = load_config("checkpoints", source)
         with loading("checkpoints", source):
             if isinstance(config, BiSSLConfig):
-                both = BiSSLModel.from_pretrained(source)
-                levels = {"lower": both.lower.base_model, "upper": both.upper.base_model}
+                both = load_pretrained(BiSSLModel, source)
+                levels = {"lower": load_backbone(both.lower), "upper": load_backbone(both.upper)}
                 found = {f"{name}, {level} level": backbone for level, backbone in levels.items()}
             else:
                 found = {name: load_backbone(source)}

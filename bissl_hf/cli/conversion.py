@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, PreTrainedModel, ResNetForImageClassification, ResNetModel
 
 from ..models.configuration_simclr import SimCLRConfig
+from ..models.loading import load_pretrained
 from ..models.modeling_simclr import SimCLRForPreTraining
 from ..models.timm_resnet import Weights, infer_resnet_config, simclr_config, split_timm_weights, to_timm_weights
 from .loading import load_config, loading
@@ -95,7 +96,7 @@ def read_checkpoint(field: str, source: str) -> PreTrainedModel:
     elif "ResNetModel" in (config.architectures or []):
         kind = ResNetModel
     with loading(field, source):
-        return kind.from_pretrained(source)
+        return load_pretrained(kind, source)
 
 
 def timm_weights_of(model: PreTrainedModel, *, backbone_prefix: str = "", head_prefix: str = HEAD_PREFIX) -> Weights:

@@ -8,8 +8,10 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME
+
+from ..models import loading as loading_of_models
 
 _ALLOWED = f"It must be a folder with a {CONFIG_NAME} and weights, or the id of a model at the Hub, such as user/name."
 
@@ -48,7 +50,7 @@ def load_config(field: str, source: str) -> PretrainedConfig:
         `ValueError`: see [`loading`].
     """
     with loading(field, source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return loading_of_models.load_config(source)
 
 
 def check_sources(arguments: Any, *names: str) -> None:

@@ -11,8 +11,10 @@ from ..evaluation.metrics import SINGLE_LABEL
 from ..models import pretext
 from ..models.auto import PRETEXT_MODELS, pretext_class
 from ..models.backbone import load_backbone
+from ..models.classifier import classifier_on, new_classifier
 from ..models.configuration_backbone import resnet18_config
 from ..models.configuration_bissl import BiSSLConfig
+from ..models.loading import load_pretrained
 from ..models.mae import freeze_positions
 from ..models.modeling_bissl import BiSSLModel
 from ..models.pretext import pretext_tasks
@@ -91,24 +93,13 @@ def _load_pretext_model(source: str) -> PreTrainedModel:
     config = load_config("lower_model", source)
     with loading("lower_model", source):
         if config.model_type in PRETEXT_MODELS:
-            return pretext_class(config.model_type).from_pretrained(source)
+            return load_pretrained(pretext_class(config.model_type), source)
         if config.model_type == "vit_mae":
-            return freeze_positions(ViTMAEForPreTraining.from_pretrained(source))
+            return freeze_positions(load_pretrained(ViTMAEForPreTraining, source))
     raise ValueError(
         f"lower_model {source} is a {config.model_type!r} model; it must be one of a pretext task "
         f"({', '.join(pretext_tasks())}). To put the head of a pretext task on it pass it as --backbone."
     )
-
-
-def new_classifier(
-    backbone_config: PretrainedConfig, class_names: Sequence[str], *, problem_type: str = SINGLE_LABEL
-) -> PreTrainedModel:
-    """Returns the image classifier on this kind of backbone with new weights and a head for these classes."""
-    config: Any = type(backbone_config).from_dict(backbone_config.to_dict())
-    config.problem_type = problem_type
-    config.id2label = dict(enumerate(class_names))
-    config.label2id = {name: number for number, name in enumerate(class_names)}
-    return AutoModelForImageClassification.from_config(config)
 
 
 def load_classifier(
@@ -126,7 +117,7 @@ def load_classifier(
         `ValueError`: if it tells other classes apart, or the same in another order.
     """
     with loading(field, source):
-        model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False)
+        model = load_pretrained(AutoModelForImageClassification, source)
     if model.config.num_labels != len(class_names):
         raise ValueError(
             f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "
@@ -191,27 +182,6 @@ def classifier_builder(
     return lambda: classifier_on(backbone, class_names, problem_type=problem_type)
 
 
-def classifier_on(
-    backbone: PreTrainedModel, class_names: Sequence[str], *, problem_type: str = SINGLE_LABEL
-) -> PreTrainedModel:
-    """Returns a classifier with a new head and the weights of a backbone, which are copied.
-
-    Raises:
-        `ValueError`: if the backbone lacks weights that the classifier has.
-    """
-    model = new_classifier(backbone.config, class_names, problem_type=problem_type)
-    weights = backbone.state_dict()
-    missing = [name for name in model.base_model.state_dict() if name not in weights]
-    if missing:
-        raise ValueError(
-            f"The backbone, a {type(backbone).__name__}, lacks {len(missing)} of the weights of "
-            f"{type(model).__name__}: {', '.join(missing[:5])}."
-        )
-    # A base model may hold more than its classifier uses: the pooler of a ViT.
-    model.base_model.load_state_dict(weights, strict=False)
-    return model
-
-
 def _backbone_config(source: str | None) -> PretrainedConfig:
     config: Any = load_config("model", source) if source else resnet18_config()
     if isinstance(config, BiSSLConfig):
@@ -223,7 +193,7 @@ def _load_backbone(source: str) -> PreTrainedModel:
     config = load_config("model", source)
     with loading("model", source):
         if isinstance(config, BiSSLConfig):
-            return BiSSLModel.from_pretrained(source).aligned_model().base_model
+            return load_pretrained(BiSSLModel, source).aligned_model()
         return load_backbone(source)
 
 

@@ -24,6 +24,7 @@ from transformers.image_utils import load_image
 from transformers.utils.logging import disable_progress_bar
 
 from ..evaluation.metrics import MULTI_LABEL, REGRESSION
+from ..models.loading import load_pretrained
 from .arguments import parse_arguments, refusing_bad_input
 from .loading import load_config, loading
 from .outputs import format_table
@@ -85,7 +86,7 @@ class Classifier:
         load_config("model", source)
         with loading("model", source):
             self.processor: Any = AutoImageProcessor.from_pretrained(source)
-            model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(source)
+            model: PreTrainedModel = load_pretrained(AutoModelForImageClassification, source)
         self.device = device
         self.model: Any = model.to(device).eval()  # type: ignore[arg-type]
 

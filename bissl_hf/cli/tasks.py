@@ -16,8 +16,9 @@ from ..evaluation.metrics import (
     per_class_scores,
     regression_metrics,
 )
+from ..models.classifier import new_classifier
 from .images import CropArguments, LabelledImages, build_train_transform
-from .models import load_classifier, new_classifier
+from .models import load_classifier
 
 _NUM_CLASSES_SHOWN = 10
 

@@ -1,5 +1,6 @@
-"""Configurations of backbones: objects or their dictionaries, and the width of the features."""
+"""Configurations of backbones: objects or their dictionaries, and the images that they are for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, ResNetConfig
@@ -26,17 +27,22 @@ def as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
     return config
 
 
-def infer_feature_size(config: PretrainedConfig) -> int:
-    """Returns the width of a backbone's features from its configuration.
+def num_channels(config: PretrainedConfig) -> int:
+    """Returns the channels of the images that a backbone takes; 3 if its configuration does not say."""
+    settings, (channels, *_) = _timm_settings(config)
+    return int(getattr(config, "num_channels", None) or settings.get("in_chans") or channels)
 
-    Raises:
-        `ValueError`: if the configuration does not tell.
-    """
-    sizes = getattr(config, "hidden_sizes", None)
-    size = sizes[-1] if sizes else getattr(config, "hidden_size", None)
-    if not isinstance(size, int):
-        raise ValueError(
-            f"The configuration of a {config.model_type!r} backbone has neither hidden_sizes nor hidden_size; pass "
-            "feature_size."
-        )
-    return size
+
+def own_image_size(config: PretrainedConfig) -> int | None:
+    """Returns the side of the images that a backbone was made for, in pixels; `None` if its configuration does not
+    say, or the images are not square."""
+    settings, shape = _timm_settings(config)
+    size = getattr(config, "image_size", None) or settings.get("img_size") or shape[1]
+    sides = {size} if isinstance(size, int) else set(size or ())
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _timm_settings(config: PretrainedConfig) -> tuple[dict[str, Any], Sequence[Any]]:
+    """Returns the arguments of a model of timm, and the shape of its images: channels, height, width."""
+    shape = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", (3, None, None))
+    return getattr(config, "model_args", None) or {}, shape

@@ -5,9 +5,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .backbone import backbone_parameters
+
 
 def backbone_and_head_groups(model: PreTrainedModel, *, head_learning_rate: float) -> list[dict[str, Any]]:
-    """Returns the trainable parameters of a model in groups for an optimizer: those of its base model, which take the
+    """Returns the trainable parameters of a model in groups for an optimizer: those of its backbone, which take the
     optimizer's learning rate, and those of its heads (such as the decoder of a ViT-MAE) with a learning rate of their
     own. A schedule that multiplies the learning rate of each group, as those of torch do, serves both.
 
@@ -35,8 +37,13 @@ def backbone_and_head_groups(model: PreTrainedModel, *, head_learning_rate: floa
     """
     if not head_learning_rate >= 0:
         raise ValueError(f"head_learning_rate is {head_learning_rate}; it must be at least 0.")
-    backbone: list[Tensor] = [p for p in model.base_model.parameters() if p.requires_grad]
-    known = {id(parameter) for parameter in model.base_model.parameters()}
-    heads: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    backbone, heads = backbone_and_heads(model)
     groups: list[dict[str, Any]] = [{"params": backbone}, {"params": heads, "lr": head_learning_rate}]
     return [group for group in groups if group["params"]]
+
+
+def backbone_and_heads(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the trainable parameters of the backbone of a model, and the others."""
+    backbone = {id(parameter) for parameter in backbone_parameters(model).values()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [p for p in trainable if id(p) in backbone], [p for p in trainable if id(p) not in backbone]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTMAEForPreTraining
+from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTMAEConfig
 
 from .auto import PRETEXT_MODELS, pretext_class
 from .backbone import build_backbone
@@ -56,8 +56,9 @@ def new_pretext_model(task: str, backbone_config: PretrainedConfig, **settings: 
 
 
 def downstream_config(model: PreTrainedModel) -> PretrainedConfig:
-    """Returns the configuration of the backbone of a pretext model, as downstream models on it take it."""
-    if isinstance(model, ViTMAEForPreTraining):
+    """Returns the configuration of the backbone of a pretext model, as downstream models on it take it; that of a
+    backbone itself likewise."""
+    if isinstance(model.config, ViTMAEConfig):
         shared = {name: value for name, value in model.config.to_dict().items() if hasattr(ViTConfig(), name)}
         shared.pop("model_type", None)
         return ViTConfig(**shared)

@@ -8,9 +8,9 @@ from transformers import set_seed
 
 from ..checkpoints import find_last_checkpoint
 from ..cli.images import LabelledImages, build_train_transform, build_view_transform
-from ..cli.models import new_classifier
 from ..cli.parts import Stage
 from ..data.augment import image_processor
+from ..models.classifier import new_classifier
 from ..models.modeling_bissl import BiSSLModel
 from ..models.modeling_simclr import SimCLRForPreTraining
 from ..models.saving import save_model

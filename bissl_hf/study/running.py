@@ -14,9 +14,10 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from ..cli.finetuning import FineTuning
 from ..cli.images import LabelledImages
-from ..cli.models import StartArguments, classifier_builder, new_classifier
+from ..cli.models import StartArguments, classifier_builder
 from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Stage, read_mapping
 from ..evaluation.metrics import SINGLE_LABEL, classification_metrics
+from ..models.classifier import new_classifier
 from ..trainer.bissl_trainer import BiSSLTrainer
 from .alignment import measure_alignment
 from .arms import Arm

@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from bissl_hf import SimCLRConfig, SimCLRForPreTraining
-from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
+from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier
+from bissl_hf.models.classifier import new_classifier
 from bissl_hf.models.pretext import downstream_config
 
 from ..conftest import tiny_resnet_config

@@ -11,7 +11,7 @@ from ..evaluation.metrics import SINGLE_LABEL
 from ..models import pretext
 from ..models.auto import PRETEXT_MODELS, pretext_class
 from ..models.backbone import load_backbone
-from ..models.classifier import classifier_on, new_classifier
+from ..models.classifier import classifier_on, new_classifier, set_labels
 from ..models.configuration_backbone import resnet18_config
 from ..models.configuration_bissl import BiSSLConfig
 from ..models.loading import load_pretrained
@@ -129,9 +129,7 @@ def load_classifier(
             f"{field} {source} has the classes of the data set in another order ({', '.join(names[:4])}, ... instead "
             f"of {', '.join(class_names[:4])}, ...), which its head cannot follow; leave {field} out for a new head."
         )
-    model.config.id2label = dict(enumerate(class_names))
-    model.config.label2id = {name: number for number, name in enumerate(class_names)}
-    model.config.problem_type = problem_type
+    set_labels(model.config, class_names, problem_type=problem_type)
     return model
 
 

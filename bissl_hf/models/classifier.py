@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForImageClassification,
     PretrainedConfig,
     PreTrainedModel,
+    TimmWrapperConfig,
 )
 
 from .backbone import copy_backbone
@@ -37,10 +38,17 @@ def new_classifier(
             "join models of your own with BiSSLModel.from_models, or use another backbone."
         )
     config: Any = type(backbone_config).from_dict(backbone_config.to_dict())
+    set_labels(config, class_names, problem_type=problem_type)
+    return AutoModelForImageClassification.from_config(config, dtype=torch.get_default_dtype())
+
+
+def set_labels(config: Any, class_names: Sequence[str], *, problem_type: str = SINGLE_LABEL) -> None:
+    """Writes the classes and the kind of problem into the configuration of a classifier."""
     config.problem_type = problem_type
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: number for number, name in enumerate(class_names)}
-    return AutoModelForImageClassification.from_config(config, dtype=torch.get_default_dtype())
+    if isinstance(config, TimmWrapperConfig):
+        config.label_names = list(class_names)  # which it saves in place of the others
 
 
 def classifier_on(

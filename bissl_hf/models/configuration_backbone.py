@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, ResNetConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig, ResNetConfig
 
 
 def resnet18_config() -> ResNetConfig:
@@ -14,12 +14,15 @@ def resnet18_config() -> ResNetConfig:
 def as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
     """Returns a configuration object for what may be its dictionary."""
     if isinstance(config, dict):
-        settings = dict(config)
-        if "model_type" not in settings:
+        model_type = config.get("model_type")
+        if model_type is None:
             raise ValueError(
                 "The configuration of a sub-model has no `model_type`; it must name one of transformers' types."
             )
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"The model_type of a sub-model is {model_type!r}, which transformers does not know.")
+        # Not by its constructor: a configuration of timm has its labels under another name.
+        return CONFIG_MAPPING[model_type].from_dict(config)
     if not isinstance(config, PretrainedConfig):
         raise TypeError(
             f"The configuration of a sub-model is a {type(config).__name__}; it must be a PretrainedConfig or a dict."

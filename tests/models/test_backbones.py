@@ -63,7 +63,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 SMALL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("simclr", "vicreg", "barlow_twins"), {"projection_dims": (5, 4)}),
+    **{task: {"projection_dims": (5, 4)} for task in ("simclr", "vicreg", "barlow_twins")},
     "byol": {"projection_dims": (5, 4), "predictor_dims": (5, 4)},
     "mae": {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1},
 }

@@ -100,6 +100,8 @@ def test_backbone_configuration_as_a_dictionary() -> None:
 def test_configuration_errors() -> None:
     with pytest.raises(ValueError, match="no `model_type`"):
         SimCLRConfig(backbone_config={"hidden_sizes": [4]})
+    with pytest.raises(ValueError, match="The model_type of a sub-model is 'mynet', which transformers does not know"):
+        SimCLRConfig(backbone_config={"model_type": "mynet"})
     with pytest.raises(ValueError, match="temperature is 0"):
         SimCLRConfig(temperature=0)
     for dims in [(), (4, 0)]:

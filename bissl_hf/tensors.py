@@ -20,6 +20,11 @@ def check_same_structure(first: Sequence[Tensor], second: Sequence[Tensor], *, n
             )
 
 
+def is_finite(vector: Sequence[Tensor]) -> bool:
+    """Whether all numbers of a vector are finite. Waits for the device."""
+    return bool(torch.stack([part.isfinite().all() for part in vector]).all())
+
+
 def add_scaled(x: Sequence[Tensor], y: Sequence[Tensor], scale: float) -> Vector:
     """Returns `x + scale * y`."""
     return tuple(torch._foreach_add(list(x), list(y), alpha=scale))

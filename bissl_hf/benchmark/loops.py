@@ -2,7 +2,8 @@
 
 `BareLoop` does the same arithmetic as the trainer, with the same parts of this package. `Baseline` is how one would
 write the paper's description down: views by Pillow in worker processes, float32, the graph of the pretext gradient
-rebuilt for every product, the loss read in every step.
+rebuilt for every product, the loss read in every step. `KeptGraphBaseline` is the same by an author who knows that the
+graph can be kept, in bfloat16 and channels-last if asked for.
 """
 
 import copy
@@ -17,17 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ..bilevel.curvature import Curvature
-from ..bilevel.hypergradient import implicit_gradient
+from ..bilevel.empirical_fisher import EmpiricalFisher
+from ..bilevel.gauss_newton import GaussNewton
+from ..bilevel.hypergradient import SOLVERS, Memory, implicit_gradient
 from ..bilevel.linear_solve import SolveInfo
-from ..bilevel.recycling import Directions
 from ..data.alternation import StepKey, Stream
+from ..models.convex_outputs import convex_outputs
 from ..models.modeling_bissl import BiSSLModel
 from ..optim.optimizers import LARS
 from ..tensors import Vector, add_scaled, dot, fill_missing, subtract
 from ..trainer.bissl_trainer import BiSSLTrainer
 from ..trainer.training_args import BiSSLTrainingArguments
 from .pillow_views import PillowViews
-from .workload import SMALL_RATE
+from .workload import SMALL_RATE, to_channels_last
 
 Batch = dict[str, Any]
 PHASES = ("lower", "upper")
@@ -44,6 +47,7 @@ class PlainLoop(ABC):
     """
 
     reads_losses = False
+    takes_products = True
 
     def __init__(self, trainer: BiSSLTrainer, model: BiSSLModel, args: BiSSLTrainingArguments | None = None) -> None:
         self.trainer, self.model, self.args = trainer, model, args or trainer.args
@@ -90,7 +94,7 @@ class PlainLoop(ABC):
 
     def upper_steps(self) -> Iterator[None]:
         """Takes the upper steps one by one."""
-        (curvature_batch,) = self.batches(Stream.CURVATURE)
+        curvature_batch = next(self.batches(Stream.CURVATURE)) if self.takes_products else {}
         for batch in self.batches(Stream.UPPER):
             self.upper_step(curvature_batch, batch)
             yield
@@ -98,11 +102,16 @@ class PlainLoop(ABC):
     def lower_step(self, batch: Batch) -> None:
         """One step on the pretext loss and the proximal term."""
         loss, gradient = self.forward_backward(batch)
+        self.record(gradient[: len(self.theta_p)])
         pull = subtract([p.detach() for p in self.theta_p], [p.detach() for p in self.theta_d])
         shared = add_scaled(gradient[: len(pull)], pull, self.proximal_weight)
         self.move(self.lower_optimizer, (*shared, *gradient[len(pull) :]))
         if self.reads_losses:
             loss.item()
+
+    def record(self, gradient: Vector) -> None:
+        """Takes note of a pretext gradient in theta_P, for solvers that use it."""
+        return
 
     def upper_step(self, curvature_batch: Batch, batch: Batch) -> None:
         """One step along the hypergradient."""
@@ -125,9 +134,13 @@ class PlainLoop(ABC):
         self, model: Callable[..., Any], batch: Batch, parameters: tuple[Tensor, ...]
     ) -> tuple[Tensor, Vector]:
         """Returns the loss of a model and its gradient."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            loss = model(**batch).loss
+        loss = self.loss(model, batch)
         return loss.detach(), fill_missing(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+
+    def loss(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Returns the loss of a model with its graph, in the precision of the loop."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+            return model(**batch).loss
 
     def move(self, optimizer: torch.optim.Optimizer, gradient: Vector) -> None:
         """Clips a gradient and moves the parameters of an optimizer along it."""
@@ -140,14 +153,26 @@ class PlainLoop(ABC):
 
 
 class BareLoop(PlainLoop):
-    """The trainer's arithmetic: views on the device, the gradient linearised once per phase."""
+    """The trainer's arithmetic: views on the device, the gradient linearised once per phase. Its `curvature_kind` and
+    its solver are those of `args`."""
 
     _curvature: Curvature | None = None
-    _directions: Directions | None = None
 
     def __init__(self, trainer: BiSSLTrainer, model: BiSSLModel, args: BiSSLTrainingArguments | None = None) -> None:
         super().__init__(trainer, model, args)
         self.solves: list[SolveInfo] = []
+        self.takes_products = SOLVERS[self.args.solver].second_order
+        self._memory = self._new_memory()
+
+    def _new_memory(self) -> Memory | None:
+        kind = SOLVERS[self.args.solver].memory
+        if kind is EmpiricalFisher:
+            return EmpiricalFisher(self.args.solver_memory)
+        return None if kind is None else kind()
+
+    def record(self, gradient: Vector) -> None:
+        if isinstance(self._memory, EmpiricalFisher):
+            self._memory.record(gradient)
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
         for step in range(self.trainer.streams.sources[stream].steps_per_alternation):
@@ -159,8 +184,8 @@ class BareLoop(PlainLoop):
         return self.trainer.streams.prepare(inputs, key)
 
     def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
-        if self._curvature is None:
-            self._curvature, self._directions = self.curvature(batch), Directions()
+        if self._curvature is None and self.takes_products:
+            self._curvature = self.curvature(batch)
         solution, info = implicit_gradient(
             self._curvature,
             rhs,
@@ -169,23 +194,39 @@ class BareLoop(PlainLoop):
             max_iterations=self.args.solver_max_iterations,
             tolerance=self.args.solver_tolerance,
             solver=self.args.solver,
-            memory=self._directions if self.args.solver == "recycled" else None,
+            memory=self._memory,
         )
         self.solves.append(info)
         return solution
 
     def curvature(self, batch: Batch, *, mode: str = "cached") -> Curvature:
-        """Returns H on a batch."""
+        """Returns the curvature on a batch."""
+        model = self.model.without_side_effects("lower")
+        if self.args.curvature_kind == "gauss_newton":
+            return self._gauss_newton(batch, mode=mode)
+        return Curvature(partial(self.loss, model, batch), self.theta_p, mode=mode)
 
-        def lower_loss() -> Tensor:
+    def _gauss_newton(self, batch: Batch, *, mode: str) -> GaussNewton:
+        model, outputs = self.model.without_side_effects("lower"), convex_outputs(self.model.lower)
+        if outputs is None:
+            raise ValueError(
+                f"The outputs in which the loss of {type(self.model.lower).__name__} is convex are unknown."
+            )
+
+        def rows() -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-                return self.model.without_side_effects("lower")(**batch).loss
+                return outputs.rows(model, batch)
 
-        return Curvature(lower_loss, self.theta_p, mode=mode)
+        def loss(values: Tensor) -> Tensor:
+            return outputs.loss(values, batch)
+
+        return GaussNewton(rows, loss, self.theta_p, mode=mode, join=outputs.join)
 
     def upper_steps(self) -> Iterator[None]:
         yield from super().upper_steps()
         self._curvature = None
+        if SOLVERS[self.args.solver].lasts_a_phase:
+            self._memory = self._new_memory()
 
 
 class Baseline(PlainLoop):
@@ -232,9 +273,11 @@ class Baseline(PlainLoop):
 
     def product(self, batch: Batch, vector: Vector) -> Vector:
         """H times a vector, from a new graph."""
-        loss = self.model.without_side_effects("lower")(**batch).loss
-        gradient = torch.autograd.grad(loss, self.theta_p, create_graph=True)
-        return torch.autograd.grad(gradient, self.theta_p, vector)
+        return torch.autograd.grad(self._gradient_with_graph(batch), self.theta_p, vector)
+
+    def _gradient_with_graph(self, batch: Batch) -> Vector:
+        loss = self.loss(self.model.without_side_effects("lower"), batch)
+        return torch.autograd.grad(loss, self.theta_p, create_graph=True)
 
     def implicit_gradient(self, batch: Batch, rhs: Vector) -> Vector:
         """Conjugate gradient on  (I + H / (lambda + delta)) x = rhs."""
@@ -244,6 +287,32 @@ class Baseline(PlainLoop):
             return add_scaled(vector, self.product(batch, vector), scale)
 
         return plain_conjugate_gradient(matvec, rhs, self.args.solver_max_iterations)
+
+
+class KeptGraphBaseline(Baseline):
+    """The baseline with the graph of the pretext gradient kept for all products of a phase.
+
+    Args:
+        trainer ([`BiSSLTrainer`]), model ([`BiSSLModel`]), workers (`int`): see [`Baseline`].
+        bf16 (`bool`, *optional*, defaults to `False`): compute in bfloat16 and channels-last.
+    """
+
+    _graph: Vector | None = None
+
+    def __init__(self, trainer: BiSSLTrainer, model: BiSSLModel, *, workers: int, bf16: bool = False) -> None:
+        super().__init__(trainer, model, workers=workers)
+        self.args.bf16 = bf16
+        if bf16:
+            to_channels_last(model)
+
+    def product(self, batch: Batch, vector: Vector) -> Vector:
+        if self._graph is None:
+            self._graph = self._gradient_with_graph(batch)
+        return torch.autograd.grad(self._graph, self.theta_p, vector, retain_graph=True)
+
+    def upper_steps(self) -> Iterator[None]:
+        yield from super().upper_steps()
+        self._graph = None
 
 
 def plain_conjugate_gradient(matvec: Callable[[Vector], Vector], rhs: Vector, iterations: int) -> Vector:

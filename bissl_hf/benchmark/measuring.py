@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 _PROCESS_STATUS = Path("/proc/self/status")
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
@@ -46,13 +46,26 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Returns how long a call takes, the work that it leaves to the device included."""
+def seconds(
+    function: Callable[[], Any], device: torch.device, clock: Callable[[], float] = lambda: time.perf_counter()
+) -> float:
+    """Returns how long a call takes by a clock, the work that it leaves to the device included."""
     wait_for(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     wait_for(device)
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def steadiest_clock(device: torch.device) -> Callable[[], float]:
+    """Returns the time of this process alone where one thread does all the work, so that other processes do not
+    count, and else the time of the wall."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def spread(times: Sequence[float]) -> float:
+    """Returns by how much the slowest of several rounds was slower than the fastest, relative to it."""
+    return max(times) / min(times) - 1.0
 
 
 def interleaved_seconds(
@@ -67,12 +80,13 @@ def interleaved_seconds(
         warmups (`int`, *optional*, defaults to 1): rounds before them that do not.
 
     Returns:
-        `dict[str, list[float]]`: seconds of each round.
+        `dict[str, list[float]]`: seconds of each round, by [`steadiest_clock`].
     """
+    clock = steadiest_clock(device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(warmups + repeats):
         for name, function in functions.items():
-            spent = seconds(function, device)
+            spent = seconds(function, device, clock)
             if number >= warmups:
                 times[name].append(spent)
     return times
@@ -90,10 +104,13 @@ class Work:
     Args:
         flops (`int`): floating-point operations of matrix products and convolutions.
         traffic (`int`): bytes that its operators read and write, were nothing kept in caches.
+        least_traffic (`int`): those of matrix products and convolutions alone, into which everything else could in
+            principle be fused.
     """
 
     flops: int
     traffic: int
+    least_traffic: int = 0
 
 
 def count_work(function: Callable[[], Any]) -> Work:
@@ -106,12 +123,12 @@ def count_work(function: Callable[[], Any]) -> Work:
     >>> from bissl_hf.benchmark.measuring import count_work
     >>> a, b = torch.rand(2, 3), torch.rand(3, 4)
     >>> count_work(lambda: a @ b)  # 2 * 2 * 3 * 4 operations on 6, 12 and 8 numbers of 4 bytes
-    Work(flops=48, traffic=104)
+    Work(flops=48, traffic=104, least_traffic=104)
     ```
     """
     with FlopCounterMode(display=False) as flops, _TrafficCounter() as traffic:
         function()
-    return Work(flops.get_total_flops(), traffic.bytes)
+    return Work(flops.get_total_flops(), traffic.bytes, traffic.least_bytes)
 
 
 class _TrafficCounter(TorchDispatchMode):
@@ -119,13 +136,15 @@ class _TrafficCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.least_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and func not in _RESERVES:
             tensors = tree_leaves((_read_and_written(func, args, kwargs or {}), _made(func, result)))
-            self.bytes += sum(_bytes_in_memory(tensor) for tensor in tensors if isinstance(tensor, Tensor))
+            moved = sum(_bytes_in_memory(tensor) for tensor in tensors if isinstance(tensor, Tensor))
+            self.bytes += moved
+            self.least_bytes += moved if func._overloadpacket in flop_registry else 0
         return result
 
 

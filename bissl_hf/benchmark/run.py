@@ -17,7 +17,7 @@ from ..trainer.training_args import BiSSLTrainingArguments
 from .claims import Measured, make_claims
 from .comparison import SynchronisationWatch, Times, compare_alternations
 from .costs import CostModel
-from .loops import BareLoop, Baseline, PlainLoop
+from .loops import BareLoop, Baseline, KeptGraphBaseline, PlainLoop
 from .measuring import count_work, watched_memory
 from .parts import BASELINE_UNIT, PartsOfAlternation, measure_parts
 from .workload import Workload, build_model, build_trainer, pretrain, to_channels_last
@@ -46,15 +46,17 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
     say(f"Pre-training the lower model with SimCLR for {workload.pretrain_steps} steps")
     pretrain(model, workload, device)
     with watched_memory(device) as memory:
-        trainer, bare, recycled, baseline = _build_loops(workload, model, device)
+        trainer, bare, recycled, baselines = _build_loops(workload, model, device)
+        baseline = baselines["baseline"]
         say("Looking for a damping at which the systems are definite")
         raise_damping(recycled)
         say("Measuring the parts of an alternation")
         parts = measure_parts(PartsOfAlternation(bare, baseline), repeats=workload.repeats)
         counts, arithmetic = _count_baseline(baseline, parts.costs(BASELINE_UNIT))
-        say(f"Measuring {1 + workload.repeats} alternations of trainer, bare loop, recycled and baseline, in turn")
-        alternations = _take_turns(trainer, bare, recycled, baseline)
-        baseline.close()
+        say(f"Measuring {1 + workload.repeats} alternations of trainer, bare loop, recycled and baselines, in turn")
+        alternations = _take_turns(trainer, bare, recycled, baselines)
+        for plain in baselines.values():
+            plain.close()
     say("Counting waits for the device")
     synchronisations = _count_synchronisations(workload, model, device)
     report: dict[str, Any] = {
@@ -90,23 +92,34 @@ def run_benchmark(workload: Workload, device: torch.device, *, say: Callable[[st
 
 def _build_loops(
     workload: Workload, model: BiSSLModel, device: torch.device
-) -> tuple[BiSSLTrainer, BareLoop, BareLoop, Baseline]:
-    """Returns the trainer, a bare loop, one that recycles, and the baseline, each with a model of its own."""
+) -> tuple[BiSSLTrainer, BareLoop, BareLoop, dict[str, Baseline]]:
+    """Returns the trainer, a bare loop, one that recycles, and the baselines, each with a model of its own."""
     trainer = build_trainer(workload, model, device, num_alternations=1 + workload.repeats)
-    baseline = Baseline(trainer, copy.deepcopy(trainer.model), workers=max(1, workload.workers))
+    workers = max(1, workload.workers)
+    baselines: dict[str, Baseline] = {
+        "baseline": Baseline(trainer, copy.deepcopy(trainer.model), workers=workers),
+        "kept graph": KeptGraphBaseline(trainer, copy.deepcopy(trainer.model), workers=workers),
+    }
+    if workload.bf16:
+        baselines["kept graph, bf16"] = KeptGraphBaseline(
+            trainer, copy.deepcopy(trainer.model), workers=workers, bf16=True
+        )
     if workload.bf16:
         to_channels_last(trainer.model)
     bare = BareLoop(trainer, copy.deepcopy(trainer.model))
     recycled = BareLoop(trainer, copy.deepcopy(trainer.model), _recycling(trainer.args, workload))
-    return trainer, bare, recycled, baseline
+    return trainer, bare, recycled, baselines
 
 
-def _take_turns(trainer: BiSSLTrainer, bare: BareLoop, recycled: BareLoop, baseline: Baseline) -> dict[str, Times]:
+def _take_turns(
+    trainer: BiSSLTrainer, bare: BareLoop, recycled: BareLoop, baselines: dict[str, Baseline]
+) -> dict[str, Times]:
     beside: dict[str, PlainLoop] = {"bare loop": bare}
-    after: dict[str, PlainLoop] = {"recycled": recycled, "baseline": baseline}
+    after: dict[str, PlainLoop] = {"recycled": recycled, **baselines}
     if trainer.args.device.type == "cuda":
         # Side by side the graphs of two curvatures would be held, and workers have longer to read ahead.
         beside, after = {}, {**beside, **after}
+    baseline = baselines["baseline"]
     unit = partial(baseline.forward_backward, next(baseline.batches(Stream.LOWER)))
     return compare_alternations(trainer, beside=beside, after=after, units={"baseline": unit})
 

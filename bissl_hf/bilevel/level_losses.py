@@ -198,16 +198,21 @@ class LevelLosses:
         return total, gradient
 
     @torch.no_grad()
-    def try_on(self, lower: tuple[Inputs, StepKey], upper: tuple[Inputs, StepKey]) -> None:
+    def try_on(self, lower: tuple[Inputs, StepKey], upper: tuple[Inputs, StepKey]) -> dict[str, Tensor]:
         """Computes both losses once, without side effects, so that data and models that do not fit fail before
         training.
 
         Args:
             lower, upper (`tuple[dict, StepKey]`): a batch of each level with its key.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the losses of the levels `"lower"` and `"upper"`, of shape `()`.
         """
+        found: dict[str, Tensor] = {}
         for (inputs, key), level, loss in ((lower, "lower", self._lower_loss), (upper, "aligned", self._upper_loss)):
             with model_randomness(key), self.autocast():
-                loss(self.model.without_side_effects(level), inputs)
+                found["lower" if level == "lower" else "upper"] = loss(self.model.without_side_effects(level), inputs)
+        return found
 
 
 def _term_of_gradient(embed: Embed, gradient: Tensor, value: Tensor) -> Tensor:

@@ -29,15 +29,17 @@ from ..data.streams import Transform
 from ..evaluation.features import extract_features, tsne_layout, with_one_class
 from ..evaluation.figures import plot_layouts, plot_run
 from ..optim.optimizers import resolve_optimizer
+from ..trainer.divergence import check_metrics
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input
+from .adapters import LoraArguments
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, format_table, name_metrics, open_run
+from .outputs import RUN_RESULTS, afterwards, format_table, name_metrics, open_run
 from .pairs import check_pairs
 from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
@@ -50,12 +52,13 @@ PRETRAINING_NAME = "pretraining"
 
 
 @dataclass
-class ModelArguments(PretextModelArguments):
+class ModelArguments(LoraArguments, PretextModelArguments):
     """Where the models come from, and the pre-training that precedes BiSSL."""
 
     upper_model: str | None = field(default=None, metadata={"help": "Image classifier whose head is kept."})
     pretrain_steps: int | None = field(
-        default=None, metadata={"help": "Pretext steps before BiSSL; if not given 1000, or 0 with --lower_model."}
+        default=None,
+        metadata={"help": "Pretext steps before BiSSL; if not given 1000, or 0 with --lower_model or --lora_rank."},
     )
     pretrain_batch_size: int | None = field(
         default=None, metadata={"help": "Batch per device in pre-training; per_device_lower_batch_size if not given."}
@@ -112,9 +115,14 @@ def check_pretraining(arguments: ModelArguments, steps: int, batch: int, rows_pe
 
 def num_pretrain_steps(arguments: ModelArguments) -> int:
     """The steps before BiSSL; by default none for a model that is pre-trained already."""
+    if arguments.lora_rank is not None and arguments.pretrain_steps:
+        raise ValueError(
+            f"pretrain_steps is {arguments.pretrain_steps} and lora_rank is {arguments.lora_rank}; adapters go on a "
+            "model that is pre-trained already: pre-train it with the command pretrain and pass it as --lower_model."
+        )
     if arguments.pretrain_steps is not None:
         return arguments.pretrain_steps
-    return 0 if arguments.lower_model else 1000
+    return 0 if arguments.lower_model or arguments.lora_rank is not None else 1000
 
 
 def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, trainer: BiSSLTrainer) -> PretextTrainer:
@@ -184,7 +192,10 @@ def evaluate_on_test(trainer: BiSSLTrainer, task: DownstreamTask, test: DecodedI
     per_class = task.per_class(predicted.predictions, predicted.label_ids)
     rows: Dataset = Subset(test, range(min(len(test), TSNE_ROWS)))
     features, labels = with_one_class(*extract_features(trainer.aligned_model(), batches_of(trainer, rows)))
-    layout = tsne_layout(features, seed=trainer.args.seed) if len(features) >= 4 else np.zeros((len(features), 2))
+    layout = np.zeros((len(features), 2))
+    if len(features) >= 4:
+        with afterwards("The layout of the features"):
+            layout = tsne_layout(features, seed=trainer.args.seed)
     return {"metrics": metrics, "per_class": per_class, "layout": layout.tolist(), "labels": labels.tolist()}
 
 
@@ -216,7 +227,24 @@ def write_outputs(
 ) -> None:
     output = Path(str(trainer.args.output_dir))
     trainer.save_model(output)
-    plot_run(trainer.state.log_history, output / "figures" / "training.png")
+    history = [row for row in trainer.state.log_history if "step" in row]
+    per_class = {"before_per_class": before.get("per_class", {}), "test_per_class": after["per_class"]}
+    write_json(output / RUN_RESULTS, {**before["metrics"], **after["metrics"], **per_class, "log_history": history})
+    with afterwards("The figure of the losses"):
+        plot_run(trainer.state.log_history, output / "figures" / "training.png")
+    with afterwards("The figure of the features"):
+        plot_features(before, after, class_names, output / "figures" / "tsne.png")
+    head = metrics_under(before["metrics"], "before")
+    trainer.facts.evaluations = [
+        Evaluation("Linear head on the pre-trained backbone", "test", head, len(test), described=False),
+        Evaluation("This model", "test", metrics_under(after["metrics"], "test"), len(test)),
+    ]
+    with afterwards("The model card"):
+        trainer.create_model_card()
+
+
+def plot_features(before: dict[str, Any], after: dict[str, Any], class_names: list[str], path: Path) -> None:
+    """Draws the layouts of the test features before and after."""
     layouts = []
     for title, prefix, stage in (("Before BiSSL", "before", before), ("After BiSSL", "test", after)):
         figures = name_metrics(stage["metrics"], prefix)
@@ -226,17 +254,8 @@ def write_outputs(
     plot_layouts(
         [(title, np.reshape(points, (-1, 2)), np.array(labels)) for title, points, labels in layouts],
         class_names,
-        output / "figures" / "tsne.png",
+        path,
     )
-    history = [row for row in trainer.state.log_history if "step" in row]
-    per_class = {"before_per_class": before.get("per_class", {}), "test_per_class": after["per_class"]}
-    write_json(output / RUN_RESULTS, {**before["metrics"], **after["metrics"], **per_class, "log_history": history})
-    head = metrics_under(before["metrics"], "before")
-    trainer.facts.evaluations = [
-        Evaluation("Linear head on the pre-trained backbone", "test", head, len(test), described=False),
-        Evaluation("This model", "test", metrics_under(after["metrics"], "test"), len(test)),
-    ]
-    trainer.create_model_card()
 
 
 def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -269,7 +288,9 @@ def build_run(
         images = load_images(data, lower_data, args.seed)
     lower = build_pretext_model(models)
     task = DownstreamTask.from_images(images, data.image_size, views)
-    model = BiSSLModel.from_models(lower, build_upper(models.upper_model, lower, task))
+    upper = build_upper(models.upper_model, lower, task)
+    models.adapt(lower, upper)
+    model = BiSSLModel.from_models(lower, upper)
     trainer = build_trainer(build_view_transform(data.image_size, views, models.pretext), args, model, images, task)
     pretrainer = build_pretrainer(models, args, trainer)
     try_out(trainer, pretrainer)
@@ -295,6 +316,7 @@ def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
     )
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     data, lower_data, views, models, card, look_ahead, args = parse_arguments(
         (
@@ -351,9 +373,11 @@ def main(arguments: list[str] | None = None) -> None:
         tell_pull(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = evaluate_on_test(trainer, task, images.test, "test")
+    check_metrics(after["metrics"], of="the aligned model")
     if trainer.is_world_process_zero():
         write_outputs(trainer, before, after, images.test, images.class_names)
-        print_summary(output, before, after)
+        with afterwards("The summary"):
+            print_summary(output, before, after)
     trainer.push_outputs()
 
 

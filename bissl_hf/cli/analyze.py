@@ -32,7 +32,7 @@ from ..models.loading import load_pretrained
 from .arguments import parse_arguments, refusing_bad_input
 from .images import DataArguments, LabelledImages, decode_labelled, load_labelled
 from .loading import load_config, loading
-from .outputs import RUN_RESULTS, format_table, open_output_dir
+from .outputs import RUN_RESULTS, afterwards, format_table, open_output_dir
 
 
 @dataclass
@@ -151,11 +151,6 @@ def write_outputs(
     output = Path(analysis.arguments.output_dir)
     names = list(reports)
     similarity = cka_matrix([features for features, _ in test.values()])
-    if len(names) > 1:
-        plot_similarity(similarity, names, output / "figures" / "cka.png", title="Linear CKA of test features")
-    if layouts := analysis.layouts(test):
-        shown = class_names[: analysis.arguments.tsne_classes]
-        plot_layouts(layouts, shown, output / "figures" / "tsne.png")
     write_json(
         output / RUN_RESULTS,
         {
@@ -167,6 +162,12 @@ def write_outputs(
             "settings": {**asdict(analysis.arguments), **asdict(data)},
         },
     )
+    with afterwards("The figure of the similarities"):
+        if len(names) > 1:
+            plot_similarity(similarity, names, output / "figures" / "cka.png", title="Linear CKA of test features")
+    with afterwards("The figure of the features"):
+        if layouts := analysis.layouts(test):
+            plot_layouts(layouts, class_names[: analysis.arguments.tsne_classes], output / "figures" / "tsne.png")
 
 
 def finite(figures: dict[str, float]) -> dict[str, float | None]:
@@ -208,7 +209,8 @@ def main(arguments: list[str] | None = None) -> None:
         reports[name] = report_features(features, num_classes=len(images.class_names), neighbors=options.knn_neighbors)
         test[name] = features["test"]
     write_outputs(analysis, data, reports, test, images.class_names)
-    print_summary(options.output_dir, reports, images.problem_type)
+    with afterwards("The summary"):
+        print_summary(options.output_dir, reports, images.problem_type)
 
 
 if __name__ == "__main__":

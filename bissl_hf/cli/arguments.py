@@ -15,11 +15,13 @@ from transformers import HfArgumentParser
 
 from ..data.paths import expand_path
 from ..text import for_terminal
+from ..trainer.divergence import DivergenceError
 from .configuration import read_configuration
 from .help import HELP_FLAGS, HelpFormatter, format_grouped_help, group_fields
 from .values import checked_value
 
 EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
 _LONGEST_MESSAGE = 500
 _NEGATIVE = re.compile(r"-\.?[0-9]")
 
@@ -27,7 +29,7 @@ _NEGATIVE = re.compile(r"-\.?[0-9]")
 def refuse(message: str) -> NoReturn:
     """Ends the process with one sentence on stderr and the exit code for bad input."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {for_terminal(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 
 
@@ -39,6 +41,17 @@ def refusing_bad_input() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         refuse(str(error) or type(error).__name__)
+
+
+@contextmanager
+def stopping_at_divergence() -> Iterator[None]:
+    """Ends the process with one sentence and `EXIT_DIVERGED` where the training diverges."""
+    try:
+        yield
+    except DivergenceError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {for_terminal(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(EXIT_DIVERGED)
 
 
 class _Parser(HfArgumentParser):

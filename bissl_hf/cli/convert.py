@@ -37,7 +37,7 @@ from .conversion import (
     timm_weights_of,
     with_plain_names,
 )
-from .outputs import format_table
+from .outputs import afterwards, format_table
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
@@ -113,7 +113,8 @@ def write_checkpoint(options: ConversionArguments, card: CardArguments, reposito
         shutil.rmtree(target)  # which was not there before
         raise
     facts = ModelFacts(license=card.license)
-    write_model_card(build_converted_card(model, facts, folder=target, repository=repository), target)
+    with afterwards("The model card"):
+        write_model_card(build_converted_card(model, facts, folder=target, repository=repository), target)
     return model
 
 
@@ -168,7 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
             model = write_file(options)
         else:
             model = write_checkpoint(options, card, pushes.repo_id if pushes else None)
-    print_summary(options, model)
+    with afterwards("The summary"):
+        print_summary(options, model)
     if pushes is not None:
         with pushes.laying_out() as tree:
             lay_out(outputs_of_run(Path(options.output)), tree)

@@ -22,13 +22,13 @@ from ..models.saving import save_model
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
-from .arguments import parse_arguments, refusing_bad_input
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .finetuning import FineTuning, summarise
 from .images import CropArguments, DataArguments, build_train_transform, check_dataset, decode_labelled, load_labelled
 from .loading import check_sources
 from .models import StartArguments, classifier_builder
-from .outputs import RUN_RESULTS, format_table, open_run
+from .outputs import RUN_RESULTS, afterwards, format_table, open_run
 
 
 @dataclass
@@ -102,10 +102,6 @@ def write_outputs(
     output, metric = Path(str(tuning.args.output_dir)), tuning.metric
     best = max(runs, key=lambda seed: tuning.rank(runs[seed]))
     save_model(tuning.load(seed_folder(output, best)), output, image_processor(tuning.image_size))
-    history, panels = curves_of(runs, metric)
-    plot_curves(history, panels, output / "figures" / "finetuning.png")
-    if found is not None:
-        plot_search(found.trials, found.best, f"eval_{metric}", output / "figures" / "search.png")
     results = {
         **{name: summarise([tests[seed][name] for seed in runs]) for name in tests[best]},
         f"eval_{metric}": summarise([run[f"eval_{metric}"] for run in runs.values()]),
@@ -118,6 +114,11 @@ def write_outputs(
         "train_seconds": [run["train_seconds"] for run in runs.values()],
     }
     write_json(output / RUN_RESULTS, results)
+    with afterwards("The figure of the losses"):
+        plot_curves(*curves_of(runs, metric), output / "figures" / "finetuning.png")
+    if found is not None:
+        with afterwards("The figure of the search"):
+            plot_search(found.trials, found.best, f"eval_{metric}", output / "figures" / "search.png")
     return results
 
 
@@ -179,6 +180,7 @@ def print_summary(tuning: FineTuning, results: dict[str, Any]) -> None:
     print(f'    classify = pipeline("image-classification", model="{output}")\n')
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     data, crops, start, repetition, card, args = parse_arguments(
         (DataArguments, CropArguments, StartArguments, RepetitionArguments, CardArguments, FineTuningArguments),
@@ -229,8 +231,10 @@ def main(arguments: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         results = write_outputs(tuning, runs, tests, found, per_class)
         best = results["best_seed"]
-        write_card(trainer, results, runs[best], tests[best], len(tuning.images.test))
-        print_summary(tuning, results)
+        with afterwards("The model card"):
+            write_card(trainer, results, runs[best], tests[best], len(tuning.images.test))
+        with afterwards("The summary"):
+            print_summary(tuning, results)
     trainer.push_outputs()
 
 

@@ -1,5 +1,6 @@
 """The stage of fine-tuning: a search, several seeds, and the test split at the end."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..checkpoints import find_last_checkpoint
 from ..data.augment import TrainTransform
+from ..trainer.divergence import check_metrics
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, search
 from ..trainer.training_args import FineTuningArguments, with_changes
@@ -115,6 +117,7 @@ class FineTuning:
         checkpoint, _ = find_last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = trainer.evaluate()
+        check_metrics(metrics, of=f"the model in {folder}")
         history = [row for row in trainer.state.log_history if "step" in row]
         if trainer.is_world_process_zero():
             trainer.save_model(folder / "model")
@@ -154,7 +157,8 @@ class FineTuning:
 
     def rank(self, result: Mapping[str, Any]) -> tuple[float, float]:
         """Orders results by the validation split: the metric first, then the loss."""
-        return result[f"eval_{self.metric}"], -result["eval_loss"]
+        score, loss = float(result[f"eval_{self.metric}"]), float(result["eval_loss"])
+        return (score, -loss) if math.isfinite(score) and math.isfinite(loss) else (-math.inf, -math.inf)
 
     def _settings(self, args: FineTuningArguments) -> dict[str, Any]:
         decisive = {name: getattr(args, name) for name in _DECISIVE}

@@ -18,21 +18,23 @@ from .. import BiSSLModel
 from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
 from ..evaluation.figures import plot_curves
+from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input
+from .adapters import LoraArguments
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, format_table, name_metrics, open_run
+from .outputs import RUN_RESULTS, afterwards, format_table, name_metrics, open_run
 from .pairs import check_pairs
 from .tasks import DownstreamTask
 
 
 @dataclass
-class JointModelArguments(PretextModelArguments):
+class JointModelArguments(LoraArguments, PretextModelArguments):
     """Where the models come from."""
 
     upper_model: str | None = field(default=None, metadata={"help": "Image classifier whose head is kept."})
@@ -54,8 +56,10 @@ def build_run(
         images = load_images(data, lower_data, args.seed)
     task = DownstreamTask.from_images(images, data.image_size, views)
     lower = build_pretext_model(models)
+    upper = build_upper(models.upper_model, lower, task)
+    models.adapt(lower, upper)
     trainer = JointTrainer(
-        BiSSLModel.from_models(lower, build_upper(models.upper_model, lower, task)),
+        BiSSLModel.from_models(lower, upper),
         args,
         train_dataset=images.train,
         lower_dataset=images.lower,
@@ -79,7 +83,6 @@ def write_outputs(trainer: JointTrainer, metrics: dict[str, Any], images: Images
     output = Path(str(trainer.args.output_dir))
     trainer.save_model(output)
     history = [row for row in trainer.state.log_history if "step" in row]
-    plot_curves(history, [("Joint loss", [("loss", "training")])], output / "figures" / "joint.png")
     write_json(
         output / RUN_RESULTS,
         {
@@ -90,7 +93,10 @@ def write_outputs(trainer: JointTrainer, metrics: dict[str, Any], images: Images
         },
     )
     trainer.facts.evaluations = [Evaluation("This model", "test", metrics_under(metrics, "test"), len(images.test))]
-    trainer.create_model_card()
+    with afterwards("The figure of the losses"):
+        plot_curves(history, [("Joint loss", [("loss", "training")])], output / "figures" / "joint.png")
+    with afterwards("The model card"):
+        trainer.create_model_card()
 
 
 def print_summary(output: str, metrics: dict[str, Any]) -> None:
@@ -105,6 +111,7 @@ def print_summary(output: str, metrics: dict[str, Any]) -> None:
     print(f"    bissl-hf predict --model {output} --inputs FOLDER\n")
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
     data, lower_data, views, models, card, args = parse_arguments(
@@ -140,9 +147,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(task.describe_splits(images))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = evaluate(trainer, task, images)
+    check_metrics(metrics, of="the joint model")
     if trainer.is_world_process_zero():
         write_outputs(trainer, metrics, images)
-        print_summary(str(args.output_dir), metrics)
+        with afterwards("The summary"):
+            print_summary(str(args.output_dir), metrics)
     trainer.push_outputs()
 
 

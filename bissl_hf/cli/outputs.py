@@ -2,7 +2,8 @@
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,21 @@ def open_run(args: TrainingArguments, *, leaves: Sequence[str]) -> Path | None:
         )
     PartialState().wait_for_everyone()
     return checkpoint
+
+
+@contextmanager
+def afterwards(what: str) -> Iterator[None]:
+    """Has what comes after a finished run (a figure, a card, a line) fail with a warning: the results are there.
+
+    Args:
+        what (`str`): what is made, for the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        message = f"warning: {what} failed, and the run's results are whole without it: {reason}\n"
+        sys.stderr.write(for_terminal(message.strip()).encode("ascii", "backslashreplace").decode() + "\n")
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -22,7 +22,7 @@ from ..evaluation.figures import plot_curves
 from ..trainer.knn_check import KnnCheck
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import (
     DataArguments,
@@ -36,7 +36,7 @@ from .images import (
 )
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, format_table, open_run
+from .outputs import RUN_RESULTS, afterwards, format_table, open_run
 from .pairs import check_pairs
 
 
@@ -130,7 +130,6 @@ def write_outputs(trainer: PretextTrainer) -> None:
     trainer.save_model(output)
     history = [row for row in trainer.state.log_history if "step" in row]
     panels = [("Pretext loss", [("loss", "training")]), ("kNN accuracy", [("knn_accuracy", "validation")])]
-    plot_curves(history, panels, output / "figures" / "pretraining.png")
     write_json(
         output / RUN_RESULTS,
         {
@@ -141,7 +140,10 @@ def write_outputs(trainer: PretextTrainer) -> None:
             "log_history": history,
         },
     )
-    trainer.create_model_card()
+    with afterwards("The figure of the losses"):
+        plot_curves(history, panels, output / "figures" / "pretraining.png")
+    with afterwards("The model card"):
+        trainer.create_model_card()
 
 
 def last(history: list[dict[str, Any]], name: str) -> float | None:
@@ -161,6 +163,7 @@ def print_summary(trainer: PretextTrainer) -> None:
     print(f"    accelerate launch recipes/finetune.py --model {output} ...       fine-tunes it\n")
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     data, views, models, card, args = parse_arguments(
         (PretextDataArguments, ViewArguments, PretextModelArguments, CardArguments, PretextTrainingArguments),
@@ -193,7 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         write_outputs(trainer)
-        print_summary(trainer)
+        with afterwards("The summary"):
+            print_summary(trainer)
     trainer.push_outputs()
 
 

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..study.plan import Plan, StudyArguments
 from ..study.report import STUDY_RESULTS, build_results, write_report
 from ..study.running import Study
-from .arguments import parse_arguments, refusing_bad_input
+from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
 from .images import ViewArguments
 from .outputs import open_output_dir
 from .parts import read_mapping
@@ -41,6 +41,7 @@ def report_anew(output: Path) -> str:
         ) from error
 
 
+@stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     settings, views = parse_arguments(
         (StudyArguments, ViewArguments), arguments, description=str(__doc__).split("\n\n")[-1]

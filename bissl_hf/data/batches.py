@@ -1,5 +1,6 @@
 """Rows of a batch: a dictionary of tensors with one row per example, and whatever else."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ def batch_rows(inputs: dict[str, Any]) -> int:
 
 
 def split_rows(inputs: dict[str, Any], part_size: int | None) -> list[tuple[dict[str, Any], float]]:
-    """Splits a batch into parts of at most `part_size` rows, each with its share of the batch."""
+    """Splits a batch into as few parts of at most `part_size` rows as there can be, each with its share of the batch.
+    Rows are dealt out evenly: a last part of one row would have no batch statistics."""
     rows = batch_rows(inputs)
     if part_size is None or part_size >= rows:
         return [(inputs, 1.0)]
     parts = []
-    for start in range(0, rows, part_size):
+    count = -(-rows // part_size)
+    bounds = [rows * number // count for number in range(count + 1)]
+    for start, end in pairwise(bounds):
         part = {
-            name: value[start : start + part_size] if isinstance(value, torch.Tensor) and value.ndim else value
+            name: value[start:end] if isinstance(value, torch.Tensor) and value.ndim else value
             for name, value in inputs.items()
         }
         parts.append((part, batch_rows(part) / rows))

@@ -1,11 +1,14 @@
 """Figures of a run, as PNG files."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..text import for_terminal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,9 +19,20 @@ RESIDUAL_TITLE = "Residual of the linear solve"
 
 
 def _new_figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # half a second that no run should wait for before it trains
-
+    # Half a second that no run should wait for before it trains. MPLBACKEND may name the backend of a notebook that is
+    # not installed here; these figures are files and have no use for it.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _plain(text: object) -> str:
+    """Text from outside as it is: escaped dollar signs begin no mathematics, where alone a backslash has a meaning."""
+    return for_terminal(text).replace("$", r"\$")
 
 
 def _save(figure: "Figure", path: str | Path) -> None:
@@ -68,7 +82,7 @@ def plot_curves(
             marker = "o" if len(rows) <= 50 else ""
             epochs, values = [row["epoch"] for row in rows], [row[name] for row in rows]
             axes.plot(epochs, values, marker=marker, markersize=3, label=label)
-        axes.set_title(title, fontsize=11)
+        axes.set_title(_plain(title), fontsize=11)
         axes.set_xlabel(unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -101,9 +115,9 @@ def plot_layouts(
     for axes, (title, points, labels) in zip(panels, layouts, strict=False):
         for number, name in enumerate(class_names):
             mine = points[labels == number]
-            label = name if number < 20 else None
+            label = _plain(name) if number < 20 else None
             axes.scatter(mine[:, 0], mine[:, 1], s=9, color=palette(number % palette.N), label=label, linewidths=0)
-        axes.set_title(title, fontsize=11)
+        axes.set_title(_plain(title), fontsize=11)
         axes.set_xticks([])
         axes.set_yticks([])
     handles, names = panels[0].get_legend_handles_labels()
@@ -124,12 +138,19 @@ def plot_similarity(values: np.ndarray, names: Sequence[str], path: str | Path, 
     figure = _new_figure(side + 1.0, side)
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis")
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor", fontsize=10)
-    axes.set_yticks(range(len(names)), names, fontsize=10)
+    axes.set_xticks(
+        range(len(names)),
+        [_plain(name) for name in names],
+        rotation=30,
+        ha="right",
+        rotation_mode="anchor",
+        fontsize=10,
+    )
+    axes.set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=10)
     for row, column in np.ndindex(*values.shape):
         color = "white" if values[row, column] < 0.6 else "black"
         axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", color=color, fontsize=10)
-    axes.set_title(title, fontsize=11)
+    axes.set_title(_plain(title), fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.8)
     _save(figure, path)
 
@@ -158,9 +179,9 @@ def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, u
             values, low, high = np.array(points, dtype=float).T
             places = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * min(0.2, 0.7 / len(series))
             around = [(values - low).tolist(), (high - values).tolist()]
-            axes.errorbar(places, values, yerr=around, fmt="o", capsize=4, label=name)
-        axes.set_title(title, fontsize=11)
-        axes.set_xticks(range(len(groups)), groups)
+            axes.errorbar(places, values, yerr=around, fmt="o", capsize=4, label=_plain(name))
+        axes.set_title(_plain(title), fontsize=11)
+        axes.set_xticks(range(len(groups)), [_plain(group) for group in groups])
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set_xlabel(unit)
         axes.grid(axis="y", alpha=0.3)
@@ -189,8 +210,8 @@ def plot_lines(
     figure = _new_figure(4.2 * len(panels), 3.4)
     for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         for name, places, values in lines:
-            axes.plot(places, values, marker="o", markersize=3, label=name)
-        axes.set_title(title, fontsize=11)
+            axes.plot(places, values, marker="o", markersize=3, label=_plain(name))
+        axes.set_title(_plain(title), fontsize=11)
         axes.set_xlabel(unit)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)

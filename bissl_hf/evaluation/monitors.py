@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..distributed import gather_rows
 from ..tensors import at_least_float32
 
 # Added to the shares of the singular values, as in the paper of RankMe.
@@ -87,13 +88,14 @@ class EmbeddingMonitor:
         if max_rows < 2:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 2.")
         self.max_rows = max_rows
-        self._embeddings: Tensor | None = None
+        self._embeddings: Tensor | None = None  # of this process
+        self._of_all: Tensor | None = None  # of all processes, where an interrupted run has left them
 
     def watch(self, embeddings: Tensor) -> None:
         """Takes the embeddings of a step in the place of those before, shape `(rows, dim)` or `(rows, views,
         dim)`."""
         first = embeddings.detach() if embeddings.ndim == 2 else embeddings.detach()[:, 0]
-        self._embeddings = first[: self.max_rows].clone()  # a view would keep the whole batch
+        self._embeddings, self._of_all = first[: self.max_rows].clone(), None  # a view would keep the whole batch
 
     def watching(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a forward pass that does the same and watches the embeddings of its output, if it has any."""
@@ -107,19 +109,26 @@ class EmbeddingMonitor:
         return forward
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns what was seen last, for a resume."""
-        return {} if self._embeddings is None else {"embeddings": self._embeddings}
+        """Returns what was seen last on all processes, for a resume. Called on every process."""
+        embeddings = self._gathered()
+        return {} if embeddings is None else {"embeddings": embeddings}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state_dict` returned."""
-        self._embeddings = state.get("embeddings")
+        self._embeddings, self._of_all = None, state.get("embeddings")
 
     def pop_figures(self) -> dict[str, Tensor]:
-        """Returns `embedding_figures` of what was seen last and forgets it; nothing if there was nothing."""
-        if self._embeddings is None:
-            return {}
-        embeddings, self._embeddings = self._embeddings, None
-        return embedding_figures(embeddings)
+        """Returns `embedding_figures` of what was seen last on all processes and forgets it; nothing if there was
+        nothing. Called on every process."""
+        embeddings = self._gathered()
+        self._embeddings = self._of_all = None
+        return {} if embeddings is None else embedding_figures(embeddings)
+
+    @torch.no_grad()
+    def _gathered(self) -> Tensor | None:
+        if self._of_all is not None or self._embeddings is None:
+            return self._of_all
+        return gather_rows(self._embeddings)[: self.max_rows]
 
 
 def _checked(embeddings: Tensor) -> Tensor:

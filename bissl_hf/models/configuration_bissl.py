@@ -20,6 +20,7 @@ class BiSSLConfig(PretrainedConfig):
             base models that need not be common to both.
         frozen_parameters (`Sequence[str]`, *optional*, defaults to `()`): names of the parameters that are not
             trained, level first (`"lower.backbone..."`); weights on disk do not say.
+        lower_adapter, upper_adapter (`dict`, *optional*): adapter of a level, its `name` and the `config` of `peft`.
     """
 
     model_type = "bissl"
@@ -32,6 +33,8 @@ class BiSSLConfig(PretrainedConfig):
     upper_class: str | None = None
     unshared_parameters: Any = ("pooler.",)
     frozen_parameters: Any = ()
+    lower_adapter: Any = None
+    upper_adapter: Any = None
 
     def __init__(
         self,
@@ -41,6 +44,8 @@ class BiSSLConfig(PretrainedConfig):
         upper_class: str | None = None,
         unshared_parameters: Sequence[str] = ("pooler.",),
         frozen_parameters: Sequence[str] = (),
+        lower_adapter: dict[str, Any] | None = None,
+        upper_adapter: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         # The base class resets the attention of the sub-configurations it finds, so they are set after it.
@@ -53,6 +58,7 @@ class BiSSLConfig(PretrainedConfig):
         self.upper_class = upper_class
         self.unshared_parameters = list(unshared_parameters)
         self.frozen_parameters = list(frozen_parameters)
+        self.lower_adapter, self.upper_adapter = lower_adapter, upper_adapter
 
 
 def _level_config(

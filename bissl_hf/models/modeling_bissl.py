@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from .adapters import adapter_of, add_adapter, check_adapters, frozen_parameters, merged, unwrap, write_adapter
 from .auto import register_class, resolve_class
 from .backbone import backbone_of, backbone_parameters, backbone_prefix, load_backbone
 from .batch_norm import has_batch_norm, recalibrate_batch_norm
@@ -52,9 +53,13 @@ class BiSSLModel(PreTrainedModel):
         super().__init__(config)
         self.lower: PreTrainedModel = resolve_class(config.lower_class)(config.lower_config)
         self.upper: PreTrainedModel = resolve_class(config.upper_class, field="upper_class")(config.upper_config)
+        for level, adapter in ((self.lower, config.lower_adapter), (self.upper, config.upper_adapter)):
+            if adapter is not None:
+                add_adapter(level, adapter)
         self._shared_names: tuple[str, ...] | None = None
-        self.post_init()
         self._freeze()
+        self._tied_weights_keys = self._frozen_ties()
+        self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Both models initialise their own layers."""
@@ -62,6 +67,24 @@ class BiSSLModel(PreTrainedModel):
     def _freeze(self) -> None:
         for name in self.config.frozen_parameters:
             self.get_parameter(name).requires_grad_(False)
+
+    def _frozen_ties(self) -> dict[str, str]:
+        """Returns the frozen parameters that both base models have, upper name -> lower name: they are one set of
+        tensors."""
+        lower, upper = f"lower.{backbone_prefix(self.lower)}", f"upper.{backbone_prefix(self.upper)}"
+        frozen = set(self.config.frozen_parameters)
+        others = backbone_parameters(self.upper)
+        return {
+            upper + name: lower + name
+            for name, parameter in backbone_parameters(self.lower).items()
+            if {lower + name, upper + name} <= frozen and name in others and others[name].shape == parameter.shape
+        }
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Returns which tensors are one, see [`~transformers.PreTrainedModel.get_expanded_tied_weights_keys`]: those
+        that each level ties itself, and the frozen backbone, whatever `tie_word_embeddings` says."""
+        own = super().get_expanded_tied_weights_keys(all_submodels) if all_submodels else {}
+        return {**own, **(self._tied_weights_keys or {})}
 
     @classmethod
     def from_pretrained(
@@ -100,12 +123,16 @@ class BiSSLModel(PreTrainedModel):
         *,
         unshared_parameters: Sequence[str] = ("pooler.",),
     ) -> "BiSSLModel":
-        """Joins a pretext and a downstream model; theta_D starts from theta_P. Frozen parameters and buffers that both
-        base models have are copied to the upper one too. The weights are copied: neither argument is changed.
+        """Joins a pretext and a downstream model; theta_D starts from theta_P. Frozen parameters that both base models
+        have become one set of tensors, with the lower model's values; buffers are copied to the upper one too. The
+        weights are copied: neither argument is changed.
+
+        With adapters of `peft` in both models (`model.add_adapter(LoraConfig(...))` or `get_peft_model`) theta is the
+        adapters' parameters. `peft` freezes the heads along with the backbone; here they are trained.
 
         Args:
-            lower (`PreTrainedModel`): pretext model; `lower(**inputs).loss` is L_P.
-            upper (`PreTrainedModel`): downstream model; `upper(**inputs).loss` is L_D.
+            lower (`PreTrainedModel` or `peft.PeftModel`): pretext model; `lower(**inputs).loss` is L_P.
+            upper (`PreTrainedModel` or `peft.PeftModel`): downstream model; `upper(**inputs).loss` is L_D.
             unshared_parameters (`Sequence[str]`, *optional*, defaults to `("pooler.",)`): patterns (a prefix or a
                 shell pattern) of names below the base models of parameters that only one of them has or trains.
 
@@ -113,9 +140,11 @@ class BiSSLModel(PreTrainedModel):
             `TypeError`: if an argument is not a `PreTrainedModel`.
             `ValueError`: see above.
         """
+        lower, upper = unwrap(lower), unwrap(upper)
         for name, model in (("lower", lower), ("upper", upper)):
             if not isinstance(model, PreTrainedModel):
                 raise TypeError(f"{name} is a {type(model).__name__}; it must be a transformers PreTrainedModel.")
+        check_adapters(lower, upper)
         shared = find_shared_parameters(lower, upper, unshared_parameters)
         config = BiSSLConfig(
             lower_config=copy.deepcopy(lower.config),
@@ -126,18 +155,21 @@ class BiSSLModel(PreTrainedModel):
             frozen_parameters=[
                 f"{level}.{name}"
                 for level, source in (("lower", lower), ("upper", upper))
-                for name, parameter in source.named_parameters()
-                if not parameter.requires_grad
+                for name in frozen_parameters(source)
             ],
+            lower_adapter=adapter_of(lower),
+            upper_adapter=adapter_of(upper),
         )
         model = cls(config)
-        for level, source in (("lower", lower), ("upper", upper)):
+        # The lower model last: its values are those of the frozen tensors that both have.
+        for level, source in (("upper", upper), ("lower", lower)):
             own = getattr(model, level)
             own.to(device=source.device, dtype=source.dtype)  # first, so that buffers keep their precision
             own.load_state_dict(source.state_dict())
             for target, parameter in zip(own.parameters(), source.parameters(), strict=True):
                 target.data = parameter.detach().clone()
-                target.requires_grad_(parameter.requires_grad)
+                target.requires_grad_(True)
+        model._freeze()
         model._shared_names = shared
         model.start_upper_from_lower()
         report_unshared(lower, upper)
@@ -293,7 +325,11 @@ class BiSSLModel(PreTrainedModel):
     # What users take away
 
     def aligned_model(self) -> PreTrainedModel:
-        """Returns the aligned model, theta_P with phi_D, as a native copy of the upper model's class."""
+        """Returns the aligned model, theta_P with phi_D, as a native copy of the upper model's class. Adapters are
+        merged into the weights that they adapt."""
+        return merged(self._aligned_copy())
+
+    def _aligned_copy(self) -> PreTrainedModel:
         model = copy.deepcopy(self.upper)
         self._copy_backbone(backbone_of(self.lower), backbone_of(model), self.shared_parameter_names)
         return model
@@ -304,19 +340,29 @@ class BiSSLModel(PreTrainedModel):
         *,
         processing_class: Any = None,
         recalibrate_on: Iterable[dict[str, Any]] | None = None,
+        adapter_only: bool = False,
     ) -> PreTrainedModel:
         """Writes the aligned model as a checkpoint of the upper model's class, which needs this package no more. Files
-        are written aside first, so that a failure leaves what lies in `directory` as it was.
+        are written aside first, so that a failure leaves what is in `directory` as it was.
 
         Args:
             directory (`str` or `os.PathLike`): created if need be.
             processing_class (*optional*): image processor or tokenizer to write beside the model.
             recalibrate_on (`Iterable[dict]`, *optional*): inputs of the upper model (evaluation transform, on its
                 device) from which batch-norm statistics are estimated; labels in them are not used.
+            adapter_only (`bool`, *optional*, defaults to `False`): whether to write the adapter and the head alone,
+                in the format of `peft` (`adapter_config.json`, `adapter_model.safetensors`), for
+                `PeftModel.from_pretrained(model, directory)` on the model that they were trained on.
 
         Returns:
-            `PreTrainedModel`: the model that was written, in evaluation mode.
+            `PreTrainedModel`: the model that was written, in evaluation mode, with adapters merged.
+
+        Raises:
+            `ValueError`: if `adapter_only` is true and the model has no adapters.
         """
+        if adapter_only:
+            write_adapter(self._aligned_copy(), directory, processing_class)
+            return self.aligned_model().eval()
         model = self.aligned_model()
         if recalibrate_on is not None:
             recalibrate_batch_norm(model, recalibrate_on)

@@ -3,28 +3,47 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from .finite import check_finite_weights
+
 
 def save_model(model: PreTrainedModel, directory: str | os.PathLike[str], processing_class: Any = None) -> None:
     """Writes a model, and beside it what prepares its inputs. Files are written aside first and synchronised with the
-    disk, so that a failure, also one of the machine, leaves what is in `directory` as it was. They get the permissions
-    that files of this process get.
+    disk, so that a failure, also one of the machine, leaves what is in `directory` as it was.
 
     Args:
         model (`PreTrainedModel`)
         directory (`str` or `os.PathLike`): created if need be.
         processing_class (*optional*): image processor or tokenizer.
+
+    Raises:
+        `ValueError`: if the model has weights that are not finite; nothing is written then.
+    """
+    check_finite_weights(model, "the training has diverged, and no model is written")
+    with replacing_files(directory) as staging:
+        model.save_pretrained(staging)
+        if processing_class is not None:
+            processing_class.save_pretrained(staging)
+
+
+@contextmanager
+def replacing_files(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a folder to write files into, which move into `directory` once all are written and on the disk. They get
+    the permissions that files of this process get.
+
+    Args:
+        directory (`str` or `os.PathLike`): created if need be.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as staging:
-        model.save_pretrained(staging)
-        if processing_class is not None:
-            processing_class.save_pretrained(staging)
+        yield Path(staging)
         permissions = _new_file_permissions(Path(staging))
         for path in sorted(Path(staging).rglob("*")):
             if path.is_file():

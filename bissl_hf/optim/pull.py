@@ -207,7 +207,10 @@ def step_length(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: S
     gradient, averaged over the entries of `parameters`. Counts momentum, the trust ratio of LARS, and the scaling of
     Adam-like optimizers by the size of the gradient; it is 1 for plain SGD.
 
-    Tensors that are all zero do not count under LARS: their trust ratio is 1 for the first step, and small ever after.
+    Under LARS the mean is geometric: tensors without a gradient (key biases, biases before a norm) have a trust ratio
+    of `trust_coefficient / weight_decay`, thousands of times that of the others, and tensors near zero one as much
+    smaller; few entries of either kind must not rule it. Tensors that are all zero do not count: their trust ratio is
+    1 for the first step, and small ever after.
     Under Adam-like optimizers the mean is harmonic, for entries that hardly have a gradient would make any other one.
 
     Args:
@@ -251,7 +254,7 @@ def _mean_trust_ratio(group: dict[str, Any], parameters: Sequence[Tensor], gradi
         ratios = torch.where(excluded.to(ratios.device, non_blocking=True), 1.0, ratios)
     # A tensor that is all zero has no norm.
     counted = sizes.to(ratios.device, non_blocking=True) * (torch.stack(torch._foreach_norm(weights)) > 0)
-    return (ratios * counted).sum() / counted.sum().clamp(min=1)
+    return torch.exp((ratios.log() * counted).sum() / counted.sum().clamp(min=1))
 
 
 def _second_moment(optimizer: Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Which setting of an arm's search is chosen: by the validation split alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,9 +24,14 @@ def choose(tries: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> int:
 
     def rank(number: int) -> tuple[float, float, int]:
         score, loss = (float(np.mean([run[f"eval_{name}"] for run in tries[number]])) for name in (metric, "loss"))
+        if not (math.isfinite(score) and math.isfinite(loss)):
+            return -math.inf, -math.inf, -number
         return score, -loss, -number
 
-    return max(range(len(tries)), key=rank)
+    chosen = max(range(len(tries)), key=rank)
+    if rank(chosen)[0] == -math.inf:
+        raise ValueError("No setting has figures that are finite: each of them diverged. Search lower learning rates.")
+    return chosen
 
 
 def describe_choice(

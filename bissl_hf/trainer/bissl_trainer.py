@@ -39,7 +39,8 @@ from ..optim.pull import (
     warn_about_pull,
 )
 from ..optim.two_level import LEVELS, TwoLevelOptimizer, own_step, two_level_scheduler
-from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, norm, subtract
+from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, is_finite, norm, subtract
+from .divergence import check_first_batch
 from .resumable_trainer import ResumableTrainer
 from .run_record import record_run, size_of
 from .training_args import BiSSLTrainingArguments
@@ -236,7 +237,9 @@ class BiSSLTrainer(ResumableTrainer):
         for level in ("lower", "upper"):
             self.args.level(level).build_schedule()
         batches = [self.streams.first_rows(stream, rows) for stream in (Stream.LOWER, Stream.UPPER)]
-        self.losses.try_on(batches[0], batches[1])
+        found = self.losses.try_on(batches[0], batches[1])
+        for (inputs, _), (level, loss) in zip(batches, found.items(), strict=True):
+            check_first_batch(inputs, {f"{level} loss": loss})
 
     # A step
 
@@ -246,6 +249,7 @@ class BiSSLTrainer(ResumableTrainer):
         """Leaves the gradients of one lower or one upper step on that level's parameters, as the batch's key says; the
         optimizer does the rest."""
         key: StepKey = inputs["key"]
+        self.divergence.begin_step(key)
         model.train()
         self._level = Stream(key.stream).level
         batch = self.streams.prepare(inputs["inputs"], key)
@@ -278,12 +282,13 @@ class BiSSLTrainer(ResumableTrainer):
         theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
         offset = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
         gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
-        if not self.upper_phase.takes_products:
+        if not self.upper_phase.takes_products and not (self.divergence.skips and not is_finite(gradients)):
             is_last = key.step == self.args.lower_steps - 1
             self.upper_phase.record(self.loss_scale.remove(gradients), is_last=is_last)
         force = [self.loss_scale(part) for part in offset]
         for parameter, gradient in zip(theta_p, add_scaled(gradients, force, proximal_weight), strict=True):
             parameter.grad = gradient
+        self.divergence.note_loss(loss)
         self.metrics_buffer.add("loss", loss)
         self.metrics_buffer.add("lower/loss", loss)
         self.metrics_buffer.add("lower/proximal", 0.5 * proximal_weight * dot(offset, offset))
@@ -320,6 +325,7 @@ class BiSSLTrainer(ResumableTrainer):
         for parameter, value in zip((*theta_d, *phi_d), gradient, strict=True):
             parameter.grad = value
 
+        self.divergence.note_loss(loss + direct_loss)
         self.metrics_buffer.add("loss", loss)
         self.metrics_buffer.add("upper/loss", loss)
         self.metrics_buffer.add("upper/direct_loss", direct_loss)
@@ -424,6 +430,8 @@ class BiSSLTrainer(ResumableTrainer):
             self.metrics_buffer.add(f"{self._level}/skipped_steps", float(skipped))
             if skipped:
                 return size
+        if self.divergence.note_gradient(size):
+            return size
         self.metrics_buffer.add(f"{self._level}/gradient_norm", size)
         if self._level == "lower":
             self.pull.count(
@@ -437,7 +445,14 @@ class BiSSLTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
         """Trainer skips clipping where the upper bound is 0; the lower level may still have one (a private hook of
         transformers 5.23, 2026-11)."""
-        return super()._get_grad_norm(model, self._clip_grad_norm(model) if grad_norm is None else grad_norm)
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    def inputs_of_step(self, key: StepKey) -> list[Inputs]:
+        """Returns the batch of a step, and of an upper one that of the curvature too."""
+        inputs = super().inputs_of_step(key)
+        if key.stream == Stream.UPPER:
+            inputs.append(self.streams.read(self.streams.key(Stream.CURVATURE, key.alternation)))
+        return inputs
 
     # Before the first alternation
 

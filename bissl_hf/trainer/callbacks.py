@@ -118,18 +118,22 @@ class BestCheckpoint(TrainerCallback):
 
 
 class EpochBoundary(TrainerCallback):
-    """Keeps a checkpoint of an epoch's last step until the log and the evaluation of that epoch are done, so that a
-    resume from it misses neither; and ends the workers of the loader after training."""
+    """Keeps a checkpoint of the last step of an epoch, or of the run, until the log and the evaluation of that epoch
+    are done, so that a resume from it misses neither; and ends the workers of the loader after training."""
 
     def __init__(self) -> None:
         self._waiting = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
+        ends_epoch = float(state.epoch).is_integer() or state.global_step >= state.max_steps
         if control.should_save and ends_epoch:
             control.should_save, self._waiting = False, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        whole = state.epoch is None or float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        if not whole:
+            # Asked to stop inside an epoch: its figures are kept in the checkpoint, and logged when it is complete.
+            control.should_log = control.should_evaluate = False
         if self._waiting:
             control.should_save, self._waiting = True, False
 

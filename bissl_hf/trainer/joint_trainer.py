@@ -15,6 +15,7 @@ from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batc
 from ..distributed import average_flat
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
+from .divergence import check_first_batch
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
 from .target_update import TargetUpdate
@@ -112,6 +113,7 @@ class JointTrainer(SingleLevelTrainer):
     ) -> Tensor:
         """Computes the gradient of both losses and averages it over the processes."""
         key = inputs["key"]
+        self.divergence.begin_step(key)
         pretext = self.streams.prepare(inputs["inputs"], key)
         self.count_samples(pretext)
         self.model.train()
@@ -122,6 +124,7 @@ class JointTrainer(SingleLevelTrainer):
         gradient = average_flat(gradient, in_place=running_statistics(self.model.lower))
         for parameter, value in zip(parameters, gradient, strict=True):
             parameter.grad = value
+        self.divergence.note_loss(loss)
         self.metrics_buffer.add("loss", loss.detach())
         return loss.detach()
 
@@ -135,7 +138,12 @@ class JointTrainer(SingleLevelTrainer):
         batch, key = self.streams.first_rows(self.stream, rows)
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            self.joint_loss(batch, key._replace(rank=self.args.process_index))
+            loss = self.joint_loss(batch, key._replace(rank=self.args.process_index))
+        check_first_batch(batch, {"loss": loss})
+
+    def inputs_of_step(self, key: StepKey) -> list[Inputs]:
+        """Returns both batches of a step."""
+        return [self.streams.read(key), self.streams.read(key._replace(stream=int(Stream.UPPER)))]
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what the labelled stream reads."""

@@ -25,6 +25,14 @@ class MetricsBuffer:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._counts[name] = self._counts.get(name, 0) + 1
 
+    def copy_state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Returns the sums and the counts, for `restore`."""
+        return dict(self._sums), dict(self._counts)
+
+    def restore(self, state: tuple[dict[str, Tensor], dict[str, int]]) -> None:
+        """Forgets what was added since `copy_state`."""
+        self._sums, self._counts = state
+
     def pop_averages(self) -> dict[str, float]:
         """Returns the averages over values and processes, and empties the buffer."""
         averages = {name: total / self._counts[name] for name, total in self._reduced_sums().items()}

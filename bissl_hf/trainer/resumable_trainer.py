@@ -1,6 +1,7 @@
 """What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without
 waiting."""
 
+import math
 import os
 import shutil
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -30,15 +31,17 @@ from ..checkpoints import (
     rotate_checkpoints,
     write_manifest,
 )
-from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream, keyed_random_state
+from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, keyed_random_state
 from ..data.batches import batch_rows, split_rows
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
+from ..models.finite import check_finite_weights
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
 from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, TrainingClock
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
+from .divergence import DivergenceGuard
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
 from .state_files import find_refused_file
@@ -100,9 +103,12 @@ class ResumableTrainer(Trainer):
         self.metrics_buffer = MetricsBuffer(average_flat)
         self._clock, self._best = TrainingClock(), BestCheckpoint()
         self._staging: Path | None = None
+        self._resumed_step = 0
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
-        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or []), EpochBoundary()]
+        self.divergence = DivergenceGuard(self)
+        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or [])]
+        callbacks += [EpochBoundary(), self.divergence]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
         super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
@@ -122,6 +128,7 @@ class ResumableTrainer(Trainer):
         self.checkpoints = CheckpointStore()
         for name, owner in (("metrics", self.metrics_buffer), ("seconds", self._clock), ("best", self._best)):
             self.checkpoints.register(name, owner)
+        self.checkpoints.register("divergence", self.divergence)
 
     # Several processes
 
@@ -156,6 +163,25 @@ class ResumableTrainer(Trainer):
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
+    # Divergence
+
+    def inputs_of_step(self, key: StepKey) -> list[dict[str, Any]]:
+        """Returns the batches of a step anew, to tell whether they were finite."""
+        return [self.streams.read(key)]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
+        """The norm of every step's gradient passes here (a private hook of transformers 5.23, 2026-11)."""
+        size = super()._get_grad_norm(model, grad_norm)
+        self.divergence.note_gradient(size)
+        return size
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A metric that is not finite is never the best (a private hook of transformers 5.23, 2026-11)."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if not math.isfinite(metrics.get(name, 0.0)):
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
     # Batches
 
     def keyed_loader(self, *phases: tuple[Stream, int]) -> AlternatingDataLoader:
@@ -166,6 +192,16 @@ class ResumableTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
+
+    def set_initial_training_values(
+        self, args: Any, dataloader: Any
+    ) -> tuple[int, int, int, int, int, int | None, int]:
+        """Leaves no epoch to a run that is resumed after its last step: Trainer (2026-11, transformers 5.23) takes one
+        more step where that was inside an epoch."""
+        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._resumed_step >= max_steps:
+            epochs = self._resumed_step // steps_per_epoch
+        return epochs, steps_per_epoch, *others, max_steps  # type: ignore[return-value]
 
     # Logs
 
@@ -254,6 +290,7 @@ class ResumableTrainer(Trainer):
         if _internal_call:
             super().save_model(folder, _internal_call=True)
         elif self.args.should_save:
+            check_finite_weights(self.model, "the training has diverged, and no model is written")
             self.write_final_model(folder)
 
     def write_final_model(self, folder: str) -> None:
@@ -427,7 +464,11 @@ class ResumableTrainer(Trainer):
         return str(Path(output_dir) / STAGING_FOLDER) if self._staging else output_dir
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Has Trainer write the checkpoint aside, and renames it once it is whole."""
+        """Has Trainer write the checkpoint aside, and renames it once it is whole. Of weights that are not finite none
+        is written."""
+        self.divergence.check()
+        if self.divergence.found is not None:
+            return
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staging, final = run_dir / STAGING_FOLDER, run_dir / name
@@ -463,6 +504,8 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         self.check_checkpoint(resume_from_checkpoint)
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        self._resumed_step = state.global_step
         self._restore_weights(resume_from_checkpoint)
         self.checkpoints.load(Path(resume_from_checkpoint), self.args.device)
         self._best.find_beside(Path(resume_from_checkpoint))
@@ -474,5 +517,9 @@ class ResumableTrainer(Trainer):
     def _restore_weights(self, checkpoint: str) -> None:
         """Trainer reads a state dict leniently. Checkpoints of some models (ViT) hold other names than the model,
         which only `from_pretrained` translates back; the weights would stay as they are without an error."""
-        restored = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+        # In the widest format among them, so that adapters in float32 on a backbone in bfloat16 lose nothing.
+        floating = {p.dtype for p in self.model.parameters() if p.dtype.is_floating_point}
+        widest = max(floating, key=lambda dtype: torch.finfo(dtype).bits)
+        restored = type(self.model).from_pretrained(checkpoint, dtype=widest)
+        check_finite_weights(restored, f"{checkpoint} is of a run that has diverged; resume from an earlier one")
         self.model.load_state_dict(restored.state_dict())

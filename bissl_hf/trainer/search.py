@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from ..distributed import from_first_process
+from .divergence import DivergenceError
 from .resumable_trainer import ResumableTrainer
 
 BACKENDS = {"optuna": "optuna", "ray": "ray[tune]"}
@@ -114,11 +115,14 @@ def search(
         raise ValueError(f"num_trials is {num_trials}; it must be at least 1.")
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    trainer.divergence.raises = False  # a trial that diverges is a bad one, and no end of the search
     planned = space.draw(num_trials, seed=trainer.args.key_seed)
     run = _search_with_optuna if backend == "optuna" else _search_with_ray
     found = run(trainer, space, planned, folder, f"eval_{metric}")
     trials = [{**values, **found[_key(values)]} for values in planned]
     best = max(trials, key=lambda trial: (trial[f"eval_{metric}"], -trial["eval_loss"]))
+    if not math.isfinite(best["eval_loss"]):
+        raise DivergenceError(f"All {num_trials} trials of the search diverged; search lower learning rates.")
     return SearchResult({name: best[name] for name in vars(space)}, trials)
 
 
@@ -137,7 +141,8 @@ def _figures(metrics: dict[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
     }
-    return {name: v if math.isfinite(v) else worst[name.endswith("loss")] for name, v in figures.items()}
+    diverged = not all(math.isfinite(value) for value in figures.values())
+    return {name: worst[name.endswith("loss")] if diverged else value for name, value in figures.items()}
 
 
 def _search_with_optuna(
@@ -173,7 +178,8 @@ def _search_with_optuna(
         return {name: trial.suggest_float(name, *values, log=True) for name, values in vars(space).items()}
 
     def compute_objective(metrics: dict[str, float]) -> float:
-        figures = _figures(metrics)
+        diverged = trainer.divergence.found is not None
+        figures = _figures({**metrics, "eval_loss": math.nan} if diverged else metrics)
         trial: Any = trainer._trial
         trial.set_user_attr("figures", figures)
         return figures[objective]

@@ -16,6 +16,7 @@ from ..distributed import average_flat
 from ..models.batch_norm import running_statistics
 from ..models.parameter_groups import backbone_and_heads
 from ..models.saving import save_model
+from .divergence import check_first_batch
 from .resumable_trainer import ResumableTrainer
 from .training_args import ResumableTrainingArguments
 
@@ -117,11 +118,13 @@ class SingleLevelTrainer(ResumableTrainer):
     ) -> Tensor:
         """Makes the views of a tagged batch and takes Trainer's step on them."""
         key = inputs["key"]
+        self.divergence.begin_step(key)
         batch = self.streams.prepare(inputs["inputs"], key)
         self.count_samples(batch)
         with model_randomness(key):
             loss = super().training_step(model, batch, num_items_in_batch)
         average_flat([], in_place=running_statistics(self.model))
+        self.divergence.note_loss(loss)
         self.metrics_buffer.add("loss", loss)
         return loss
 
@@ -132,7 +135,8 @@ class SingleLevelTrainer(ResumableTrainer):
         batch, key = self.streams.first_rows(self.stream, rows)
         self.model.eval()
         with torch.no_grad(), model_randomness(key), self.accelerator.autocast():
-            self.model(**batch)
+            loss = self.model(**batch).loss
+        check_first_batch(batch, {"loss": loss})
 
     def final_model(self) -> PreTrainedModel:
         """Returns the model to keep, in evaluation mode."""

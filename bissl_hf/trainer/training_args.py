@@ -90,12 +90,21 @@ class ResumableTrainingArguments(TrainingArguments):
         default=128,
         metadata={"help": "Images per device in an evaluation, and where batch-norm statistics are estimated."},
     )
+    on_divergence: str = field(
+        default="stop",
+        metadata={
+            "help": "Where numbers are not finite: stop, with an error; or skip, which leaves out the steps whose "
+            "gradients are not finite and waits for the device in each step to know."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave losses that are not finite out of logs."}
     )
 
     def __post_init__(self) -> None:
         check_at_least(self, **_AT_LEAST)
+        if self.on_divergence not in ("stop", "skip"):
+            raise ValueError(f"on_divergence is {self.on_divergence!r}; it must be stop or skip.")
         self._refuse_unsupported()
         optim = getattr(self.optim, "value", self.optim)
         resolve_optimizer(optim, field="optim")

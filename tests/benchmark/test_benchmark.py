@@ -11,7 +11,7 @@ import torch
 from bissl_hf.benchmark import run
 from bissl_hf.benchmark.claims import Claim, Measured, make_claims
 from bissl_hf.benchmark.comparison import PhaseClock, SynchronisationWatch
-from bissl_hf.benchmark.loops import BareLoop, Baseline
+from bissl_hf.benchmark.loops import BareLoop, Baseline, KeptGraphBaseline
 from bissl_hf.benchmark.parts import UNIT, MeasuredParts, Part
 from bissl_hf.benchmark.pillow_views import PillowViews
 from bissl_hf.benchmark.report import format_report
@@ -44,7 +44,9 @@ def test_every_part_is_measured_and_the_unit_costs_itself(report):
     # A product on a kept graph is two forward-backward passes, one on a new graph three, less what the first layer
     # saves.
     arithmetic = {name: part["arithmetic_alone"] for name, part in parts.items()}
-    assert arithmetic["baseline's product"] == pytest.approx(arithmetic["linearisation"] + arithmetic["product"])
+    # The baseline's, by torch's own second derivatives, takes the cotangent of the images, too.
+    ours = arithmetic["linearisation"] + arithmetic["product"]
+    assert ours < arithmetic["baseline's product"] < 1.1 * ours
     assert 1.0 < arithmetic["product"] < 2.1
     assert 0.7 < arithmetic["linearisation"] < 1.05
     # The optimizer takes no operations that are counted, and its bytes.
@@ -55,7 +57,7 @@ def test_every_part_is_measured_and_the_unit_costs_itself(report):
 
 def test_runners_take_turns_and_solves_take_all_products(report):
     assert {name: len(phases["upper"]["all"]) for name, phases in report["alternations"].items()} == {
-        "trainer": 1, "bare loop": 1, "recycled": 1, "baseline": 1,
+        "trainer": 1, "bare loop": 1, "recycled": 1, "baseline": 1, "kept graph": 1,
     }  # fmt: skip
     products = next(claim for claim in report["claims"] if claim["name"].startswith("products of each solve"))
     assert products["value"] == TINY.products
@@ -109,12 +111,15 @@ def test_no_rounds_are_refused(tmp_path, capsys):
     assert "repeats is 0; it must be at least 1" in capsys.readouterr().err
 
 
-def test_baseline_and_bare_loop_take_the_same_upper_step():
+def test_baselines_and_bare_loop_take_the_same_upper_step():
     """The baseline is written out on its own: the same batches must lead to the same gradient."""
     torch.manual_seed(0)
     model = build_model(TINY).double()
     trainer = build_trainer(TINY, model, CPU)
-    loops = [BareLoop(trainer, copy.deepcopy(model)), Baseline(trainer, copy.deepcopy(model), workers=0)]
+    loops = [
+        BareLoop(trainer, copy.deepcopy(model)),
+        *(kind(trainer, copy.deepcopy(model), workers=0) for kind in (Baseline, KeptGraphBaseline)),
+    ]
     generator = torch.Generator().manual_seed(1)
     curvature_batch = {"pixel_values": torch.rand(6, 2, 3, 16, 16, generator=generator, dtype=torch.float64)}
     upper_batch = {
@@ -126,12 +131,13 @@ def test_baseline_and_bare_loop_take_the_same_upper_step():
         loop.model.train()
         loop.lower_step(curvature_batch)
         loop.upper_step(curvature_batch, upper_batch)
-    bare, plain = (loop.model.state_dict() for loop in loops)
+    bare, plain, kept = (loop.model.state_dict() for loop in loops)
     moved = [name for name in before if "running" not in name and not torch.equal(before[name], bare[name])]
     assert any(name.startswith("lower") for name in moved)
     assert any(name.startswith("upper") for name in moved)
     for name in before:
         torch.testing.assert_close(bare[name], plain[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(kept[name], plain[name], rtol=1e-9, atol=1e-12)
 
 
 def test_a_loop_beside_the_trainer_takes_the_same_steps_and_counts_apart(monkeypatch):
@@ -237,6 +243,7 @@ def measured(residuals=(8e-3, 9e-3), statuses=(SolveStatus.CONVERGED,) * 2) -> M
         "lower": [2.0, 4.0], "upper": [4.0, 8.0],
         "lower steps": [1.0, 1.0, 2.0, 2.0], "upper steps": [2.0, 2.0, 4.0, 4.0],
     }  # fmt: skip
+    times["kept graph"] = {"upper": [6.18, 12.36]}
     times["recycled"] = {"lower": [2.0, 4.0], "upper": [2.0, 4.0]}
     times["trainer"] = {
         "lower": [2.0, 4.0], "upper": [4.12, 8.24], "waiting": [0.0, 0.0], "log": [0.0, 0.0],
@@ -260,6 +267,7 @@ def test_claims_are_ratios_of_the_same_round():
     assert claims["baseline: its time over its own count of equivalents"] == pytest.approx(9.5 / 10.5)
     assert claims["the same by arithmetic alone"] == pytest.approx(9.5 / 8)
     assert claims["upper phase, same products: baseline / trainer"] == pytest.approx(8 / 4.12)
+    assert claims["the same against the baseline with a kept graph"] == pytest.approx(1.5)
     assert claims["whole alternation: trainer / bare loop"] == pytest.approx((3 * 1.1 + 6 * 1.03) / 9)
     assert claims["upper phase, recycled solver at 1 %: baseline / ours"] == pytest.approx(4)
     assert claims["mean products of its solves"] == 4

@@ -306,8 +306,8 @@ def test_a_pretext_model_has_a_card_of_its_own(folder):
 
 def test_joint_and_single_models_have_cards(folder):
     joint = card_of(folder, make_record(kind="joint"))
-    assert joint.data.library_name == "bissl_hf"
-    assert 'BiSSLModel.from_pretrained("path/to/this/folder")' in joint.text
+    assert joint.data.library_name == "transformers"
+    assert 'from_pretrained("path/to/this/folder")' in joint.text
     assert [row["Examples"] for row in tables_of(joint.text)["Training data"].values()] == ["12", "24"]
     tuned = card_of(folder, make_record(kind="classifier", models={"model": CLASSIFIER}))
     assert "for 2 classes: `cat`, `dog`. It was trained on labelled examples" in tuned.text

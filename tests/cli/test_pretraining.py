@@ -40,7 +40,7 @@ def test_a_finished_model_is_taken_over(tmp_path, capsys: pytest.CaptureFixture[
     first, second = trainer_in(tmp_path, 3), trainer_in(tmp_path, 3, seed=1)
     untrained = weights(first)
     pretrain(first)
-    assert capsys.readouterr().out.count("Pre-training with SimCLR for 3 steps") == 1
+    assert capsys.readouterr().out.count("Pre-training of SimCLRForPreTraining for 3 steps") == 1
     assert not equal(weights(first), untrained)
     pretrain(second)
     assert "Pre-training" not in capsys.readouterr().out

@@ -17,7 +17,11 @@ def test_a_batch_without_rows_is_refused(inputs, named):
 def test_parts_of_a_batch_with_their_shares():
     inputs = {"x": torch.arange(7), "y": torch.arange(14).view(7, 2), "scale": torch.tensor(3.0), "name": "both"}
     parts = split_rows(inputs, 3)
-    assert [share for _, share in parts] == [3 / 7, 3 / 7, 1 / 7]
+    assert [share for _, share in parts] == [
+        2 / 7,
+        2 / 7,
+        3 / 7,
+    ]
     for name in ("x", "y"):
         assert torch.equal(torch.cat([part[name] for part, _ in parts]), inputs[name])
     assert all(part["scale"] is inputs["scale"] and part["name"] == "both" for part, _ in parts)

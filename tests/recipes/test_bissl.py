@@ -297,7 +297,10 @@ def test_refuses_images_that_cannot_be_read(
         ({"upper_model": "four_classes"}, "tells 4 classes apart and the data set has 3; leave upper_model out"),
         ({"upper_model": "simclr"}, "SimCLR|simclr"),
         ({"upper_model": "missing"}, "upper_model is .*missing'; there is no such folder. It must be a folder with"),
-        ({"lower_model": "classifier", "backbone": None}, "is a 'resnet' model; it must be a SimCLR one.*--backbone"),
+        (
+            {"lower_model": "classifier", "backbone": None},
+            "is a 'resnet' model; it must be one of a pretext task.*--backbone",
+        ),
         ({"lower_model": "simclr"}, "Both lower_model and backbone are given"),
         ({"lower_model": "missing", "backbone": None}, "lower_model is .*missing'; there is no such folder. It must"),
         ({"backbone_init": "pretrained"}, "backbone"),

@@ -148,7 +148,7 @@ def test_a_dead_hub_costs_nothing_but_the_push(hub: HubStandIn, tmp_path: Path, 
     hub.fail("500")
     pretrain.main(settings(tmp_path / "run", **images, **PRETRAIN))
     out, err = capsys.readouterr()
-    assert "The SimCLR model is in" in out
+    assert "The pretext model is in" in out
     assert err.count("Not there yet: the model, figures/. Everything is on disk") == 1
     assert f"hf upload run {tmp_path / 'run' / 'unpushed'} . --private" in err
     assert SimCLRForPreTraining.from_pretrained(tmp_path / "run" / "unpushed")

@@ -16,7 +16,6 @@ from bissl_hf.data.one_view import OneViewTransform
 from bissl_hf.models.pretext import build_pretext_model
 from bissl_hf.trainer.knn_check import KnnCheck
 from bissl_hf.trainer.pretext_trainer import PretextTrainer
-from bissl_hf.trainer.target_update import TargetUpdate
 from bissl_hf.trainer.training_args import PretextTrainingArguments
 
 from ..conftest import TinyImages, tiny_resnet_config
@@ -49,7 +48,7 @@ def byol_trainer(folder: Path, **overrides: Any) -> PretextTrainer:
         use_cpu=True, disable_tqdm=True, report_to="none", optim="sgd", learning_rate=0.05, save_total_limit=None,
         **overrides,
     )  # fmt: skip
-    return PretextTrainer(model, args, train_dataset=TinyImages(20, pairs=True), callbacks=[TargetUpdate(model)])
+    return PretextTrainer(model, args, train_dataset=TinyImages(20, pairs=True))
 
 
 def test_the_target_moves_once_after_each_step_and_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
@@ -92,10 +91,7 @@ def trainer_for(task: str, folder: Path, steps: int) -> tuple[PretextTrainer, Kn
         str(folder), max_steps=steps, per_device_train_batch_size=128, save_strategy="no", use_cpu=True,
         disable_tqdm=True, report_to="none", **optimizer,
     )  # fmt: skip
-    callbacks = [TargetUpdate(model)] if task == "byol" else []
-    trainer = PretextTrainer(
-        model, args, train_dataset=train.select(np.arange(len(train))), train_transform=transform, callbacks=callbacks
-    )
+    trainer = PretextTrainer(model, args, train_dataset=train.select(np.arange(len(train))), train_transform=transform)
     return trainer, KnnCheck(trainer, train, test, eval_transform=EvalTransform(SIZE), neighbors=5)
 
 

@@ -1,0 +1,1 @@
+"""A page on a run, `report.html`, from plain data."""

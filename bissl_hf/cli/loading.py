@@ -1,5 +1,6 @@
 """Loading what a user has named by folder or Hub id; an error says by which argument."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,13 @@ from transformers.utils import CONFIG_NAME
 from ..models import loading as loading_of_models
 
 _ALLOWED = f"It must be a folder with a {CONFIG_NAME} and weights, or the id of a model at the Hub, such as user/name."
+
+
+# Odd configurations make the constructors of models fail in many ways; all of them are bad input.
+_LOADING_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError, ImportError, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -35,8 +43,8 @@ def loading(field: str, source: str) -> Iterator[None]:
         raise ValueError(f"{field} is {source!r}; there is no such folder. {_ALLOWED}")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(" .")
+    except _LOADING_ERRORS as error:
+        reason = _reason(error)
         found = (
             "a folder that" if Path(source).is_dir() else "there is no such folder, and what the Hub has of that name"
         )
@@ -74,3 +82,10 @@ def _may_be_repository(source: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle with more in it than tensors, which is not run; ask for safetensors"
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .") if lines else type(error).__name__

@@ -38,7 +38,7 @@ def check_resample(resample: int) -> None:
     """
     if resample not in FILTERS:
         known = ", ".join(f"{int(number)} ({PILImageResampling(number).name.lower()})" for number in sorted(FILTERS))
-        raise ValueError(f"`resample` is {resample!r}; it must be the number of one of these filters of Pillow: {known}.")
+        raise ValueError(f"`resample` is {resample!r}; it must be the number of a filter of Pillow: {known}.")
 
 
 def resampling_weights(

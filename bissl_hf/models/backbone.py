@@ -171,7 +171,7 @@ def infer_feature_size(config: PretrainedConfig) -> int:
     """
     key = config.to_json_string(use_diff=False)
     if key not in _feature_sizes:
-        _feature_sizes[key] = _features_of_one_image(config, _image_size_to_try(config)).shape[1]
+        _feature_sizes[key] = features_of_one_image(config, _image_size_to_try(config)).shape[1]
     return _feature_sizes[key]
 
 
@@ -179,7 +179,7 @@ def _image_size_to_try(config: PretrainedConfig) -> int:
     return own_image_size(config) or _USUAL_IMAGE_SIZE
 
 
-def _features_of_one_image(config: PretrainedConfig, image_size: int) -> Tensor:
+def features_of_one_image(config: PretrainedConfig, image_size: int) -> Tensor:
     """Passes an image through a backbone of this configuration on torch's meta device: without weights and numbers.
 
     Raises:

@@ -30,6 +30,11 @@ def as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
     return config
 
 
+def backbone_config(config: PretrainedConfig) -> Any:
+    """Returns the configuration of the backbone in that of a model; a backbone's is its own."""
+    return getattr(config, "backbone_config", None) or config
+
+
 def num_channels(config: PretrainedConfig) -> int:
     """Returns the channels of the images that a backbone takes; 3 if its configuration does not say."""
     settings, (channels, *_) = _timm_settings(config)

@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTMAECon
 
 from .auto import PRETEXT_MODELS, pretext_class
 from .backbone import build_backbone
+from .configuration_backbone import backbone_config
 from .mae import mae_from_backbone
 
 # Tasks whose model is one of transformers, with what builds it on a backbone.
@@ -62,5 +63,4 @@ def downstream_config(model: PreTrainedModel) -> PretrainedConfig:
         shared = {name: value for name, value in model.config.to_dict().items() if hasattr(ViTConfig(), name)}
         shared.pop("model_type", None)
         return ViTConfig(**shared)
-    config: Any = model.config
-    return getattr(config, "backbone_config", config)
+    return backbone_config(model.config)

@@ -1,8 +1,7 @@
 """Usual settings of the optimizers by family of backbone.
 
 Convolutional networks with batch norm keep the paper's: LARS below and SGD above. Everything else (transformers, and
-ConvNeXt, which is trained as they are) gets AdamW: LARS with SGD hardly trains them, and under plain SGD their layers
-need learning rates that differ by orders of magnitude.
+ConvNeXt, which is trained as they are) gets AdamW, as in the recipes that their authors published.
 """
 
 from collections.abc import Mapping
@@ -11,9 +10,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ..models.configuration_backbone import backbone_config
+
 # Model types of transformers, and beginnings of timm's architectures.
 BATCH_NORM_NETWORKS = (
-    "resnet", "resnext", "wide_resnet", "seresnet", "regnet", "efficientnet", "mobilenet", "densenet", "vgg", "bit",
+    "resnet", "resnext", "wide_resnet", "seresnet", "regnet", "efficientnet", "mobilenet", "densenet", "vgg",
     "resnetv2", "test_resnet",
 )  # fmt: skip
 
@@ -28,8 +29,7 @@ PAPER: Mapping[str, Any] = MappingProxyType(
         "lower_weight_decay": 1e-6,
     }
 )
-# Fine-tuning of ViTs: AdamW at 1e-5 to 1e-4 with a decay of 0.05 (DeiT, arXiv 2012.12877; BEiT, 2106.08254). Pre-
-# training goes on from pre-trained weights, at the order of the last rates of MoCo v3 (2104.02057) and DINO (2104.14294).
+# Common starting points for going on from pre-trained weights; neither searched nor measured here.
 ADAMW: Mapping[str, Any] = MappingProxyType(
     {
         "optim": "adamw",
@@ -60,6 +60,6 @@ def optimizer_preset(config: PretrainedConfig) -> dict[str, Any]:
     ('lars', 'adamw')
     ```
     """
-    backbone: Any = getattr(config, "backbone_config", None) or config
+    backbone = backbone_config(config)
     name = getattr(backbone, "architecture", None) or backbone.model_type
     return dict(PAPER if name.startswith(BATCH_NORM_NETWORKS) else ADAMW)

@@ -3,6 +3,8 @@
 import html
 import re
 import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Control and format characters, surrogates, line and paragraph separators. They move the cursor, hide or reverse text.
 _UNSHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -66,3 +68,16 @@ def _escape(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lays rows out as a table of text, one column per key; no text for no rows. Cells are for the terminal."""
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    cells = [
+        [for_terminal(cell) for cell in row] for row in (columns, *([row[name] for name in columns] for row in rows))
+    ]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

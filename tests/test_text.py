@@ -4,8 +4,7 @@ import unicodedata
 
 import pytest
 
-from bissl_hf.cli.outputs import format_table
-from bissl_hf.text import for_html, for_markdown, for_terminal, markdown_code
+from bissl_hf.text import for_html, for_markdown, for_terminal, format_table, markdown_code
 
 
 @pytest.mark.parametrize(

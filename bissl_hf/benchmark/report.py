@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..cli.outputs import format_table
+from ..text import format_table
 from .claims import Claim
 
 

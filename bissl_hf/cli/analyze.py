@@ -29,10 +29,11 @@ from ..evaluation.metrics import MULTI_LABEL
 from ..models.backbone import load_backbone
 from ..models.batch_norm import recalibrate_batch_norm
 from ..models.loading import load_pretrained
+from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
 from .images import DataArguments, LabelledImages, decode_labelled, load_labelled
 from .loading import load_config, loading
-from .outputs import RUN_RESULTS, afterwards, format_table, open_output_dir
+from .outputs import RUN_RESULTS, afterwards, open_output_dir
 
 
 @dataclass

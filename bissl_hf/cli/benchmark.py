@@ -20,8 +20,9 @@ from ..benchmark.report import format_report
 from ..benchmark.run import describe_machine, run_benchmark
 from ..benchmark.workload import WORKLOADS
 from ..checkpoints import write_json
+from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
-from .outputs import format_table, open_output_dir
+from .outputs import open_output_dir
 
 
 @dataclass

@@ -25,6 +25,7 @@ from ..hub.folder import lay_out, outputs_of_run
 from ..hub.process import UploadJob
 from ..hub.push_queue import PushQueue
 from ..models.saving import save_model
+from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments
 from .conversion import (
@@ -40,7 +41,7 @@ from .conversion import (
     with_plain_names,
     write_weights,
 )
-from .outputs import afterwards, format_table
+from .outputs import afterwards
 
 
 @dataclass

@@ -19,6 +19,7 @@ from ..checkpoints import write_json
 from ..data.augment import image_processor
 from ..evaluation.figures import plot_curves, plot_search
 from ..models.saving import save_model
+from ..text import format_table
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
@@ -28,7 +29,7 @@ from .finetuning import FineTuning, summarise
 from .images import CropArguments, DataArguments, build_train_transform, check_dataset, decode_labelled, load_labelled
 from .loading import check_sources
 from .models import StartArguments, classifier_builder
-from .outputs import RUN_RESULTS, afterwards, format_table, open_run
+from .outputs import RUN_RESULTS, afterwards, open_run
 
 
 @dataclass

@@ -18,6 +18,7 @@ from .. import BiSSLModel
 from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
 from ..evaluation.figures import plot_curves
+from ..text import format_table
 from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
@@ -28,7 +29,7 @@ from .images import DataArguments, ViewArguments, build_view_transform, check_da
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, afterwards, format_table, name_metrics, open_run
+from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
 from .pairs import check_pairs
 from .tasks import DownstreamTask
 

@@ -129,19 +129,6 @@ def afterwards(what: str) -> Iterator[None]:
         sys.stderr.write(for_terminal(message.strip()).encode("ascii", "backslashreplace").decode() + "\n")
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lays rows out as a table of text, one column per key; no text for no rows. Cells are for the terminal."""
-    if not rows:
-        return ""
-    columns = list(rows[0])
-    cells = [
-        [for_terminal(cell) for cell in row] for row in (columns, *([row[name] for name in columns] for row in rows))
-    ]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
 def name_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, str]:
     """Returns the metrics of a classifier that an evaluation under `prefix` has left, as they are shown to users: the
     one by which models are compared first."""

@@ -13,9 +13,9 @@ from transformers.trainer_utils import IntervalStrategy
 from ..benchmark.comparison import TRAINER, PhaseClock
 from ..benchmark.measuring import wait_for, watched_memory
 from ..data.alternation import Stream
+from ..text import format_table
 from ..trainer.bissl_trainer import BiSSLTrainer
 from ..trainer.pretext_trainer import PretextTrainer
-from .outputs import format_table
 
 MEASURED_ALTERNATIONS = 2
 _MEASURED_STEPS = 5

@@ -25,9 +25,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..evaluation.metrics import MULTI_LABEL, REGRESSION
 from ..models.loading import load_pretrained
+from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
 from .loading import load_config, loading
-from .outputs import format_table
 
 _ROWS_SHOWN = 5
 

@@ -19,6 +19,7 @@ from .. import load_image_dataset
 from ..checkpoints import write_json
 from ..data.augment import EvalTransform, image_processor
 from ..evaluation.figures import plot_curves
+from ..text import format_table
 from ..trainer.knn_check import KnnCheck
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
@@ -36,7 +37,7 @@ from .images import (
 )
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, afterwards, format_table, open_run
+from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
 
 

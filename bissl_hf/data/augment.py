@@ -64,7 +64,7 @@ class _ImageTransform(ABC):
         size = taken.image_size if image_size is None else image_size
         if size is None:
             raise ValueError("The image processor names no size of images; give `image_size`.")
-        return cls(size, **{"mean": taken.mean, "std": taken.std, "resample": taken.resample, **options})  # type: ignore[call-arg]
+        return cls(size, **{"mean": taken.mean, "std": taken.std, "resample": taken.resample, **options})
 
     def __call__(self, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
         """Transforms a batch.

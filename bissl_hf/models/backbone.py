@@ -56,6 +56,13 @@ def backbone_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in backbone.named_parameters() if id(parameter) not in heads}
 
 
+def backbone_and_heads(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the trainable parameters of the backbone of a model, and the others."""
+    backbone = {id(parameter) for parameter in backbone_parameters(model).values()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [p for p in trainable if id(p) in backbone], [p for p in trainable if id(p) not in backbone]
+
+
 def _classifiers_in(backbone: Any) -> list[nn.Module]:
     """Returns the classifiers inside a module of timm; those with a distillation token have two."""
     if isinstance(backbone, PreTrainedModel) or not hasattr(backbone, "get_classifier"):

@@ -79,7 +79,7 @@ def _with_positions(model: PreTrainedModel, tables: dict[str, Any], image_size: 
     config = copy.deepcopy(model.config)
     inner: Any = backbone_config(config)
     inner.image_size = image_size
-    resized: Any = type(model)(config)  # type: ignore[arg-type]
+    resized: Any = type(model)(config)
     resized.to(device=model.device, dtype=model.dtype)
     weights = model.state_dict()
     for name, module in tables.items():

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import write_json, write_text
-from ..cli.outputs import format_table
 from ..evaluation.figures import Panel, plot_differences, plot_lines
+from ..text import format_table
 from .arms import Arm
 from .curves import mean_curve, settled_at
 from .factorial import factorial_panels

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, default_data_collator
 from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream
 from ..data.streams import Transform, model_randomness
 from ..distributed import average_flat
+from ..models.backbone import backbone_and_heads
 from ..models.batch_norm import running_statistics
-from ..models.parameter_groups import backbone_and_heads
 from ..models.saving import save_model
 from .divergence import check_first_batch
 from .resumable_trainer import ResumableTrainer

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from bissl_hf.checkpoints import write_manifest
 from bissl_hf.cli import outputs
+from bissl_hf.text import format_table
 
 from ..hub_stand_in import HubStandIn
 from ..processes import run_in_processes
@@ -92,7 +93,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
 
 def test_table() -> None:
     rows = [{"model": "before", "accuracy": 7}, {"model": "the aligned one", "accuracy": "98.00 %"}]
-    assert outputs.format_table(rows).splitlines() == [
+    assert format_table(rows).splitlines() == [
         "model            accuracy",
         "---------------  --------",
         "before           7",
@@ -129,7 +130,7 @@ def test_a_model_from_elsewhere_is_not_written_over(tmp_path):
 
 
 def test_a_table_without_rows_is_no_text():
-    assert outputs.format_table([]) == ""
+    assert format_table([]) == ""
 
 
 def open_in_process(environment: dict[str, str], folder: str) -> None:

@@ -105,7 +105,7 @@ def test_an_interrupted_search_runs_the_missing_trials_only(tmp_path):
 
 def test_a_diverged_model_is_the_worst():
     metrics = {"eval_loss": math.nan, "eval_accuracy": 0.3, "eval_map": math.nan, "eval_runtime": 2.0, "epoch": 1}
-    assert _figures(metrics) == {"eval_loss": math.inf, "eval_accuracy": 0.3, "eval_map": 0.0}
+    assert _figures(metrics) == {"eval_loss": math.inf, "eval_accuracy": 0.0, "eval_map": 0.0}
 
 
 @pytest.mark.parametrize("values", [(0.1,), (0.2, 0.1), (0.0, 1.0), (0.1, math.inf)])

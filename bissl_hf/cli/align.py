@@ -301,9 +301,9 @@ def build_run(
 def print_plan(trainer: BiSSLTrainer, pretrainer: PretextTrainer, images: Images) -> None:
     args = trainer.args
     print(f"Measuring {MEASURED_ALTERNATIONS} of {args.num_alternations} alternations", flush=True)
-    plan = make_plan(trainer, pretrainer, test_rows=len(images.test))
+    parts, peak_bytes = make_plan(trainer, pretrainer, test_rows=len(images.test))
     if trainer.is_world_process_zero():
-        print(f"\n{format_plan(plan)}\nNothing of this is kept: start the run without --plan.")
+        print(f"\n{format_plan(parts, peak_bytes)}\nNothing of this is kept: start the run without --plan.")
 
 
 def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:

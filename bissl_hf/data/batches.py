@@ -16,19 +16,20 @@ def batch_rows(inputs: dict[str, Any]) -> int:
     )
 
 
+def rows_between(inputs: dict[str, Any], start: int, end: int) -> dict[str, Any]:
+    """Returns the rows from `start` to before `end` of every tensor of a batch, and the other values as they are."""
+    return {
+        name: value[start:end] if isinstance(value, torch.Tensor) and value.ndim else value
+        for name, value in inputs.items()
+    }
+
+
 def split_rows(inputs: dict[str, Any], part_size: int | None) -> list[tuple[dict[str, Any], float]]:
     """Splits a batch into as few parts of at most `part_size` rows as there can be, each with its share of the batch.
     Rows are dealt out evenly: a last part of one row would have no batch statistics."""
     rows = batch_rows(inputs)
     if part_size is None or part_size >= rows:
         return [(inputs, 1.0)]
-    parts = []
     count = -(-rows // part_size)
     bounds = [rows * number // count for number in range(count + 1)]
-    for start, end in pairwise(bounds):
-        part = {
-            name: value[start:end] if isinstance(value, torch.Tensor) and value.ndim else value
-            for name, value in inputs.items()
-        }
-        parts.append((part, batch_rows(part) / rows))
-    return parts
+    return [(rows_between(inputs, start, end), (end - start) / rows) for start, end in pairwise(bounds)]

@@ -32,7 +32,7 @@ from ..checkpoints import (
     write_manifest,
 )
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, keyed_random_state
-from ..data.batches import batch_rows, split_rows
+from ..data.batches import batch_rows, rows_between
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
@@ -240,7 +240,7 @@ class ResumableTrainer(Trainer):
         """Applies the evaluation transform on the device, and runs the model of [`~ResumableTrainer.evaluating`] if
         there is one. The loss is that of this process's own rows, without those that fill up the last batch."""
         rows = batch_rows(inputs)
-        own, _ = split_rows(inputs, max(num_own_rows(self.accelerator, rows), 1))[0]
+        own = rows_between(inputs, 0, max(num_own_rows(self.accelerator, rows), 1))
         own = self.streams.prepare(own, self.streams.key(Stream.EVALUATION))
         with self.accelerator.autocast():
             loss, logits, labels = super().prediction_step(

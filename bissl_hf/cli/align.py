@@ -34,17 +34,17 @@ from ..trainer.divergence import check_metrics
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .adapters import LoraArguments
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import given_fields, parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
-from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
 from .pairs import check_pairs
 from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
+from .starting import StartingPoint
 from .tasks import DownstreamTask
 
 TSNE_ROWS = 1000
@@ -284,15 +284,15 @@ def build_run(
     args: BiSSLTrainingArguments,
 ) -> tuple[Images, DownstreamTask, BiSSLTrainer, PretextTrainer]:
     set_seed(args.seed)
-    check_sources(models, "lower_model", "backbone", "upper_model")
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
-    lower = build_pretext_model(models)
-    task = DownstreamTask.from_images(images, data.image_size, views)
+    preprocessing = data.preprocessing
+    lower = build_pretext_model(models, preprocessing.side)
+    task = DownstreamTask.from_images(images, preprocessing, views)
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
     model = BiSSLModel.from_models(lower, upper)
-    trainer = build_trainer(build_view_transform(data.image_size, views, models.pretext), args, model, images, task)
+    trainer = build_trainer(build_view_transform(preprocessing, views, models.pretext), args, model, images, task)
     pretrainer = build_pretrainer(models, args, trainer)
     try_out(trainer, pretrainer)
     return images, task, trainer, pretrainer
@@ -335,6 +335,12 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
         check_dataset(data, describe_run(models, args))
+        start = StartingPoint.find(models, "lower_model", "backbone", "upper_model")
+        data = start.complete(data)
+        given = given_fields(arguments)
+        args = start.with_usual_optimizers(args, given, {"": "", "lower_": "lower_"})
+        models = start.with_usual_optimizers(models, given, {"pretrain_": "lower_"})
+        start.tell(data, args, models, to=args)
     if look_ahead.plan:
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir, args.report_to, args.disable_tqdm, args.push_to_hub = folder, [], True, False

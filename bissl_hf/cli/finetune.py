@@ -23,13 +23,13 @@ from ..text import format_table
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import given_fields, parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .finetuning import FineTuning, summarise
 from .images import CropArguments, DataArguments, build_train_transform, check_dataset, decode_labelled, load_labelled
-from .loading import check_sources
 from .models import StartArguments, classifier_builder
 from .outputs import RUN_RESULTS, afterwards, open_run
+from .starting import StartingPoint
 
 
 @dataclass
@@ -77,17 +77,21 @@ def check_run(args: FineTuningArguments) -> None:
 def build_finetuning(
     data: DataArguments, crops: CropArguments, start: StartArguments, args: FineTuningArguments
 ) -> FineTuning:
-    check_sources(start, "model")
-    train_transform = build_train_transform(data.image_size, crops)
+    preprocessing = data.preprocessing
+    train_transform = build_train_transform(preprocessing, crops)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         splits = load_labelled(data, seed=args.seed)
-        images = decode_labelled(splits, data.image_size, unreadable=data.unreadable)
+        images = decode_labelled(
+            splits, preprocessing.side, unreadable=data.unreadable, resample=preprocessing.resample
+        )
     return FineTuning(
         args=with_changes(args, push_to_hub=False),  # what is pushed is the outcome of all runs
         images=images,
-        build_model=classifier_builder(start, images.class_names, problem_type=images.problem_type),
+        build_model=classifier_builder(
+            start, images.class_names, problem_type=images.problem_type, image_size=preprocessing.side
+        ),
         train_transform=train_transform,
-        image_size=data.image_size,
+        preprocessing=preprocessing,
         settings={**asdict(data), **asdict(crops), **asdict(start)},
     )
 
@@ -102,7 +106,11 @@ def write_outputs(
     """Writes the best model, figures and results; returns the results."""
     output, metric = Path(str(tuning.args.output_dir)), tuning.metric
     best = max(runs, key=lambda seed: tuning.rank(runs[seed]))
-    save_model(tuning.load(seed_folder(output, best)), output, image_processor(tuning.image_size))
+    save_model(
+        tuning.load(seed_folder(output, best)),
+        output,
+        image_processor(tuning.preprocessing.side, **tuning.preprocessing.options),
+    )
     results = {
         **{name: summarise([tests[seed][name] for seed in runs]) for name in tests[best]},
         f"eval_{metric}": summarise([run[f"eval_{metric}"] for run in runs.values()]),
@@ -192,6 +200,10 @@ def main(arguments: list[str] | None = None) -> None:
     with refusing_bad_input():
         check_dataset(data, f"This command fine-tunes a classifier for {args.num_train_epochs:g} epochs.")
         check_run(args)
+        point = StartingPoint.find(start, "model")
+        data = point.complete(data)
+        args = point.with_usual_optimizers(args, given_fields(arguments), {"": ""})
+        point.tell(data, args, to=args)
         open_run(args, leaves=("seed-*", "search"))  # what it goes on from are the finished parts in there
         if repetition.search_trials:
             check_backend(repetition.search_backend, field="search_backend")

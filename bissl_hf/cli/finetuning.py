@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..checkpoints import find_last_checkpoint
 from ..data.augment import TrainTransform
+from ..data.preprocessing import Preprocessing
 from ..trainer.divergence import check_metrics
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, search
@@ -38,7 +39,7 @@ class FineTuning:
         build_model (`Callable[[], PreTrainedModel]`): returns the classifier to start from; a new head is drawn from
             torch's random state.
         train_transform ([`TrainTransform`])
-        image_size (`int`): of the evaluation transform and the image processor.
+        preprocessing ([`Preprocessing`]): of the evaluation transform and the image processor.
         settings (`Mapping`): what the images and the model come from, to tell runs apart.
     """
 
@@ -46,7 +47,7 @@ class FineTuning:
     images: LabelledImages
     build_model: Callable[[], PreTrainedModel]
     train_transform: TrainTransform
-    image_size: int
+    preprocessing: Preprocessing
     settings: Mapping[str, Any]
 
     @property
@@ -57,7 +58,8 @@ class FineTuning:
     @property
     def task(self) -> DownstreamTask:
         """What is learned."""
-        return DownstreamTask(self.images.problem_type, self.images.class_names, self.image_size, self.train_transform)
+        problem_type, class_names = self.images.problem_type, self.images.class_names
+        return DownstreamTask(problem_type, class_names, self.preprocessing, self.train_transform)
 
     @property
     def _writes(self) -> bool:

@@ -23,14 +23,14 @@ from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
 from .adapters import LoraArguments
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import given_fields, parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
-from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
 from .pairs import check_pairs
+from .starting import StartingPoint
 from .tasks import DownstreamTask
 
 
@@ -51,12 +51,12 @@ def build_run(
     """Loads data and models and builds the trainer."""
     set_seed(args.seed)
     check_pairs(args)
-    check_sources(models, "lower_model", "backbone", "upper_model")
-    view_transform = build_view_transform(data.image_size, views, models.pretext)
+    preprocessing = data.preprocessing
+    view_transform = build_view_transform(preprocessing, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
-    task = DownstreamTask.from_images(images, data.image_size, views)
-    lower = build_pretext_model(models)
+    task = DownstreamTask.from_images(images, preprocessing, views)
+    lower = build_pretext_model(models, preprocessing.side)
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
     trainer = JointTrainer(
@@ -130,6 +130,10 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
         check_dataset(data, f"This command trains both tasks on one backbone for {args.num_train_epochs:g} epochs.")
+        start = StartingPoint.find(models, "lower_model", "backbone", "upper_model")
+        data = start.complete(data)
+        args = start.with_usual_optimizers(args, given_fields(arguments), {"": "lower_"})
+        start.tell(data, args, to=args)
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         images, task, trainer = build_run(data, lower_data, views, models, args)
         trainer.facts = recipe_facts(

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from .. import load_image_dataset
 from ..data.decoded import DecodedImages
+from ..models.image_size import adapt_image_size
 from ..models.pretext import downstream_config
 from .images import DataArguments, LabelledImages, decode_labelled, decode_unlabelled, load_labelled
 from .tasks import DownstreamTask
@@ -40,9 +41,10 @@ def load_images(data: DataArguments, lower_data: LowerDataArguments, seed: int) 
     splits = lower = load_labelled(data, seed=seed)
     if lower_data.lower_dataset:
         lower = load_image_dataset(lower_data.lower_dataset, seed=seed, require_labels=False)
-    labelled = decode_labelled(splits, data.image_size, unreadable=data.unreadable)
+    size, resample, unreadable = data.preprocessing.side, data.preprocessing.resample, data.unreadable
+    labelled = decode_labelled(splits, size, unreadable=unreadable, resample=resample)
     without = splits["test"] if lower_data.drop_test_duplicates else None
-    unlabelled = decode_unlabelled(lower, data.image_size, without=without, unreadable=data.unreadable)
+    unlabelled = decode_unlabelled(lower, size, without=without, unreadable=unreadable, resample=resample)
     return Images(**vars(labelled), lower=unlabelled)
 
 
@@ -50,5 +52,5 @@ def build_upper(upper_model: str | None, lower: PreTrainedModel, task: Downstrea
     """Returns the model for the downstream task: the one that a user has named, or a new one on a backbone like that
     of the pretext model."""
     if upper_model:
-        return task.load_model(upper_model, field="upper_model")
+        return adapt_image_size(task.load_model(upper_model, field="upper_model"), task.preprocessing.side)
     return task.new_model(downstream_config(lower))

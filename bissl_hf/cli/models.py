@@ -14,6 +14,7 @@ from ..models.backbone import load_backbone
 from ..models.classifier import classifier_on, new_classifier, set_labels
 from ..models.configuration_backbone import resnet18_config
 from ..models.configuration_bissl import BiSSLConfig
+from ..models.image_size import adapt_image_size, config_for_image_size
 from ..models.loading import load_pretrained
 from ..models.mae import freeze_positions
 from ..models.modeling_bissl import BiSSLModel
@@ -68,8 +69,12 @@ class PretextModelArguments:
         return given
 
 
-def build_pretext_model(arguments: PretextModelArguments) -> PreTrainedModel:
+def build_pretext_model(arguments: PretextModelArguments, image_size: int | None = None) -> PreTrainedModel:
     """Returns the pretext model that the arguments name: loaded whole, or a new head on a backbone.
+
+    Args:
+        arguments ([`PretextModelArguments`])
+        image_size (`int`, *optional*): side of the images that it shall take, in pixels; its own if not given.
 
     Raises:
         `ValueError`: if the arguments contradict each other or name another kind of model.
@@ -80,13 +85,19 @@ def build_pretext_model(arguments: PretextModelArguments) -> PreTrainedModel:
     if arguments.lower_model and arguments.backbone:
         raise ValueError("Both lower_model and backbone are given; a lower model brings its backbone, so drop one.")
     if arguments.lower_model:
-        return _load_pretext_model(arguments.lower_model)
+        return _resized(_load_pretext_model(arguments.lower_model), image_size)
     if arguments.backbone and arguments.backbone_init == "pretrained":
         with loading("backbone", arguments.backbone):
             backbone = load_backbone(arguments.backbone)
-        return pretext.build_pretext_model(arguments.pretext, backbone, **settings)
+        return pretext.build_pretext_model(arguments.pretext, _resized(backbone, image_size), **settings)
     config = load_config("backbone", arguments.backbone) if arguments.backbone else resnet18_config()
+    if image_size is not None:
+        config = config_for_image_size(config, image_size)
     return pretext.new_pretext_model(arguments.pretext, config, **settings)
+
+
+def _resized(model: PreTrainedModel, image_size: int | None) -> PreTrainedModel:
+    return model if image_size is None else adapt_image_size(model, image_size)
 
 
 def _load_pretext_model(source: str) -> PreTrainedModel:
@@ -153,7 +164,11 @@ class StartArguments:
 
 
 def classifier_builder(
-    arguments: StartArguments, class_names: Sequence[str], *, problem_type: str = SINGLE_LABEL
+    arguments: StartArguments,
+    class_names: Sequence[str],
+    *,
+    problem_type: str = SINGLE_LABEL,
+    image_size: int | None = None,
 ) -> Callable[[], PreTrainedModel]:
     """Returns a function that builds the classifier to fine-tune; the weights are read once, and a new head is drawn
     from torch's random state at each call.
@@ -162,6 +177,7 @@ def classifier_builder(
         arguments ([`StartArguments`])
         class_names (`Sequence[str]`): of the data set.
         problem_type (`str`, *optional*): whether an image has one class or may have several.
+        image_size (`int`, *optional*): side of the images that it shall take, in pixels; its own if not given.
 
     Raises:
         `ValueError`: if the arguments contradict each other, or the model does not fit.
@@ -171,12 +187,14 @@ def classifier_builder(
     if arguments.keep_head:
         if arguments.model is None or arguments.model_init == "random":
             raise ValueError("keep_head is true; it needs a model with pretrained weights.")
-        whole = _load_whole(arguments.model, class_names, problem_type)
+        whole = _resized(_load_whole(arguments.model, class_names, problem_type), image_size)
         return lambda: copy.deepcopy(whole)
     if arguments.model is None or arguments.model_init == "random":
         config = _backbone_config(arguments.model)
+        if image_size is not None:
+            config = config_for_image_size(config, image_size)
         return lambda: new_classifier(config, class_names, problem_type=problem_type)
-    backbone = _load_backbone(arguments.model)
+    backbone = _resized(_load_backbone(arguments.model), image_size)
     return lambda: classifier_on(backbone, class_names, problem_type=problem_type)
 
 

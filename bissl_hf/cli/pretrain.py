@@ -23,7 +23,7 @@ from ..text import format_table
 from ..trainer.knn_check import KnnCheck
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import given_fields, parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .images import (
     DataArguments,
@@ -35,10 +35,10 @@ from .images import (
     decode_unlabelled,
     load_labelled,
 )
-from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
+from .starting import StartingPoint
 
 
 @dataclass
@@ -75,9 +75,13 @@ def load_knn_images(data: PretextDataArguments, seed: int) -> LabelledImages | N
         dataset=data.knn_dataset,
         image_column=data.image_column,
         label_column=data.label_column,
-        image_size=data.image_size,
     )
-    images = decode_labelled(load_labelled(labelled, seed=seed), data.image_size, unreadable=data.unreadable)
+    images = decode_labelled(
+        load_labelled(labelled, seed=seed),
+        data.preprocessing.side,
+        unreadable=data.unreadable,
+        resample=data.preprocessing.resample,
+    )
     if images.train.labels is not None and images.train.labels.ndim > 1:
         raise ValueError(f"knn_dataset {data.knn_dataset} has several labels per image; the check needs one.")
     return images
@@ -89,7 +93,7 @@ def add_knn_check(trainer: PretextTrainer, images: LabelledImages, data: Pretext
         trainer,
         Subset(images.train, rows.tolist()),
         images.validation,
-        eval_transform=EvalTransform(data.image_size),
+        eval_transform=EvalTransform.from_processor(data.preprocessing),
         every=data.knn_every,
         neighbors=data.knn_neighbors,
     )
@@ -104,8 +108,8 @@ def build_trainer(
         raise ValueError(
             f"train_examples is {data.train_examples}, but pre-training uses no labels and all images; leave it out."
         )
-    check_sources(models, "lower_model", "backbone")
-    view_transform = build_view_transform(data.image_size, views, models.pretext)
+    preprocessing = data.preprocessing
+    view_transform = build_view_transform(preprocessing, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         splits = load_image_dataset(
             data.dataset,
@@ -116,13 +120,15 @@ def build_trainer(
             dataset_config=data.dataset_config,
             require_labels=False,
         )
-        images = decode_unlabelled(splits, data.image_size, unreadable=data.unreadable)
+        images = decode_unlabelled(
+            splits, preprocessing.side, unreadable=data.unreadable, resample=preprocessing.resample
+        )
     return PretextTrainer(
-        build_pretext_model(models),
+        build_pretext_model(models, preprocessing.side),
         args,
         train_dataset=images,
         train_transform=view_transform,
-        processing_class=image_processor(data.image_size),
+        processing_class=image_processor(preprocessing.side, **preprocessing.options),
     )
 
 
@@ -174,6 +180,10 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bar()  # of reading and writing weights, which takes a moment
     with refusing_bad_input():
         check_dataset(data, f"This command pre-trains with {models.pretext} for {args.num_train_epochs:g} epochs.")
+        start = StartingPoint.find(models, "lower_model", "backbone")
+        data = start.complete(data)
+        args = start.with_usual_optimizers(args, given_fields(arguments), {"": "lower_"})
+        start.tell(data, args, to=args)
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel
 
 from ..data.augment import EvalTransform, TrainTransform, image_processor
+from ..data.preprocessing import Preprocessing
 from ..evaluation.metrics import (
     MAIN_METRIC,
     MULTI_LABEL,
@@ -31,19 +32,22 @@ class DownstreamTask:
         problem_type (`str`): as in the configuration of a model: `"single_label_classification"`,
             `"multi_label_classification"` or `"regression"`.
         class_names (`list[str]`): one per output of the head; for a regression the name of the quantity.
-        image_size (`int`): side of the images that the model sees, in pixels.
+        preprocessing ([`Preprocessing`]): how images are prepared for the model.
         train_transform ([`TrainTransform`])
     """
 
     problem_type: str
     class_names: list[str]
-    image_size: int
+    preprocessing: Preprocessing
     train_transform: TrainTransform
 
     @classmethod
-    def from_images(cls, images: LabelledImages, image_size: int, crops: CropArguments) -> "DownstreamTask":
+    def from_images(
+        cls, images: LabelledImages, preprocessing: Preprocessing, crops: CropArguments
+    ) -> "DownstreamTask":
         """Returns the task that labelled images pose."""
-        return cls(images.problem_type, images.class_names, image_size, build_train_transform(image_size, crops))
+        crop = build_train_transform(preprocessing, crops)
+        return cls(images.problem_type, images.class_names, preprocessing, crop)
 
     @property
     def metric(self) -> str:
@@ -61,8 +65,8 @@ class DownstreamTask:
         """Returns what any trainer of this package takes from the task."""
         return {
             "train_transform": self.train_transform,
-            "eval_transform": EvalTransform(self.image_size),
-            "processing_class": image_processor(self.image_size),
+            "eval_transform": EvalTransform.from_processor(self.preprocessing),
+            "processing_class": image_processor(self.preprocessing.side, **self.preprocessing.options),
             "compute_metrics": self.compute_metrics,
         }
 

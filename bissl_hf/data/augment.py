@@ -60,11 +60,8 @@ class _ImageTransform(ABC):
             `TypeError`: if `processor` is nothing of this kind.
             `ValueError`: if it does what the transforms do not, or names no size and none is given.
         """
-        taken = Preprocessing.from_processor(processor)
-        size = taken.image_size if image_size is None else image_size
-        if size is None:
-            raise ValueError("The image processor names no size of images; give `image_size`.")
-        return cls(size, **{"mean": taken.mean, "std": taken.std, "resample": taken.resample, **options})
+        taken = Preprocessing.from_processor(processor, image_size=image_size)
+        return cls(taken.side, **{**taken.options, **options})
 
     def __call__(self, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
         """Transforms a batch.

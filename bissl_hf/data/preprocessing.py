@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
@@ -32,19 +32,42 @@ class Preprocessing:
     image_size: int | None = None
     resample: int = int(PILImageResampling.BICUBIC)
 
+    @property
+    def side(self) -> int:
+        """Side of the images, in pixels.
+
+        Raises:
+            `ValueError`: if it is not known.
+        """
+        if self.image_size is None:
+            raise ValueError("The image processor names no size of images; give `image_size`.")
+        return self.image_size
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of a transform beside the size."""
+        return {"mean": self.mean, "std": self.std, "resample": self.resample}
+
+    def describe(self) -> str:
+        """Returns all of it as a phrase: `"96 x 96 pixels, bicubic, mean 0.485 0.456 0.406, deviation ..."`."""
+        size = f"{self.side} x {self.side} pixels, {PILImageResampling(self.resample).name.lower()}"
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return f"{size}, mean {mean}, deviation {std}"
+
     @classmethod
-    def from_processor(cls, processor: Any) -> "Preprocessing":
+    def from_processor(cls, processor: Any, *, image_size: int | None = None) -> "Preprocessing":
         """Reads an image processor of `transformers`.
 
         Args:
             processor: an image processor, its dictionary (as in `preprocessor_config.json`), or a `Preprocessing`.
+            image_size (`int`, *optional*): side of the images, in pixels; that of the processor if not given.
 
         Raises:
             `TypeError`: for anything else.
             `ValueError`: if it does what the transforms of this package do not.
         """
         if isinstance(processor, Preprocessing):
-            return processor
+            return processor if image_size is None else replace(processor, image_size=image_size)
         settings = processor if isinstance(processor, Mapping) else None
         if settings is None and callable(getattr(processor, "to_dict", None)):
             settings = processor.to_dict()
@@ -62,7 +85,7 @@ class Preprocessing:
         resample = settings.get("resample")
         resample = cls.resample if resample is None else int(resample)
         check_resample(resample)
-        return cls(mean, std, _image_size(settings), resample)
+        return cls(mean, std, _image_size(settings) if image_size is None else image_size, resample)
 
     @classmethod
     def from_timm(cls, settings: Mapping[str, Any]) -> "Preprocessing":
@@ -78,20 +101,23 @@ class Preprocessing:
         return cls(_three(mean, "mean"), _three(std, "std"), size, resample)
 
 
-def load_preprocessing(source: str) -> Preprocessing | None:
+def load_preprocessing(source: str, *, image_size: int | None = None) -> Preprocessing | None:
     """Returns how images are prepared for a model, by the `preprocessor_config.json` beside it, or the configuration
     of a model of timm; `None` where there is neither.
 
     Args:
         source (`str`): folder or Hub id.
+        image_size (`int`, *optional*): side of the images, in pixels, in place of the one that is found.
 
     Raises:
         `ValueError`: see [`Preprocessing.from_processor`].
     """
     if (settings := _read(source, IMAGE_PROCESSOR_NAME)) is not None:
-        return Preprocessing.from_processor(settings)
+        return Preprocessing.from_processor(settings, image_size=image_size)
     config = _read(source, CONFIG_NAME) or {}
-    return Preprocessing.from_timm(config["pretrained_cfg"]) if "pretrained_cfg" in config else None
+    if "pretrained_cfg" not in config:
+        return None
+    return Preprocessing.from_processor(Preprocessing.from_timm(config["pretrained_cfg"]), image_size=image_size)
 
 
 def _read(source: str, name: str) -> dict[str, Any] | None:

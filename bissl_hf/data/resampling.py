@@ -29,6 +29,8 @@ FILTERS: dict[int, Callable[[Tensor], Tensor]] = {
     PILImageResampling.BICUBIC: _bicubic,
 }
 
+FILTER_NAMES = {PILImageResampling(number).name.lower(): int(number) for number in sorted(FILTERS)}
+
 
 def check_resample(resample: int) -> None:
     """Refuses a filter that is not known.
@@ -37,7 +39,7 @@ def check_resample(resample: int) -> None:
         `ValueError`: with those that are.
     """
     if resample not in FILTERS:
-        known = ", ".join(f"{int(number)} ({PILImageResampling(number).name.lower()})" for number in sorted(FILTERS))
+        known = ", ".join(f"{number} ({name})" for name, number in FILTER_NAMES.items())
         raise ValueError(f"`resample` is {resample!r}; it must be the number of a filter of Pillow: {known}.")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .backbone import features_of_one_image
+from .backbone import build_backbone, features_of_one_image
 from .configuration_backbone import backbone_config, own_image_size
 
 
@@ -39,6 +39,27 @@ def adapt_image_size(model: PreTrainedModel, image_size: int, *, field: str = "i
             f"backbone. ({reason})"
         )
     return _with_positions(model, tables, image_size)
+
+
+def config_for_image_size(config: PretrainedConfig, image_size: int, *, field: str = "image_size") -> PretrainedConfig:
+    """Returns the configuration of a backbone with new weights for images of this size.
+
+    Args:
+        config (`PretrainedConfig`)
+        image_size (`int`): side of the square images, in pixels.
+        field (`str`, *optional*): the argument that says it, for messages.
+
+    Raises:
+        `ValueError`: if such a backbone does not take this size, or its patches do not divide it.
+    """
+    changed: Any = copy.deepcopy(config)
+    if getattr(changed, "image_size", None) is not None:
+        changed.image_size = image_size
+    with torch.device("meta"):
+        _check_patches(build_backbone(changed), changed, image_size, field)
+    if reason := _why_not(changed, image_size):
+        raise ValueError(f"{field} is {image_size}; choose another one, or another backbone. ({reason})")
+    return changed
 
 
 def _check_patches(model: PreTrainedModel, config: PretrainedConfig, image_size: int, field: str) -> None:
@@ -80,6 +101,9 @@ def _with_positions(model: PreTrainedModel, tables: dict[str, Any], image_size: 
     inner: Any = backbone_config(config)
     inner.image_size = image_size
     resized: Any = type(model)(config)
+    for name, _ in list(resized.named_children()):
+        if getattr(model, name) is None:  # the pooler, which the backbone of a classifier does not have
+            setattr(resized, name, None)
     resized.to(device=model.device, dtype=model.dtype)
     weights = model.state_dict()
     for name, module in tables.items():

@@ -587,6 +587,8 @@ class BiSSLTrainer(ResumableTrainer):
         batches = list(self.recalibration_batches()) if self.train_dataset is not None else []
         self.model.export(folder, processing_class=self.processing_class, recalibrate_on=batches or None)
         self.model.save_pretrained(Path(folder) / "bilevel")
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(Path(folder) / "bilevel")
 
     def record(self) -> RunRecord:
         """Returns what a card says of the run and the aligned model."""

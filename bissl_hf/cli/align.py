@@ -45,7 +45,7 @@ from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
 from .starting import StartingPoint
-from .tasks import DownstreamTask
+from .tasks import DownstreamTask, LossArguments
 
 TSNE_ROWS = 1000
 BEFORE_NAME = "before.json"
@@ -213,13 +213,14 @@ def known_facts(
     lower_dataset: str | None,
     views: ViewArguments,
     models: ModelArguments,
+    loss: LossArguments,
 ) -> ModelFacts:
     return recipe_facts(
         card,
         dataset=data.dataset,
         lower_dataset=lower_dataset or data.dataset,
         base_models=[*models.loaded_models(), models.upper_model],
-        settings={"Data": data, "Views": views, "Models and pre-training": models},
+        settings={"Data": data, "Views": views, "Models and pre-training": models, "Loss": loss},
     )
 
 
@@ -282,13 +283,14 @@ def build_run(
     views: ViewArguments,
     models: ModelArguments,
     args: BiSSLTrainingArguments,
+    loss: LossArguments,
 ) -> tuple[Images, DownstreamTask, BiSSLTrainer, PretextTrainer]:
     set_seed(args.seed)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
     preprocessing = data.preprocessing
     lower = build_pretext_model(models, preprocessing.side)
-    task = DownstreamTask.from_images(images, preprocessing, views)
+    task = DownstreamTask.from_images(images, preprocessing, views, loss.weights())
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
     model = BiSSLModel.from_models(lower, upper)
@@ -319,12 +321,13 @@ def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
 
 @stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
-    data, lower_data, views, models, card, look_ahead, args = parse_arguments(
+    data, lower_data, views, models, loss, card, look_ahead, args = parse_arguments(
         (
             DataArguments,
             LowerDataArguments,
             ViewArguments,
             ModelArguments,
+            LossArguments,
             CardArguments,
             PlanArguments,
             BiSSLTrainingArguments,
@@ -345,13 +348,13 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir, args.report_to, args.disable_tqdm, args.push_to_hub = folder, [], True, False
             with refusing_bad_input():
-                images, _, trainer, pretrainer = build_run(data, lower_data, views, models, args)
+                images, _, trainer, pretrainer = build_run(data, lower_data, views, models, args, loss)
             print_plan(trainer, pretrainer, images)
         return
     with refusing_bad_input():
         checkpoint = open_run(args, leaves=("checkpoint-*", PRETRAINING_NAME))
-        images, task, trainer, pretrainer = build_run(data, lower_data, views, models, args)
-        trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
+        images, task, trainer, pretrainer = build_run(data, lower_data, views, models, args, loss)
+        trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models, loss)
         trainer.publisher.resume_files = (
             BEFORE_NAME,
             *(f"{PRETRAINING_NAME}/{name}" for name in (FINISHED_NAME, SETTINGS_NAME)),

@@ -30,6 +30,7 @@ from .images import CropArguments, DataArguments, build_train_transform, check_d
 from .models import StartArguments, classifier_builder
 from .outputs import RUN_RESULTS, afterwards, open_run
 from .starting import StartingPoint
+from .tasks import LossArguments
 
 
 @dataclass
@@ -75,7 +76,11 @@ def check_run(args: FineTuningArguments) -> None:
 
 
 def build_finetuning(
-    data: DataArguments, crops: CropArguments, start: StartArguments, args: FineTuningArguments
+    data: DataArguments,
+    crops: CropArguments,
+    start: StartArguments,
+    args: FineTuningArguments,
+    loss: LossArguments,
 ) -> FineTuning:
     preprocessing = data.preprocessing
     train_transform = build_train_transform(preprocessing, crops)
@@ -92,7 +97,8 @@ def build_finetuning(
         ),
         train_transform=train_transform,
         preprocessing=preprocessing,
-        settings={**asdict(data), **asdict(crops), **asdict(start)},
+        settings={**asdict(data), **asdict(crops), **asdict(start), **asdict(loss)},
+        class_weights=loss.weights(),
     )
 
 
@@ -191,8 +197,16 @@ def print_summary(tuning: FineTuning, results: dict[str, Any]) -> None:
 
 @stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
-    data, crops, start, repetition, card, args = parse_arguments(
-        (DataArguments, CropArguments, StartArguments, RepetitionArguments, CardArguments, FineTuningArguments),
+    data, crops, start, loss, repetition, card, args = parse_arguments(
+        (
+            DataArguments,
+            CropArguments,
+            StartArguments,
+            LossArguments,
+            RepetitionArguments,
+            CardArguments,
+            FineTuningArguments,
+        ),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
@@ -207,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
         open_run(args, leaves=("seed-*", "search"))  # what it goes on from are the finished parts in there
         if repetition.search_trials:
             check_backend(repetition.search_backend, field="search_backend")
-        tuning = build_finetuning(data, crops, start, args)
+        tuning = build_finetuning(data, crops, start, args, loss)
         output, seeds = Path(args.output_dir), range(args.seed, args.seed + repetition.seeds)
         if repetition.search_trials:
             tuning.search_part(output / "search", repetition.space, begins=False)
@@ -220,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
             card,
             dataset=data.dataset,
             base_models=[start.model],
-            settings={"Data": data, "Views": crops, "Model": start},
+            settings={"Data": data, "Views": crops, "Model": start, "Loss": loss},
         )
 
     if trainer.is_world_process_zero():

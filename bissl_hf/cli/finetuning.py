@@ -41,6 +41,7 @@ class FineTuning:
         train_transform ([`TrainTransform`])
         preprocessing ([`Preprocessing`]): of the evaluation transform and the image processor.
         settings (`Mapping`): what the images and the model come from, to tell runs apart.
+        class_weights (`str` or `list[float]`, *optional*): of the loss, see [`DownstreamLoss`].
     """
 
     args: FineTuningArguments
@@ -49,6 +50,7 @@ class FineTuning:
     train_transform: TrainTransform
     preprocessing: Preprocessing
     settings: Mapping[str, Any]
+    class_weights: str | list[float] | None = None
 
     @property
     def metric(self) -> str:
@@ -59,7 +61,7 @@ class FineTuning:
     def task(self) -> DownstreamTask:
         """What is learned."""
         problem_type, class_names = self.images.problem_type, self.images.class_names
-        return DownstreamTask(problem_type, class_names, self.preprocessing, self.train_transform)
+        return DownstreamTask(problem_type, class_names, self.preprocessing, self.train_transform, self.class_weights)
 
     @property
     def _writes(self) -> bool:

@@ -31,7 +31,7 @@ from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
 from .pairs import check_pairs
 from .starting import StartingPoint
-from .tasks import DownstreamTask
+from .tasks import DownstreamTask, LossArguments
 
 
 @dataclass
@@ -47,6 +47,7 @@ def build_run(
     views: ViewArguments,
     models: JointModelArguments,
     args: JointTrainingArguments,
+    loss: LossArguments,
 ) -> tuple[Images, DownstreamTask, JointTrainer]:
     """Loads data and models and builds the trainer."""
     set_seed(args.seed)
@@ -55,7 +56,7 @@ def build_run(
     view_transform = build_view_transform(preprocessing, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
-    task = DownstreamTask.from_images(images, preprocessing, views)
+    task = DownstreamTask.from_images(images, preprocessing, views, loss.weights())
     lower = build_pretext_model(models, preprocessing.side)
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
@@ -115,12 +116,13 @@ def print_summary(output: str, metrics: dict[str, Any]) -> None:
 @stopping_at_divergence()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
-    data, lower_data, views, models, card, args = parse_arguments(
+    data, lower_data, views, models, loss, card, args = parse_arguments(
         (
             DataArguments,
             LowerDataArguments,
             ViewArguments,
             JointModelArguments,
+            LossArguments,
             CardArguments,
             JointTrainingArguments,
         ),
@@ -135,13 +137,13 @@ def main(arguments: list[str] | None = None) -> None:
         args = start.with_usual_optimizers(args, given_fields(arguments), {"": "lower_"})
         start.tell(data, args, to=args)
         checkpoint = open_run(args, leaves=("checkpoint-*",))
-        images, task, trainer = build_run(data, lower_data, views, models, args)
+        images, task, trainer = build_run(data, lower_data, views, models, args, loss)
         trainer.facts = recipe_facts(
             card,
             dataset=data.dataset,
             lower_dataset=lower_data.lower_dataset or data.dataset,
             base_models=[*models.loaded_models(), models.upper_model],
-            settings={"Data": data, "Views": views, "Models": models},
+            settings={"Data": data, "Views": views, "Models": models, "Loss": loss},
         )
         trainer.publisher.outputs_follow = True
         if checkpoint:

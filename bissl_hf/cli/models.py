@@ -158,6 +158,13 @@ class StartArguments:
     model_init: str = field(
         default="pretrained", metadata={"help": "pretrained: load --model's weights; random: its architecture only."}
     )
+    model_level: str = field(
+        default="aligned",
+        metadata={
+            "help": "Of a folder with both levels of BiSSL: aligned, the backbone of the lower level; or upper.",
+            "choices": ["aligned", "upper"],
+        },
+    )
     keep_head: bool = field(
         default=False, metadata={"help": "Keep the head of the classifier; else it gets a new one."}
     )
@@ -194,7 +201,7 @@ def classifier_builder(
         if image_size is not None:
             config = config_for_image_size(config, image_size)
         return lambda: new_classifier(config, class_names, problem_type=problem_type)
-    backbone = _resized(_load_backbone(arguments.model), image_size)
+    backbone = _resized(_load_backbone(arguments.model, arguments.model_level), image_size)
     return lambda: classifier_on(backbone, class_names, problem_type=problem_type)
 
 
@@ -205,11 +212,17 @@ def _backbone_config(source: str | None) -> PretrainedConfig:
     return config.backbone_config if config.model_type in PRETEXT_MODELS else config
 
 
-def _load_backbone(source: str) -> PreTrainedModel:
+def _load_backbone(source: str, level: str) -> PreTrainedModel:
     config = load_config("model", source)
+    if level == "upper" and not isinstance(config, BiSSLConfig):
+        raise ValueError(
+            f"model_level is upper, and model {source} is a {config.model_type!r} model of one level; name the folder "
+            "`bilevel` in the output of BiSSL, or leave model_level out."
+        )
     with loading("model", source):
         if isinstance(config, BiSSLConfig):
-            return load_pretrained(BiSSLModel, source).aligned_model()
+            both = load_pretrained(BiSSLModel, source)
+            return both.upper if level == "upper" else both.aligned_model()
         return load_backbone(source)
 
 

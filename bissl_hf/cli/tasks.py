@@ -1,12 +1,13 @@
 """A downstream task as one object: what is asked of an image, how it is trained, measured and described."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel
 
+from ..class_weights import BALANCED
 from ..data.augment import EvalTransform, TrainTransform, image_processor
 from ..data.preprocessing import Preprocessing
 from ..evaluation.metrics import (
@@ -24,6 +25,35 @@ from .models import load_classifier
 _NUM_CLASSES_SHOWN = 10
 
 
+@dataclass
+class LossArguments:
+    """How the classes of a downstream task are weighted."""
+
+    class_weights: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the classes in the loss: balanced (by the inverse of their numbers of images), or a "
+            "number for each class in the order of their names."
+        },
+    )
+
+    def weights(self) -> str | list[float] | None:
+        """Returns what [`resolve_class_weights`] takes.
+
+        Raises:
+            `ValueError`: for words that are no numbers.
+        """
+        given = self.class_weights
+        if given is None or given == [BALANCED]:
+            return given if given is None else BALANCED
+        try:
+            return [float(word) for word in given]
+        except ValueError as error:
+            raise ValueError(
+                f"class_weights is {' '.join(given)}; it must be {BALANCED}, or a number for each class."
+            ) from error
+
+
 @dataclass(frozen=True)
 class DownstreamTask:
     """What the upper level, joint training and fine-tuning learn.
@@ -34,20 +64,26 @@ class DownstreamTask:
         class_names (`list[str]`): one per output of the head; for a regression the name of the quantity.
         preprocessing ([`Preprocessing`]): how images are prepared for the model.
         train_transform ([`TrainTransform`])
+        class_weights (`str` or `list[float]`, *optional*): of the loss, see [`DownstreamLoss`].
     """
 
     problem_type: str
     class_names: list[str]
     preprocessing: Preprocessing
     train_transform: TrainTransform
+    class_weights: str | list[float] | None = None
 
     @classmethod
     def from_images(
-        cls, images: LabelledImages, preprocessing: Preprocessing, crops: CropArguments
+        cls,
+        images: LabelledImages,
+        preprocessing: Preprocessing,
+        crops: CropArguments,
+        class_weights: str | list[float] | None = None,
     ) -> "DownstreamTask":
         """Returns the task that labelled images pose."""
         crop = build_train_transform(preprocessing, crops)
-        return cls(images.problem_type, images.class_names, preprocessing, crop)
+        return cls(images.problem_type, images.class_names, preprocessing, crop, class_weights)
 
     @property
     def metric(self) -> str:
@@ -68,6 +104,7 @@ class DownstreamTask:
             "eval_transform": EvalTransform.from_processor(self.preprocessing),
             "processing_class": image_processor(self.preprocessing.side, **self.preprocessing.options),
             "compute_metrics": self.compute_metrics,
+            "class_weights": self.class_weights,
         }
 
     def new_model(self, backbone_config: PretrainedConfig) -> PreTrainedModel:

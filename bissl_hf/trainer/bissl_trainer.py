@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -23,6 +23,7 @@ from ..bilevel.level_losses import LevelLosses, LossModel
 from ..bilevel.linear_solve import SolveStatus, sufficient_damping
 from ..bilevel.upper_phase import Solve, SolveSettings, UpperPhase
 from ..cards.record import RunRecord
+from ..class_weights import DownstreamLoss
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
@@ -63,6 +64,8 @@ class BiSSLTrainer(ResumableTrainer):
         data_collator, lower_data_collator (`Callable`, *optional*): stack rows into a dictionary of tensors.
         train_transform, eval_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`,
             run on the device and deterministic in the key.
+        class_weights (`str` or `Sequence[float]`, *optional*): of the downstream loss in training, see
+            [`DownstreamLoss`]; evaluations have none.
         callbacks (`list`, *optional*): as in `transformers.Trainer`.
         **trainer_kwargs: further arguments of `transformers.Trainer` (`processing_class`, `compute_metrics`, ...).
 
@@ -101,6 +104,7 @@ class BiSSLTrainer(ResumableTrainer):
         train_transform: Transform | None = None,
         eval_transform: Transform | None = None,
         lower_transform: Transform | None = None,
+        class_weights: str | Sequence[float] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
@@ -132,6 +136,7 @@ class BiSSLTrainer(ResumableTrainer):
         ]
         if train_dataset is not None or lower_dataset is not None:
             self._add_streams(lower_data_collator or default_data_collator, train_transform, lower_transform)
+        self.downstream_loss = DownstreamLoss(class_weights, config=model.upper.config, dataset=train_dataset)
         self.losses = LevelLosses(
             model,
             # Looked up at each call, so that a hook may be replaced on the object, too.
@@ -190,7 +195,7 @@ class BiSSLTrainer(ResumableTrainer):
             model (`Callable`): takes the inputs as keyword arguments.
             inputs (`dict`): a batch of the labelled data set, on the device.
         """
-        return model(**inputs).loss
+        return self.downstream_loss(model, inputs)
 
     # Batches
 
@@ -599,7 +604,8 @@ class BiSSLTrainer(ResumableTrainer):
     def resume_settings(self) -> dict[str, Any]:
         """Adds what each stream reads, and the other optimizer."""
         streams = self.streams.describe(Stream.LOWER, Stream.UPPER, Stream.CURVATURE)
-        return {**super().resume_settings(), **streams, "lower_optim": self.args.lower_optim}
+        own = {"lower_optim": self.args.lower_optim, "class_weights": self.downstream_loss.describe()}
+        return {**super().resume_settings(), **streams, **own}
 
 
 class _AfterLowerStep(TrainerCallback):

@@ -1,11 +1,14 @@
 """Supervised fine-tuning, the stage after BiSSL."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..class_weights import DownstreamLoss
 from ..data.alternation import Stream
 from ..data.streams import labelled_batch_size
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
@@ -24,6 +27,8 @@ class FineTuneTrainer(SingleLevelTrainer):
         args ([`FineTuningArguments`])
         train_dataset: labelled, map-style data set.
         eval_dataset (*optional*): likewise; without one nothing is evaluated in training.
+        class_weights (`str` or `Sequence[float]`, *optional*): of the loss in training, see [`DownstreamLoss`];
+            evaluations have none.
         **trainer_kwargs: further arguments of [`SingleLevelTrainer`] (`train_transform`, ...), [`ResumableTrainer`]
             (`eval_transform`) and `transformers.Trainer` (`model` or `model_init`, `compute_metrics`, ...).
 
@@ -34,7 +39,13 @@ class FineTuneTrainer(SingleLevelTrainer):
     args: FineTuningArguments
 
     def __init__(
-        self, *, args: FineTuningArguments, train_dataset: Any, eval_dataset: Any = None, **trainer_kwargs: Any
+        self,
+        *,
+        args: FineTuningArguments,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        class_weights: str | Sequence[float] | None = None,
+        **trainer_kwargs: Any,
     ) -> None:
         if eval_dataset is None and args.eval_strategy != "no":
             args.eval_strategy = type(args.eval_strategy)("no")
@@ -47,7 +58,24 @@ class FineTuneTrainer(SingleLevelTrainer):
             eval_dataset=eval_dataset,
             **trainer_kwargs,
         )
+        self.downstream_loss = DownstreamLoss(class_weights, config=self.model.config, dataset=train_dataset)
         self.add_callback(_StartBatchNorm(self))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Returns the loss, in training with class weights where they were asked for."""
+        if self.downstream_loss.weights is not None and model.training and not return_outputs:
+            return self.downstream_loss(model, inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Adds the class weights."""
+        return {**super().resume_settings(), "class_weights": self.downstream_loss.describe()}
 
     def final_model(self) -> PreTrainedModel:
         """Returns the model to evaluate and to keep, in evaluation mode: the trained one, or a copy with its

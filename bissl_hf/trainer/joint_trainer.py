@@ -1,6 +1,8 @@
 """Joint training of both tasks on one backbone: the rival of BiSSL that needs no linear solve."""
 
 import inspect
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.generic import find_labels
 
 from ..cards.record import RunRecord
+from ..class_weights import DownstreamLoss
 from ..data.alternation import KeyedSource, StepKey, Stream
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
@@ -36,6 +39,7 @@ class JointTrainer(SingleLevelTrainer):
         lower_dataset: map-style data set of the pretext task, one pass over which is an epoch.
         train_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the
             device and deterministic in the key.
+        class_weights (`str` or `Sequence[float]`, *optional*): of the downstream loss, see [`DownstreamLoss`].
         **trainer_kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
@@ -54,6 +58,7 @@ class JointTrainer(SingleLevelTrainer):
         lower_dataset: Any,
         train_transform: Transform | None = None,
         lower_transform: Transform | None = None,
+        class_weights: str | Sequence[float] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         for parameter in model.upper_shared_parameters():
@@ -70,6 +75,7 @@ class JointTrainer(SingleLevelTrainer):
             train_transform=lower_transform,
             **trainer_kwargs,
         )
+        self.downstream_loss = DownstreamLoss(class_weights, config=model.upper.config, dataset=train_dataset)
         labelled = KeyedSource(
             train_dataset,
             labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset),
@@ -101,7 +107,8 @@ class JointTrainer(SingleLevelTrainer):
         with model_randomness(key):
             loss = self.model(level="lower", **pretext).loss
         with model_randomness(labelled_key):
-            return loss + self.args.downstream_weight * self.model(level="aligned", **labelled).loss
+            downstream = self.downstream_loss(partial(self.model, level="aligned"), labelled)
+        return loss + self.args.downstream_weight * downstream
 
     def backbone_and_heads(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns theta_P, and the heads of both tasks."""
@@ -147,7 +154,8 @@ class JointTrainer(SingleLevelTrainer):
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what the labelled stream reads."""
-        return {**super().resume_settings(), "downstream": self.streams.sources[Stream.UPPER].describe()}
+        own = {"class_weights": self.downstream_loss.describe()}
+        return {**super().resume_settings(), "downstream": self.streams.sources[Stream.UPPER].describe(), **own}
 
     # Evaluation, and what users take away
 

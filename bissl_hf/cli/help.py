@@ -66,7 +66,7 @@ _OPTIMIZATION = (
     ),
 )
 _GROUP_OF_CLASS = {
-    **dict.fromkeys(("DataArguments", "LowerDataArguments", "PretextDataArguments"), "data"),
+    **dict.fromkeys(("DataArguments", "LowerDataArguments", "PretextDataArguments", "TextArguments"), "data"),
     **dict.fromkeys(("CropArguments", "ViewArguments"), "views"),
     **dict.fromkeys(("PretextModelArguments", "ModelArguments", "StartArguments", "JointModelArguments"), "models"),
 }

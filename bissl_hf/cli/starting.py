@@ -103,11 +103,14 @@ class StartingPoint:
             *arguments: dataclasses with the settings of the optimizers.
             to (`TrainingArguments`): of the process.
         """
-        if to.process_index:
-            return
-        origin = f"those of {self.source}" if self.source else "the usual ones"
-        print(f"Images: {data.preprocessing.describe()}; settings that are not given are {origin}.")
-        if optimizer_preset(self.config) != PAPER:
+        if to.process_index == 0:
+            origin = f"those of {self.source}" if self.source else "the usual ones"
+            print(f"Images: {data.preprocessing.describe()}; settings that are not given are {origin}.")
+        self.tell_optimizers(*arguments, to=to)
+
+    def tell_optimizers(self, *arguments: Any, to: TrainingArguments) -> None:
+        """Prints, once, the optimizers that are usual for the family; see `tell`."""
+        if not to.process_index and optimizer_preset(self.config) != PAPER:
             told = ", ".join(_optimizer_settings(arguments))
             print(f"Optimizers: {told}; settings that are not given are the usual ones of {self.config.model_type}.")
 

@@ -13,9 +13,9 @@ from .runs import ROOT
 FOLDER = ROOT / "recipes" / "configs"
 CONFIGS = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
 DEBIAN = "/usr/share/datasets/fashion-mnist"  # where the package dataset-fashion-mnist puts it
-MADE = ("outputs/emoji", "my_images")  # by recipes/make_emoji.py, and by users
-STAGES = ("bissl", "pretrain", "joint", "finetune", "analyze", "study", "convert")
-COMMANDS = {"bissl": "align"}
+MADE = ("outputs/emoji", "my_images", "my_texts/labelled.csv")  # by recipes/make_emoji.py, and by users
+STAGES = ("bissl", "pretrain", "joint", "finetune", "analyze", "study", "convert", "text")
+COMMANDS = {"bissl": "align", "text": "align_text"}
 
 
 class StopError(Exception):

@@ -23,6 +23,7 @@ from ..text import format_table
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
+from .adapters import LoraArguments
 from .arguments import given_fields, parse_arguments, refusing_bad_input, stopping_at_divergence
 from .card import CardArguments, recipe_facts
 from .finetuning import FineTuning, summarise
@@ -31,6 +32,11 @@ from .models import StartArguments, classifier_builder
 from .outputs import RUN_RESULTS, afterwards, open_run
 from .starting import StartingPoint
 from .tasks import LossArguments
+
+
+@dataclass
+class FineTuneModelArguments(LoraArguments, StartArguments):
+    """What fine-tuning starts from, and adapters."""
 
 
 @dataclass
@@ -78,7 +84,7 @@ def check_run(args: FineTuningArguments) -> None:
 def build_finetuning(
     data: DataArguments,
     crops: CropArguments,
-    start: StartArguments,
+    start: FineTuneModelArguments,
     args: FineTuningArguments,
     loss: LossArguments,
 ) -> FineTuning:
@@ -93,7 +99,11 @@ def build_finetuning(
         args=with_changes(args, push_to_hub=False),  # what is pushed is the outcome of all runs
         images=images,
         build_model=classifier_builder(
-            start, images.class_names, problem_type=images.problem_type, image_size=preprocessing.side
+            start,
+            images.class_names,
+            problem_type=images.problem_type,
+            image_size=preprocessing.side,
+            lora=start,
         ),
         train_transform=train_transform,
         preprocessing=preprocessing,
@@ -201,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
         (
             DataArguments,
             CropArguments,
-            StartArguments,
+            FineTuneModelArguments,
             LossArguments,
             RepetitionArguments,
             CardArguments,

@@ -68,7 +68,10 @@ _OPTIMIZATION = (
 _GROUP_OF_CLASS = {
     **dict.fromkeys(("DataArguments", "LowerDataArguments", "PretextDataArguments", "TextArguments"), "data"),
     **dict.fromkeys(("CropArguments", "ViewArguments"), "views"),
-    **dict.fromkeys(("PretextModelArguments", "ModelArguments", "StartArguments", "JointModelArguments"), "models"),
+    **dict.fromkeys(
+        ("PretextModelArguments", "ModelArguments", "StartArguments", "FineTuneModelArguments", "JointModelArguments"),
+        "models",
+    ),
 }
 GROUPS = (
     *("this command", "data", "views", "models", "pre-training", "bilevel", "optimization"),

@@ -9,6 +9,7 @@ from transformers import AutoModelForImageClassification, PretrainedConfig, PreT
 
 from ..evaluation.metrics import SINGLE_LABEL
 from ..models import pretext
+from ..models.adapters import train_heads
 from ..models.auto import PRETEXT_MODELS, pretext_class
 from ..models.backbone import load_backbone
 from ..models.classifier import classifier_on, new_classifier, set_labels
@@ -19,6 +20,7 @@ from ..models.loading import load_pretrained
 from ..models.mae import freeze_positions
 from ..models.modeling_bissl import BiSSLModel
 from ..models.pretext import pretext_tasks
+from .adapters import LoraArguments
 from .loading import load_config, loading
 
 
@@ -176,6 +178,7 @@ def classifier_builder(
     *,
     problem_type: str = SINGLE_LABEL,
     image_size: int | None = None,
+    lora: LoraArguments | None = None,
 ) -> Callable[[], PreTrainedModel]:
     """Returns a function that builds the classifier to fine-tune; the weights are read once, and a new head is drawn
     from torch's random state at each call.
@@ -185,10 +188,30 @@ def classifier_builder(
         class_names (`Sequence[str]`): of the data set.
         problem_type (`str`, *optional*): whether an image has one class or may have several.
         image_size (`int`, *optional*): side of the images that it shall take, in pixels; its own if not given.
+        lora ([`LoraArguments`], *optional*): adapters to add, with the head trained beside them.
 
     Raises:
         `ValueError`: if the arguments contradict each other, or the model does not fit.
+        `RuntimeError`: if there shall be adapters, and `peft` is not installed.
     """
+    build = _classifier_builder(arguments, class_names, problem_type, image_size)
+    if lora is None or lora.lora_rank is None:
+        if lora is not None:
+            lora.adapt()  # which refuses settings of adapters without a rank
+        return build
+
+    def build_with_adapters() -> PreTrainedModel:
+        model = build()
+        lora.adapt(model)
+        train_heads(model)
+        return model
+
+    return build_with_adapters
+
+
+def _classifier_builder(
+    arguments: StartArguments, class_names: Sequence[str], problem_type: str, image_size: int | None
+) -> Callable[[], PreTrainedModel]:
     if arguments.model_init not in ("pretrained", "random"):
         raise ValueError(f"model_init is {arguments.model_init!r}; it must be pretrained or random.")
     if arguments.keep_head:

@@ -11,6 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..class_weights import DownstreamLoss
 from ..data.alternation import Stream
 from ..data.streams import labelled_batch_size
+from ..models.adapters import adapter_of, merged
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
 from .single_level_trainer import SingleLevelTrainer
 from .training_args import FineTuningArguments
@@ -79,10 +80,13 @@ class FineTuneTrainer(SingleLevelTrainer):
 
     def final_model(self) -> PreTrainedModel:
         """Returns the model to evaluate and to keep, in evaluation mode: the trained one, or a copy with its
-        batch-norm statistics estimated anew."""
-        if self.args.batch_norm == "running" or not has_batch_norm(self.model):
+        batch-norm statistics estimated anew, or with its adapters merged into the weights that they adapt."""
+        recalibrates = self.args.batch_norm != "running" and has_batch_norm(self.model)
+        if not recalibrates and adapter_of(self.model) is None:
             return self.model.eval()
-        model = copy.deepcopy(self.model)
+        model = merged(copy.deepcopy(self.model))
+        if not recalibrates:
+            return model.eval()
         recalibrate_batch_norm(model, self.calibration_batches(self.args.bn_recalibration_images))
         return model.eval()
 

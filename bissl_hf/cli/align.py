@@ -167,8 +167,8 @@ def keep_pretraining_settings(pretrainer: PretextTrainer, models: ModelArguments
 
 
 def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
-    """Builds what training will build and sends a few images through both models, so that settings which do not fit
-    come to light before it."""
+    """Builds what training will build and sends a few images through both models, so that wrong settings
+    fail before it."""
     trainer.try_losses(rows=4)
     trainer.create_optimizer()
     trainer.get_train_dataloader()

@@ -53,7 +53,7 @@ class AnalysisArguments:
     max_images: int = field(default=5000, metadata={"help": "Images of each split to use, drawn by the seed."})
     knn_neighbors: int = field(default=20, metadata={"help": "Neighbours that vote."})
     tsne_images: int = field(default=1000, metadata={"help": "Test images in the t-SNE layouts."})
-    tsne_classes: int = field(default=10, metadata={"help": "Classes in the t-SNE layouts: the first so many."})
+    tsne_classes: int = field(default=10, metadata={"help": "Number of classes in the t-SNE layouts, the first ones."})
     recalibrate: bool = field(
         default=True,
         metadata={"help": "Estimate batch-norm statistics of each checkpoint anew on training images, labels unused."},
@@ -110,7 +110,7 @@ def load_backbones(arguments: AnalysisArguments, data: DataArguments) -> dict[st
             else:
                 found = {name: load_backbone(source)}
         if twice := sorted(set(found) & set(backbones)):
-            raise ValueError(f"Two checkpoints are called {twice[0]!r}; tell them apart with --names.")
+            raise ValueError(f"Two checkpoints are called {twice[0]!r}; give them different names with --names.")
         for level, backbone in found.items():
             backbones[level] = AnalysedBackbone(adapt_image_size(backbone, prepared.side), prepared)
     return backbones

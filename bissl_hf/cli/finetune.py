@@ -150,7 +150,7 @@ def write_outputs(
 def write_card(
     trainer: FineTuneTrainer, results: dict[str, Any], best: dict[str, Any], test: dict[str, float], rows: int
 ) -> None:
-    """Writes the card of the best model, which another trainer has trained: this one takes over what it was told."""
+    """Writes the card of the best model, which another trainer has trained: this one takes over its log."""
     for name, source in (("seed", "best_seed"), ("learning_rate", "learning_rate"), ("weight_decay", "weight_decay")):
         setattr(trainer.args, name, results[source])
     trainer.state.log_history = best["log_history"]

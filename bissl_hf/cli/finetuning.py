@@ -40,7 +40,7 @@ class FineTuning:
             torch's random state.
         train_transform ([`TrainTransform`])
         preprocessing ([`Preprocessing`]): of the evaluation transform and the image processor.
-        settings (`Mapping`): what the images and the model come from, to tell runs apart.
+        settings (`Mapping`): what the images and the model come from, to distinguish runs.
         class_weights (`str` or `list[float]`, *optional*): of the loss, see [`DownstreamLoss`].
     """
 

@@ -183,7 +183,7 @@ def load_labelled(arguments: DataArguments, *, seed: int) -> datasets.DatasetDic
     )
     names = class_names(splits["train"])
     if len(names) < 2:
-        raise ValueError(f"{arguments.dataset} has a single class, {names[0]!r}; there is nothing to tell apart.")
+        raise ValueError(f"{arguments.dataset} has a single class, {names[0]!r}; a classifier needs at least two.")
     if arguments.train_examples is not None:
         splits.setdefault("unlabeled", splits["train"].select_columns("image"))
         splits["train"] = take_examples(splits["train"], arguments.train_examples, seed=seed)

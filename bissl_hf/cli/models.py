@@ -127,13 +127,13 @@ def load_classifier(
         problem_type (`str`, *optional*): whether an image has one class or may have several; decides the loss.
 
     Raises:
-        `ValueError`: if it tells other classes apart, or the same in another order.
+        `ValueError`: if it has other classes, or the same in another order.
     """
     with loading(field, source):
         model = load_pretrained(AutoModelForImageClassification, source)
     if model.config.num_labels != len(class_names):
         raise ValueError(
-            f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "
+            f"{field} {source} has {model.config.num_labels} classes and the data set has "
             f"{len(class_names)}; leave {field} out for a new head."
         )
     names = [model.config.id2label[number] for number in range(len(class_names))]

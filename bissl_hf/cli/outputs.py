@@ -34,7 +34,7 @@ def open_output_dir(
         resume (`str` or `bool`, *optional*): a checkpoint; true for the newest whole one; or `hub` for that of the
             repository where the folder has none.
         leaves (`Sequence[str]`, *optional*): patterns of what an unfinished run leaves in its folder. A model that
-            lies there without any of them comes from something else, and would be written over.
+            is there without any of them comes from something else, and would be written over.
         repo_id (`str`, *optional*): repository of the run, by the name of the folder if not given.
         revision (`str`, *optional*): its branch.
 

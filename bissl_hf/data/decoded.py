@@ -67,7 +67,7 @@ def resize_and_crop_square(
     # Truncated, as in `transformers.image_transforms.get_resize_output_image_size`.
     width, height = (side if length == short else int(side * long / short) for length in image.size)
     # The image processors cut at (length - image_size) // 2. The difference of the two offsets makes both crops agree
-    # when the lengths are odd; it lies between 0 and length - side.
+    # when the lengths are odd; it is between 0 and length - side.
     left, top = ((length - image_size) // 2 - (side - image_size) // 2 for length in (width, height))
     if long > _LONGEST_ASPECT * short:
         # Only the middle is resized: whole, an image of 60,000 x 1 pixels would have 700 million.

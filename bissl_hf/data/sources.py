@@ -56,7 +56,7 @@ def load_image_dataset(
             `bissl_hf.data.catalogue` such as `stl10`, which is loaded from the Hub and checked; a folder with one
             folder of images per class, or with folders `train`, `validation`, `test` of such class folders, and maybe
             `unlabeled` with images, all by the rules of `datasets`' `imagefolder`, also a `metadata.csv`; a Parquet
-            file, or a folder of Parquet files whose names or folders tell the split; a folder of IDX files; or else a
+            file, or a folder of Parquet files whose names or folders say the split; a folder of IDX files; or else a
             Hub id such as `user/name`. `~` and environment variables are put into paths.
         image_column (`str`, *optional*): column of the images. By default the only column of images, or one that is
             named in `IMAGE_COLUMNS`.

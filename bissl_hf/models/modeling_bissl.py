@@ -22,7 +22,7 @@ from .pretext import build_pretext_model
 from .saving import save_model
 from .shared_parameters import find_shared_parameters, report_unshared
 
-LEVELS = ("lower", "upper", "aligned")
+PASSES = ("lower", "upper", "aligned")
 
 
 class BiSSLModel(PreTrainedModel):
@@ -248,29 +248,15 @@ class BiSSLModel(PreTrainedModel):
             self._shared_names = find_shared_parameters(self.lower, self.upper, self.config.unshared_parameters)
         return self._shared_names
 
-    def _shared_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
+    def backbone_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
+        """theta_P of `"lower"` or theta_D of `"upper"`, in the order of `shared_parameter_names`."""
         parameters = backbone_parameters(getattr(self, level))
         return tuple(parameters[name] for name in self.shared_parameter_names)
 
-    def lower_shared_parameters(self) -> tuple[nn.Parameter, ...]:
-        """theta_P, in the order of `shared_parameter_names`."""
-        return self._shared_parameters("lower")
-
-    def upper_shared_parameters(self) -> tuple[nn.Parameter, ...]:
-        """theta_D, in the order of `shared_parameter_names`."""
-        return self._shared_parameters("upper")
-
-    def _head_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
-        backbone = {id(parameter) for parameter in self._shared_parameters(level)}
+    def head_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
+        """phi_P of `"lower"` or phi_D of `"upper"`: what the level's model trains beside its backbone."""
+        backbone = {id(parameter) for parameter in self.backbone_parameters(level)}
         return tuple(p for p in getattr(self, level).parameters() if p.requires_grad and id(p) not in backbone)
-
-    def lower_head_parameters(self) -> tuple[nn.Parameter, ...]:
-        """phi_P: what the lower model trains beside theta_P."""
-        return self._head_parameters("lower")
-
-    def upper_head_parameters(self) -> tuple[nn.Parameter, ...]:
-        """phi_D: what the upper model trains beside theta_D."""
-        return self._head_parameters("upper")
 
     # Forward passes
 
@@ -285,8 +271,8 @@ class BiSSLModel(PreTrainedModel):
         Raises:
             `ValueError`: for another level.
         """
-        if level not in LEVELS:
-            raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}.")
+        if level not in PASSES:
+            raise ValueError(f"level is {level!r}; it must be one of {', '.join(PASSES)}.")
         return self.without_side_effects("aligned")(**inputs) if level == "aligned" else getattr(self, level)(**inputs)
 
     def without_side_effects(self, level: str) -> Callable[..., Any]:
@@ -297,8 +283,8 @@ class BiSSLModel(PreTrainedModel):
             `ValueError`: for another level.
             `RuntimeError`: from the pass, if the level's model uses gradient checkpointing.
         """
-        if level not in LEVELS:
-            raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}.")
+        if level not in PASSES:
+            raise ValueError(f"level is {level!r}; it must be one of {', '.join(PASSES)}.")
         return partial(self._call_with_copies, level)
 
     def _call_with_copies(self, level: str, **inputs: Any) -> Any:

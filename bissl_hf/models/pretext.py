@@ -51,7 +51,7 @@ def new_pretext_model(task: str, backbone_config: PretrainedConfig, **settings: 
     if task in PRETEXT_MODELS:
         model_class: Any = pretext_class(task)
         return model_class(model_class.config_class(backbone_config=backbone_config, **settings))
-    # Random positions that stay fixed would hardly tell patches apart.
+    # Random positions that stay fixed would hardly distinguish patches.
     fixed = {"positions": "sincos"} if task == "mae" else {}
     return build_pretext_model(task, build_backbone(backbone_config), **fixed, **settings)
 

@@ -165,7 +165,7 @@ def _score_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _short_names(datasets: Sequence[str]) -> dict[str, str]:
-    """The last part of each folder's path or Hub id; as many more as it takes to tell them apart."""
+    """The last part of each folder's path or Hub id; more of it where needed to distinguish them."""
     paths = {name: name.rstrip("/").split("/") for name in datasets}
 
     def short(path: list[str]) -> str:

@@ -297,7 +297,7 @@ class Study:
 
 
 def _cost(backbone: Stage) -> dict[str, Any]:
-    """What a backbone took after the common steps, and what is told of its solves."""
+    """What a backbone took after the common steps, and the figures of its solves."""
     learned = backbone.result or {}
     renamed = {"seconds": "backbone_seconds", "processor_seconds": "backbone_processor_seconds"}
     names = ("steps", "pretext_images", "labelled_rows", *renamed, "pull", *OF_SOLVES)

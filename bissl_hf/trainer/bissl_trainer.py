@@ -284,7 +284,8 @@ class BiSSLTrainer(ResumableTrainer):
 
         average_flat([], in_place=running_statistics(self.model.lower))
         proximal_weight = self.proximal_weight
-        theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
+        # One tensor per shared parameter in all vectors over theta: offset, gradients, force.
+        theta_p, theta_d = self.model.backbone_parameters("lower"), self.model.backbone_parameters("upper")
         offset = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
         gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
         if not self.upper_phase.takes_products and not (self.divergence.skips and not is_finite(gradients)):
@@ -314,16 +315,20 @@ class BiSSLTrainer(ResumableTrainer):
         phi_D), g_phi = grad_phi L_D(theta_P, phi_D) + gamma grad_phi L_D(theta_D, phi_D).
         """
         gamma = self.args.direct_weight
-        theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
-        phi_d = self.model.upper_head_parameters()
+        theta_p, theta_d = self.model.backbone_parameters("lower"), self.model.backbone_parameters("upper")
+        phi_d = self.model.head_parameters("upper")
+        # Losses have shape (); gradients are vectors over (theta, phi), still those of this process.
         aligned = self.model.without_side_effects("aligned")
         loss, at_theta_p = self.losses.upper_gradient(aligned, inputs, (*theta_p, *phi_d))
         direct_loss, at_theta_d = self.losses.upper_gradient(
             self.model.upper, inputs, (*theta_d, *phi_d), differentiate=gamma > 0
         )
+        # One all-reduce for both gradients and the running statistics: n_theta + n_phi entries each.
         reduced = average_flat([*at_theta_p, *at_theta_d], in_place=running_statistics(self.model.upper))
         at_theta_p, at_theta_d = reduced[: len(at_theta_p)], reduced[len(at_theta_p) :]
+        # rhs = grad_theta L_D(theta_P, phi_D), the right-hand side of the linear system
         rhs, at_phi_d = at_theta_p[: len(theta_p)], at_theta_p[len(theta_p) :]
+        # (x, grad_phi L_D(theta_P, phi_D)), then gamma times the direct term
         gradient: Vector = (*self._solve(key, rhs).solution, *at_phi_d)
         if at_theta_d:
             gradient = add_scaled(gradient, at_theta_d, gamma)
@@ -377,7 +382,7 @@ class BiSSLTrainer(ResumableTrainer):
 
     @torch.no_grad()
     def _begin_alternation(self, alternation: int) -> None:
-        """Corrects lambda where the run departs from `target_pull`, and moves theta_D towards theta_P every so many
+        """Corrects lambda where the run departs from `target_pull`, and moves theta_D towards theta_P every few
         alternations (off by default): theta_D <- (1 - s) theta_D + s theta_P."""
         if alternation and self.args.target_pull is not None:
             rates = self.args.level("lower").learning_rates_by(self.args.lower_steps)
@@ -385,7 +390,7 @@ class BiSSLTrainer(ResumableTrainer):
         self.pull.begin_alternation()
         every = self.args.upper_adaptation_every
         if every and alternation and alternation % every == 0:
-            theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
+            theta_p, theta_d = self.model.backbone_parameters("lower"), self.model.backbone_parameters("upper")
             torch._foreach_lerp_(list(theta_d), list(theta_p), self.args.upper_adaptation_strength)
 
     # Optimization
@@ -393,8 +398,8 @@ class BiSSLTrainer(ResumableTrainer):
     def _level_parameters(self, level: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Returns theta and phi of a level."""
         if level == "lower":
-            return self.model.lower_shared_parameters(), self.model.lower_head_parameters()
-        return self.model.upper_shared_parameters(), self.model.upper_head_parameters()
+            return self.model.backbone_parameters("lower"), self.model.head_parameters("lower")
+        return self.model.backbone_parameters("upper"), self.model.head_parameters("upper")
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Returns one optimizer for both levels; weight decay applies to every parameter."""
@@ -441,7 +446,7 @@ class BiSSLTrainer(ResumableTrainer):
         if self._level == "lower":
             self.pull.count(
                 self.two_level_optimizer.lower,
-                self.model.lower_shared_parameters(),
+                self.model.backbone_parameters("lower"),
                 clip_factor(size, bound),
                 proximal_weight=self.proximal_weight,
             )
@@ -464,7 +469,7 @@ class BiSSLTrainer(ResumableTrainer):
     def remember_start(self) -> None:
         """Keeps theta_P as it is before the first alternation, for the figure of how far it has moved."""
         if self._start is None:
-            self._start = tuple(p.detach().clone() for p in self.model.lower_shared_parameters())
+            self._start = tuple(p.detach().clone() for p in self.model.backbone_parameters("lower"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A resumed run starts from the weights that the trainer was given, too, and its head is warmed up (a private
@@ -480,7 +485,7 @@ class BiSSLTrainer(ResumableTrainer):
         Args:
             max_steps (`int`, *optional*): fewer steps than `head_warmup_epochs` has.
         """
-        head = self.model.upper_head_parameters()
+        head = self.model.head_parameters("upper")
         steps = self.args.head_warmup_epochs * self.streams.sources[Stream.HEAD_WARMUP].steps_per_alternation
         steps = steps if max_steps is None else min(steps, max_steps)
         if self._head_is_warm or not steps or not head:
@@ -521,7 +526,7 @@ class BiSSLTrainer(ResumableTrainer):
         gradient = fill_missing(self.first_gradients(), list(chain(*self._level_parameters("lower"))))
         pull_at_one = estimate_pull(
             self.two_level_optimizer.lower,
-            self.model.lower_shared_parameters(),
+            self.model.backbone_parameters("lower"),
             average_flat(self.loss_scale.remove(gradient)),
             bound=settings.max_grad_norm,
             learning_rates=settings.total_learning_rate(),
@@ -559,7 +564,7 @@ class BiSSLTrainer(ResumableTrainer):
 
     def collect_logs(self) -> dict[str, float]:
         """Adds what is measured at the moment of the log."""
-        theta_p = [p.detach() for p in self.model.lower_shared_parameters()]
+        theta_p = [p.detach() for p in self.model.backbone_parameters("lower")]
         size = norm(theta_p)
         # The first group of a level is that of its backbone.
         rates = {group["level"]: group["lr"] for group in reversed(self.two_level_optimizer.param_groups)}
@@ -581,7 +586,7 @@ class BiSSLTrainer(ResumableTrainer):
             **({"levels/pull": float(self.pull.total)} if has_step_length(self.two_level_optimizer.lower) else {}),
             **({"levels/proximal_weight": self.proximal_weight} if self.args.target_pull is not None else {}),
             **({"solver/damping": self.damping} if self.args.damping == "auto" and self.upper_phase.damps else {}),
-            "levels/distance": float(norm(subtract(theta_p, self.model.upper_shared_parameters())).detach() / size),
+            "levels/distance": float(norm(subtract(theta_p, self.model.backbone_parameters("upper"))).detach() / size),
             "levels/moved": float(norm(subtract(theta_p, self._start or theta_p)) / size),
             "lower/learning_rate": rates["lower"],
             "upper/learning_rate": rates["upper"],

@@ -58,7 +58,7 @@ class Seconds(NamedTuple):
 
 class TrainingClock(TrainerCallback):
     """Counts the seconds of training: those on the wall, and the CPU time of this process. A run that is resumed sets
-    `seconds` to what lies behind it."""
+    `seconds` to what has passed."""
 
     def __init__(self) -> None:
         self.seconds = Seconds(0.0, 0.0)

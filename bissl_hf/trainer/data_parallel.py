@@ -63,7 +63,7 @@ def check_whole_model(model: nn.Module) -> None:
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1:
         raise ValueError(
-            f"The parameters lie on {', '.join(sorted(devices))}. {_WHOLE_MODELS}. Load the models without device_map."
+            f"The parameters are on {', '.join(sorted(devices))}. {_WHOLE_MODELS}. Load the models without device_map."
         )
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and module.tp_size not in (None, 1):
@@ -88,7 +88,7 @@ def reduce_gradients_of(model: nn.Module, part: nn.Module) -> None:
 def num_own_rows(accelerator: Any, rows: int) -> int:
     """Returns how many of the rows of a process's batch are its own. Accelerate fills the last batches of an
     evaluation with rows from the start, so that all processes have equal ones, and drops what comes of them when it
-    gathers: by their places, of which it has told us all we need."""
+    gathers: by their places; `gradient_state` has all that is needed to know them."""
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:
         return rows
@@ -96,7 +96,7 @@ def num_own_rows(accelerator: Any, rows: int) -> int:
 
 
 def pad_rows(results: Any, rows: int) -> Any:
-    """Repeats the last row of each tensor until there are so many."""
+    """Repeats the last row of each tensor until there are `rows`."""
 
     def pad(tensor: Tensor) -> Tensor:
         missing = rows - len(tensor)

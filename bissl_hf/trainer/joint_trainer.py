@@ -61,7 +61,7 @@ class JointTrainer(SingleLevelTrainer):
         class_weights: str | Sequence[float] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        for parameter in model.upper_shared_parameters():
+        for parameter in model.backbone_parameters("upper"):
             parameter.requires_grad_(False)
         batch = args.per_device_train_batch_size * args.world_size
         check_pretext_batch(batch, lower_dataset, name="lower_dataset", field="per_device_train_batch_size")
@@ -112,8 +112,8 @@ class JointTrainer(SingleLevelTrainer):
 
     def backbone_and_heads(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns theta_P, and the heads of both tasks."""
-        heads: list[Tensor] = [*self.model.lower_head_parameters(), *self.model.upper_head_parameters()]
-        return list(self.model.lower_shared_parameters()), heads
+        heads: list[Tensor] = [*self.model.head_parameters("lower"), *self.model.head_parameters("upper")]
+        return list(self.model.backbone_parameters("lower")), heads
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -47,7 +47,7 @@ class KnnCheck(TrainerCallback):
         self.every, self.neighbors = every, neighbors
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Checks the model after every so many epochs, and after the last step."""
+        """Checks the model after every `every` epochs, and after the last step."""
         is_last = state.global_step >= state.max_steps
         if state.is_world_process_zero and (is_last or round(state.epoch) % self.every == 0):
             should_log = control.should_log

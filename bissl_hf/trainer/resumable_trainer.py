@@ -167,7 +167,7 @@ class ResumableTrainer(Trainer):
     # Divergence
 
     def inputs_of_step(self, key: StepKey) -> list[dict[str, Any]]:
-        """Returns the batches of a step anew, to tell whether they were finite."""
+        """Returns the batches of a step again, to check whether they were finite."""
         return [self.streams.read(key)]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:

@@ -248,7 +248,7 @@ BATCH_NORM_TREATMENTS = ("running", "recalibrated")
 @dataclass
 class FineTuningArguments(ResumableTrainingArguments):
     """Arguments of supervised fine-tuning, with the paper's values (section 4) as defaults. The paper searches for the
-    learning rate and the weight decay; the defaults lie in the middle of its ranges.
+    learning rate and the weight decay; the defaults are in the middle of its ranges.
 
     Batch-norm statistics get the same treatment whatever the model starts from: they are estimated on training images
     before the first step, and what they are in the end depends on the fine-tuning alone; unless
@@ -332,7 +332,7 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             alone.
         bn_recalibration_images (`int`, *optional*, defaults to 1024): training images for the batch-norm statistics of
             the aligned model in evaluation and export; 0 keeps the pretext statistics.
-        upper_adaptation_every (`int`, *optional*, defaults to 0): every so many alternations
+        upper_adaptation_every (`int`, *optional*, defaults to 0): after each such number of alternations
             theta_D <- (1 - s) theta_D + s theta_P; 0 for never.
         upper_adaptation_strength (`float`, *optional*, defaults to 0.1): s.
         lower_learning_rate (`float`, *optional*, defaults to 1.0)
@@ -451,7 +451,7 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             )
         for name in ("lower_momentum", "upper_adaptation_strength"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
         for name, allowed in (
             ("solver", SOLVERS),
             ("curvature_mode", CURVATURE_MODES),

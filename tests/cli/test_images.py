@@ -47,7 +47,7 @@ def test_a_single_class_is_refused(tmp_path) -> None:
         folder.mkdir(parents=True)
         for number in range(3):
             Image.new("L", (8, 8), number).save(folder / f"{number}.png")
-    with pytest.raises(ValueError, match="has a single class, 'cat'; there is nothing to tell apart"):
+    with pytest.raises(ValueError, match="has a single class, 'cat'; a classifier needs at least two"):
         load_labelled(DataArguments(dataset=str(tmp_path)), seed=0)
 
 

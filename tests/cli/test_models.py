@@ -77,7 +77,7 @@ def test_a_new_classifier_names_its_classes() -> None:
 
 def test_a_classifier_must_tell_as_many_classes_apart(classifier: Path) -> None:
     assert load_classifier(str(classifier), ["a", "b", "c"], field="upper_model").config.num_labels == 3
-    with pytest.raises(ValueError, match=r"upper_model .* tells 3 classes apart and the data set has 2; leave upper"):
+    with pytest.raises(ValueError, match=r"upper_model .* has 3 classes and the data set has 2; leave upper"):
         load_classifier(str(classifier), ["a", "b"], field="upper_model")
 
 

@@ -48,8 +48,8 @@ def test_positions_fixed_in_a_vit_mae_belong_to_the_vit(caplog: pytest.LogCaptur
     ]
     assert POSITIONS not in model.shared_parameter_names
     own, other = model.upper.vit.embeddings.position_embeddings, model.lower.vit.embeddings.position_embeddings
-    assert any(parameter is own for parameter in model.upper_head_parameters())
-    assert not any(parameter is other for parameter in model.lower_head_parameters())
+    assert any(parameter is own for parameter in model.head_parameters("upper"))
+    assert not any(parameter is other for parameter in model.head_parameters("lower"))
     assert torch.equal(own, other)  # it starts from what the backbone has learnt with
 
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_part_of_a_backbone_that_one_level_freezes(level: str, caplog: pytest.Lo
     assert f"Only the {trains} model trains embedder.embedder.convolution.weight" in caplog.text
     names = {name for name, _ in lower.base_model.named_parameters()}
     assert set(model.shared_parameter_names) == {name for name in names if not name.startswith("embedder.")}
-    heads = {id(p) for p in getattr(model, f"{trains}_head_parameters")()}
+    heads = {id(p) for p in model.head_parameters(trains)}
     assert heads >= {id(p) for p in getattr(model, trains).base_model.embedder.parameters()}
 
 

@@ -96,7 +96,7 @@ def test_the_whole_way(classifier: PreTrainedModel, tmp_path: Path) -> None:
     model = BiSSLModel.from_models(lower, classifier)
     assert set(model.shared_parameter_names) == set(backbone_parameters(classifier))
     head = {id(p) for p in model.upper.timm_model.get_classifier().parameters()}
-    assert {id(p) for p in model.upper_head_parameters()} == head
+    assert {id(p) for p in model.head_parameters("upper")} == head
     model.save_pretrained(tmp_path / "both")
     both = BiSSLModel.from_pretrained(tmp_path / "both")
     assert same_weights(both, model)

@@ -212,7 +212,7 @@ def test_models_that_do_not_fit_are_refused(
     images: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, changes, message in (
-        ("four_classes", {"keep_head": True}, "tells 4 classes apart and the data set has 3"),
+        ("four_classes", {"keep_head": True}, "has 4 classes and the data set has 3"),
         ("missing", {}, f"model is '{models / 'missing'}'; there is no such folder. It must be a folder with"),
     ):
         arguments = settings(images, models / name, tmp_path / "out", **changes)

@@ -24,7 +24,7 @@ from bissl_hf.checkpoints import (
     write_manifest,
 )
 
-from .test_bissl_trainer import make_text_trainer, make_trainer, same_tensors
+from .trainers import make_text_trainer, make_trainer, same_tensors
 
 
 def whole_checkpoint(folder: Path) -> Path:

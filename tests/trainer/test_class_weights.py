@@ -13,8 +13,8 @@ from bissl_hf.trainer.training_args import FineTuningArguments, JointTrainingArg
 
 from ..conftest import TinyImages, tiny_model
 from .restatement import UPPER, Momentum, read
-from .test_bissl_trainer import make_trainer
 from .test_finetune_trainer import classifier
+from .trainers import make_trainer
 
 WEIGHTS = [0.5, 2.0, 3.0]
 ARGUMENTS: dict[str, Any] = {

@@ -11,7 +11,7 @@ from bissl_hf.data.alternation import StepKey
 from bissl_hf.data.streams import model_randomness
 
 from ..conftest import TinyImages, vit_model
-from .test_bissl_trainer import all_equal, make_trainer, recorded, snapshot
+from .trainers import all_equal, make_trainer, recorded, snapshot
 
 CACHED = {"lower_micro_batch_size": 3, "lower_gradient_cache": True}
 # A batch of 8 in parts of 3, 3 and 2.
@@ -178,7 +178,7 @@ def test_a_loss_that_the_cache_cannot_take_is_refused(tmp_path):
 
     class Penalised(BiSSLTrainer):
         def compute_lower_loss(self, model, inputs):
-            return model(**inputs).loss + sum((p**2).sum() for p in self.model.lower_shared_parameters())
+            return model(**inputs).loss + sum((p**2).sum() for p in self.model.backbone_parameters("lower"))
 
     for cls, message in ((RunsTwice, "runs the model on other inputs"), (Penalised, "uses parameters beside")):
         with pytest.raises(ValueError, match=message):

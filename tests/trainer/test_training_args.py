@@ -156,7 +156,7 @@ def test_values_that_must_be_positive(name, value):
 @pytest.mark.parametrize("name", ["lower_momentum", "upper_adaptation_strength"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_values_between_0_and_1(name, value):
-    with pytest.raises(ValueError, match=rf"{name} is {value}; it must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=rf"{name} is {value}; it must be between 0 and 1"):
         make_args(**{name: value})
 
 

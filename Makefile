@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test test-all test-gpu test-oldest check fields docs dist format clean
+.PHONY: help env demo study test test-all test-gpu test-oldest test-timm check fields docs dist format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -32,10 +32,18 @@ test: env ## Run the tests (no network, no GPU)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: env ## Run the tests, the slow ones included
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu and not network' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu and not network and not timm' $(ARGS)
 
 test-gpu: ## Run the tests that need a GPU, in the environment of $(PYTHON), whose torch has CUDA
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(PYTHON) -m pytest -m gpu $(ARGS)
+
+.venv-timm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 --editable '.[dev,timm]'
+	@touch $@
+
+test-timm: .venv-timm/.installed ## Run the tests that need timm, in .venv-timm (with torchvision; several GB)
+	.venv-timm/bin/python -m pytest -m timm tests/models/test_timm.py $(ARGS)
 
 test-oldest: .venv-oldest/.installed ## Run the tests with the oldest versions that are supported, in .venv-oldest
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -70,4 +78,4 @@ format: env ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 
 clean: ## Remove the environments and the caches
-	rm -rf $(VENV) .venv-oldest .venv-docs .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-timm .venv-docs .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info

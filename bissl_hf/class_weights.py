@@ -1,6 +1,7 @@
 """Class weights of a downstream loss with one label per example."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ BALANCED = "balanced"
 
 
 def resolve_class_weights(given: str | Sequence[float], labels: Tensor, num_classes: int) -> Tensor:
-    """Returns a weight for each class, shape `(num_classes,)`.
+    """Returns a weight for each class, float64, shape `(num_classes,)`.
 
     Args:
         given (`str` or `Sequence[float]`): `"balanced"`, for n / (K n_c) with n_c of n training examples in each of K
@@ -33,8 +34,8 @@ def resolve_class_weights(given: str | Sequence[float], labels: Tensor, num_clas
                 f"class_weights is {BALANCED}, and class {int(counts.argmin())} has no training example; give a "
                 "weight for each class."
             )
-        return len(labels) / (num_classes * counts.float())
-    weights = torch.tensor(list(given), dtype=torch.float32)
+        return len(labels) / (num_classes * counts.double())
+    weights = torch.tensor(list(given), dtype=torch.float64)
     if len(weights) != num_classes or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
         raise ValueError(
             f"class_weights is {list(given)}; it must be {num_classes} finite numbers of at least 0, not all 0."
@@ -53,3 +54,55 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> T
     """
     scores = at_least_float32(logits)
     return F.cross_entropy(scores, labels, weight=weights.to(scores), reduction="sum") / len(labels)
+
+
+class DownstreamLoss:
+    """The loss of a classifier on a batch: the model's own, or with class weights [`weighted_cross_entropy`].
+
+    Args:
+        class_weights (`str` or `Sequence[float]`, *optional*): see [`resolve_class_weights`].
+        config: of the model.
+        dataset: the training examples, whose labels `"balanced"` counts.
+
+    Raises:
+        `ValueError`: for weights that are not allowed, or a task without one class per example.
+    """
+
+    def __init__(self, class_weights: str | Sequence[float] | None, *, config: Any, dataset: Any) -> None:
+        self.weights: Tensor | None = None
+        if class_weights is None:
+            return
+        if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+            raise ValueError(
+                f"class_weights is {class_weights!r}, and the task is {config.problem_type or 'a regression'} with "
+                f"{config.num_labels} outputs; weights are for one class per example. Leave class_weights out."
+            )
+        if dataset is None:
+            raise ValueError(f"class_weights is {class_weights!r}, and there is no train_dataset; give one.")
+        labels = _labels_of(dataset) if isinstance(class_weights, str) else torch.empty(0)
+        self.weights = resolve_class_weights(class_weights, labels, config.num_labels)
+
+    def __call__(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Tensor:
+        """Returns the loss, shape `()`.
+
+        Args:
+            model (`Callable`): takes the inputs as keyword arguments.
+            inputs (`Mapping`): a batch.
+        """
+        if self.weights is None:
+            return model(**inputs).loss
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        return weighted_cross_entropy(model(**rest).logits, inputs["labels"], self.weights)
+
+    def describe(self) -> list[float] | None:
+        """Returns the weights, for what a resume compares."""
+        return None if self.weights is None else self.weights.tolist()
+
+
+def _labels_of(dataset: Any) -> Tensor:
+    """Returns the labels of all rows, shape `(rows,)`."""
+    known = getattr(dataset, "labels", None)
+    if known is None:
+        rows = (dataset[number] for number in range(len(dataset)))
+        known = [int(row["labels"] if "labels" in row else row["label"]) for row in rows]
+    return torch.as_tensor(known, dtype=torch.int64)

@@ -29,12 +29,12 @@ from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .adapters import LoraArguments
 from .aligned import AFTER_PREFIXES, BEFORE_PREFIXES, AlignedRun, evaluate_stage
-from .arguments import parse_arguments, refusing_bad_input
+from .arguments import given_fields, parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .console import prepare_console
 from .images import DataArguments, ViewArguments, build_train_transform, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
-from .loading import check_sources
+from .loss import LossArguments
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
@@ -42,6 +42,7 @@ from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
 from .running import as_a_run
+from .starting import StartingPoint
 from .views import PreviewArguments, write_preview
 from .watching import WatchArguments, add_knn_check
 
@@ -217,13 +218,14 @@ def known_facts(
     lower_dataset: str | None,
     views: ViewArguments,
     models: ModelArguments,
+    loss: LossArguments,
 ) -> ModelFacts:
     return recipe_facts(
         card,
         dataset=data.dataset,
         lower_dataset=lower_dataset or data.dataset,
         base_models=[*models.loaded_models(), models.upper_model],
-        settings={"Data": data, "Views": views, "Models and pre-training": models},
+        settings={"Data": data, "Views": views, "Models and pre-training": models, "Loss": loss},
     )
 
 
@@ -233,17 +235,19 @@ def build_run(
     views: ViewArguments,
     models: ModelArguments,
     args: BiSSLTrainingArguments,
+    loss: LossArguments,
 ) -> tuple[Images, DownstreamTask, BiSSLTrainer, PretextTrainer]:
     set_seed(args.seed)
-    check_sources(models, "lower_model", "backbone", "upper_model")
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
-    lower = build_pretext_model(models)
-    task = DownstreamTask.from_images(images, data.image_size, build_train_transform(data.image_size, views))
+    preprocessing = data.preprocessing
+    lower = build_pretext_model(models, preprocessing.side)
+    crops = build_train_transform(preprocessing, views)
+    task = DownstreamTask.from_images(images, preprocessing, crops, loss.weights())
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
     model = BiSSLModel.from_models(lower, upper)
-    trainer = build_trainer(build_view_transform(data.image_size, views, models.pretext), args, model, images, task)
+    trainer = build_trainer(build_view_transform(preprocessing, views, models.pretext), args, model, images, task)
     pretrainer = build_pretrainer(models, args, trainer)
     try_out(trainer, pretrainer)
     return images, task, trainer, pretrainer
@@ -276,18 +280,19 @@ def preview(
     args: BiSSLTrainingArguments,
 ) -> None:
     """Writes what the pretext task would see."""
-    transform = build_view_transform(data.image_size, views, models.pretext)
+    transform = build_view_transform(data.preprocessing, views, models.pretext)
     write_preview(load_images(data, lower_data, args.seed).lower, transform, str(args.output_dir), seed=args.seed)
 
 
 @as_a_run()
 def main(arguments: list[str] | None = None) -> None:
-    data, lower_data, views, models, card, look_ahead, watch, args = parse_arguments(
+    data, lower_data, views, models, loss, card, look_ahead, watch, args = parse_arguments(
         (
             DataArguments,
             LowerDataArguments,
             ViewArguments,
             ModelArguments,
+            LossArguments,
             CardArguments,
             PlanArguments,
             WatchArguments,
@@ -299,6 +304,12 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_console()
     with refusing_bad_input():
         check_dataset(data, describe_run(models, args))
+        start = StartingPoint.find(models, "lower_model", "backbone", "upper_model")
+        data = start.complete(data)
+        given = given_fields(arguments)
+        args = start.with_usual_optimizers(args, given, {"": "", "lower_": "lower_"})
+        models = start.with_usual_optimizers(models, given, {"pretrain_": "lower_"})
+        start.tell(data, args, models, to=args)
     if look_ahead.preview:
         with refusing_bad_input():
             preview(data, lower_data, views, models, args)
@@ -307,18 +318,18 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir, args.report_to, args.disable_tqdm, args.push_to_hub = folder, [], True, False
             with refusing_bad_input():
-                images, _, trainer, pretrainer = build_run(data, lower_data, views, models, args)
+                images, _, trainer, pretrainer = build_run(data, lower_data, views, models, args, loss)
             print_plan(trainer, pretrainer, images)
         return
     with refusing_bad_input():
         checkpoint = open_run(args, leaves=("checkpoint-*", PRETRAINING_NAME))
-        images, task, trainer, pretrainer = build_run(data, lower_data, views, models, args)
-        trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
+        images, task, trainer, pretrainer = build_run(data, lower_data, views, models, args, loss)
+        trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models, loss)
         if watch.knn_every:
             add_knn_check(
                 trainer,
                 images,
-                data.image_size,
+                data.preprocessing,
                 every=watch.knn_every,
                 neighbors=watch.knn_neighbors,
                 num_images=watch.knn_images,

@@ -21,13 +21,15 @@ from transformers import PreTrainedModel, default_data_collator
 from .. import BiSSLConfig, BiSSLModel
 from ..checkpoints import write_json
 from ..data.augment import EvalTransform
+from ..data.preprocessing import Preprocessing
 from ..evaluation.analysis import FeatureReport, Labelled, cka_matrix, report_features
 from ..evaluation.features import extract_features, tsne_layout, with_one_class
 from ..evaluation.figures import plot_layouts, plot_similarity
 from ..evaluation.metrics import MULTI_LABEL
 from ..models.backbone import load_backbone
 from ..models.batch_norm import recalibrate_batch_norm
-from ..models.finite import with_finite_weights
+from ..models.image_size import adapt_image_size
+from ..models.loading import load_pretrained
 from ..tasks.labelled import LabelledImages, decode_labelled
 from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
@@ -35,6 +37,7 @@ from .console import prepare_console
 from .images import DataArguments, load_labelled
 from .loading import load_config, loading
 from .outputs import RUN_RESULTS, afterwards, open_output_dir
+from .starting import StartingPoint
 
 
 @dataclass
@@ -84,32 +87,43 @@ def check_arguments(arguments: AnalysisArguments) -> None:
         )
 
 
-def load_backbones(arguments: AnalysisArguments) -> dict[str, PreTrainedModel]:
-    """The backbones by name; a folder with both levels holds two."""
-    backbones: dict[str, PreTrainedModel] = {}
+@dataclass(frozen=True)
+class AnalysedBackbone:
+    """A backbone, and how images are prepared for it."""
+
+    backbone: PreTrainedModel
+    preprocessing: Preprocessing
+
+
+def load_backbones(arguments: AnalysisArguments, data: DataArguments) -> dict[str, AnalysedBackbone]:
+    """The backbones by name; a folder with both levels holds two. Images are prepared as the data arguments say, and
+    in what they leave open as the checkpoint does."""
+    backbones: dict[str, AnalysedBackbone] = {}
     names = arguments.names or [Path(source).name for source in arguments.checkpoints]
     for name, source in zip(names, arguments.checkpoints, strict=True):
         config = load_config("checkpoints", source)
+        prepared = StartingPoint(source, "checkpoints", config).complete(data).preprocessing
         with loading("checkpoints", source):
             if isinstance(config, BiSSLConfig):
-                both = with_finite_weights(BiSSLModel.from_pretrained(source), source)
-                levels = {"lower": both.lower.base_model, "upper": both.upper.base_model}
+                both = load_pretrained(BiSSLModel, source)
+                levels = {"lower": load_backbone(both.lower), "upper": load_backbone(both.upper)}
                 found = {f"{name}, {level} level": backbone for level, backbone in levels.items()}
             else:
                 found = {name: load_backbone(source)}
         if twice := sorted(set(found) & set(backbones)):
             raise ValueError(f"Two checkpoints are called {twice[0]!r}; give them different names with --names.")
-        backbones |= found
+        for level, backbone in found.items():
+            backbones[level] = AnalysedBackbone(adapt_image_size(backbone, prepared.side), prepared)
     return backbones
 
 
 class Analysis:
-    """The images of an analysis and what passes them through a backbone."""
+    """The images of an analysis, prepared in one way, and what passes them through a backbone."""
 
-    def __init__(self, arguments: AnalysisArguments, images: LabelledImages, image_size: int) -> None:
+    def __init__(self, arguments: AnalysisArguments, images: LabelledImages, preprocessing: Preprocessing) -> None:
         self.arguments = arguments
         self.device = PartialState(cpu=arguments.use_cpu).device
-        self.transform = EvalTransform(image_size)
+        self.transform = EvalTransform.from_processor(preprocessing)
         random = np.random.default_rng(arguments.seed)
         self.splits: dict[str, Dataset] = {}
         for name in ("train", "validation", "test"):
@@ -201,13 +215,17 @@ def main(arguments: list[str] | None = None) -> None:
     with refusing_bad_input():
         check_arguments(options)
         open_output_dir(options.output_dir, None)
-        backbones = load_backbones(options)
+        backbones = load_backbones(options, data)
         splits = load_labelled(data, seed=options.seed)
-        images = decode_labelled(splits, data.image_size, unreadable=data.unreadable)
-        analysis = Analysis(options, images, data.image_size)
+        analyses: dict[Preprocessing, Analysis] = {}
+        for prepared in {analysed.preprocessing: None for analysed in backbones.values()}:
+            images = decode_labelled(splits, prepared.side, unreadable=data.unreadable, resample=prepared.resample)
+            analyses[prepared] = Analysis(options, images, prepared)
     reports, test = {}, {}
-    for name, backbone in backbones.items():
-        features = analysis.features(name, backbone)
+    for name, analysed in backbones.items():
+        analysis = analyses[analysed.preprocessing]
+        print(f"Images for {name}: {analysed.preprocessing.describe()}")
+        features = analysis.features(name, analysed.backbone)
         reports[name] = report_features(features, num_classes=len(images.class_names), neighbors=options.knn_neighbors)
         test[name] = features["test"]
     write_outputs(analysis, data, reports, test, images.class_names)

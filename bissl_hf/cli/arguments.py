@@ -129,6 +129,21 @@ def parse_arguments(
     return tuple(parsed)
 
 
+def given_fields(arguments: Sequence[str] | None = None) -> set[str]:
+    """Returns the names of the arguments that the command line or the file of `--config` sets; what
+    [`parse_arguments`] has accepted.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*): those of the process if not given.
+    """
+    config, rest = _take_config(sys.argv[1:] if arguments is None else arguments)
+    names = {text[2:].partition("=")[0].replace("-", "_") for text in rest if text.startswith("--")}
+    if config is None:
+        return names
+    content = read_configuration(expand_path(config, field="config"))
+    return names | {name for name, value in content.items() if value is not None}
+
+
 def _without_secret(argument: str) -> str:
     """Returns an unknown argument as it may be shown: an option without its value, and no word that looks like a
     token."""

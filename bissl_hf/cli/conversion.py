@@ -6,36 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, PreTrainedModel, ResNetForImageClassification, ResNetModel
 
 from ..models.configuration_simclr import SimCLRConfig
-from ..models.finite import with_finite_weights
+from ..models.loading import load_pretrained
 from ..models.modeling_simclr import SimCLRForPreTraining
 from ..models.timm_resnet import Weights, infer_resnet_config, simclr_config, split_timm_weights, to_timm_weights
 from .loading import load_config, loading
 
 HEAD_PREFIX = "projection_head."
+SAFETENSORS_SUFFIX = ".safetensors"
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar", SAFETENSORS_SUFFIX)
 
 
 def read_weights(path: Path, key: str | None) -> Weights:
     """Reads a state dict; nothing in the file is run.
 
     Args:
-        path (`Path`)
+        path (`Path`): of safetensors, or a file of torch.
         key (`str`, *optional*): entry of the file that holds the weights, if it holds more.
 
     Raises:
         `ValueError`: if there is no such file or entry, or it holds something else.
     """
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"There is no file {path}.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} holds no plain weights that can be loaded safely: {reason}") from error
+    content = _read(path)
     if key is not None:
         if not isinstance(content, dict) or key not in content:
             found = sorted(content)[:8] if isinstance(content, dict) else type(content).__name__
@@ -47,6 +45,37 @@ def read_weights(path: Path, key: str | None) -> Weights:
         )
         raise ValueError(f"{path} is no state dict of tensors; choose one of its entries {inner} with --key.")
     return content
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        if path.suffix == SAFETENSORS_SUFFIX:
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is a pickle with more in it than plain weights, and is not run; write its state dict alone with "
+            "torch.save, or give a .safetensors file."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} holds no weights that can be read: {reason}") from error
+
+
+def write_weights(weights: Weights, path: Path) -> None:
+    """Writes a state dict: as safetensors where the name says so, else as a file of torch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == SAFETENSORS_SUFFIX:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, {"format": "pt"})
+    else:
+        torch.save(weights, path)
+
+
+def is_weights_file(path: Path) -> bool:
+    """Whether a path is that of a file of weights, by its ending; else it is that of a checkpoint."""
+    return path.name.endswith(WEIGHTS_SUFFIXES)
 
 
 def build_model(weights: Weights, *, head_prefix: str | None = None, temperature: float = 0.5) -> PreTrainedModel:
@@ -96,7 +125,7 @@ def read_checkpoint(field: str, source: str) -> PreTrainedModel:
     elif "ResNetModel" in (config.architectures or []):
         kind = ResNetModel
     with loading(field, source):
-        return with_finite_weights(kind.from_pretrained(source), source)
+        return load_pretrained(kind, source)
 
 
 def timm_weights_of(model: PreTrainedModel, *, backbone_prefix: str = "", head_prefix: str = HEAD_PREFIX) -> Weights:

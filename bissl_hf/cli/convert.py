@@ -3,9 +3,9 @@
     python recipes/convert.py --config recipes/configs/paper_v2/convert.yaml --input pretrained.pth
     python recipes/convert.py --input outputs/pretrained --output pretrained.pth
 
-A `.pth` file with a backbone and a projection head becomes a SimCLR checkpoint, which recipes/bissl.py takes as
---lower_model; one with a classifier `fc` an image classifier, any other a backbone. A checkpoint becomes a `.pth`.
-What was written is read back, and each tensor looked for in it.
+A `.pth` or `.safetensors` file with a backbone and a projection head becomes a SimCLR checkpoint, which
+recipes/bissl.py takes as --lower_model; one with a classifier `fc` an image classifier, any other a backbone. A
+checkpoint becomes a file. What was written is read back, and each tensor looked for in it.
 """
 
 import shutil
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import PartialState
 from transformers import PreTrainedModel
 
@@ -31,24 +30,26 @@ from .card import CardArguments
 from .console import prepare_console
 from .conversion import (
     HEAD_PREFIX,
+    SAFETENSORS_SUFFIX,
+    WEIGHTS_SUFFIXES,
     build_model,
     check_same,
+    is_weights_file,
     read_checkpoint,
     read_weights,
     timm_weights_of,
     with_plain_names,
+    write_weights,
 )
 from .outputs import afterwards
-
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
 
 @dataclass
 class ConversionArguments:
     """What is converted into what."""
 
-    input: str = field(metadata={"help": "Released weights (.pth, .pt, .bin), or a checkpoint: a folder or Hub id."})
-    output: str = field(metadata={"help": "New folder of a checkpoint, or the file to write (.pth, .pt, .bin)."})
+    input: str = field(metadata={"help": "Released weights (.pth, .safetensors) or a checkpoint: folder or Hub id."})
+    output: str = field(metadata={"help": "New folder of a checkpoint, or a file to write (.pth, .safetensors)."})
     key: str | None = field(
         default=None, metadata={"help": "Entry of the file that holds the weights, if it holds more: state_dict, say."}
     )
@@ -78,14 +79,14 @@ class PushArguments:
 
 def check_arguments(options: ConversionArguments, push: PushArguments) -> None:
     source, target = Path(options.input), Path(options.output)
-    if (source.suffix in TORCH_SUFFIXES) == (target.suffix in TORCH_SUFFIXES):
+    if is_weights_file(source) == is_weights_file(target):
         raise ValueError(
-            f"input is {source} and output is {target}; one must be a file ({', '.join(TORCH_SUFFIXES)}) and the "
+            f"input is {source} and output is {target}; one must be a file ({', '.join(WEIGHTS_SUFFIXES)}) and the "
             "other a checkpoint."
         )
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"output {target} exists already; choose another.")
-    if push.push_to_hub and target.suffix in TORCH_SUFFIXES:
+    if push.push_to_hub and is_weights_file(target):
         raise ValueError(f"push_to_hub is on and output is the file {target}; only a checkpoint is pushed.")
     if (processes := PartialState(cpu=True).num_processes) > 1:
         raise ValueError(f"The conversion runs on {processes} processes; start it on one: --num_processes 1.")
@@ -125,8 +126,7 @@ def write_file(options: ConversionArguments) -> PreTrainedModel:
     model = read_checkpoint("input", options.input)
     prefix = HEAD_PREFIX if options.head_prefix is None else options.head_prefix
     weights = timm_weights_of(model, backbone_prefix=options.backbone_prefix, head_prefix=prefix)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(weights, target)
+    write_weights(weights, target)
     check_same(weights, read_weights(target, None), target)
     return model
 
@@ -145,9 +145,11 @@ def print_summary(options: ConversionArguments, model: PreTrainedModel) -> None:
         rows.append({"part": "classifier", "what it is": classes, "parameters": f"{sizes[1] - sizes[0]:,}"})
     print(f"\n{format_table(rows)}\n")
     output = options.output
-    if Path(output).suffix in TORCH_SUFFIXES:
+    if is_weights_file(Path(output)):
         print(f"{output} holds each tensor of {options.input} under timm's names. To read it:\n")
-        print(f'    weights = torch.load("{output}", weights_only=True)\n')
+        safe = Path(output).suffix == SAFETENSORS_SUFFIX
+        call = f'safetensors.torch.load_file("{output}")' if safe else f'torch.load("{output}", weights_only=True)'
+        print(f"    weights = {call}\n")
         return
     print(f"The {type(model).__name__} in {output} holds each tensor of {options.input}. To go on with it:\n")
     if isinstance(model, SimCLRForPreTraining):
@@ -166,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_arguments(options, push)
         check_license(card.license)
         pushes = open_queue(Path(options.output), push)
-        if Path(options.output).suffix in TORCH_SUFFIXES:
+        if is_weights_file(Path(options.output)):
             model = write_file(options)
         else:
             model = write_checkpoint(options, card, pushes.repo_id if pushes else None)

@@ -16,16 +16,23 @@ from ..tasks.labelled import decode_labelled
 from ..text import for_console
 from ..trainer.search import SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
-from .arguments import parse_arguments, refusing_bad_input
+from .adapters import LoraArguments
+from .arguments import given_fields, parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .console import prepare_console
 from .finetuned import FineTuned, seed_folder
 from .finetuning import FineTuning
 from .images import CropArguments, DataArguments, build_train_transform, check_dataset, load_labelled
-from .loading import check_sources
+from .loss import LossArguments
 from .models import StartArguments, classifier_builder
 from .outputs import afterwards, open_run
 from .running import as_a_run
+from .starting import StartingPoint
+
+
+@dataclass
+class FineTuneModelArguments(LoraArguments, StartArguments):
+    """What fine-tuning starts from, and adapters."""
 
 
 @dataclass
@@ -71,27 +78,48 @@ def check_run(args: FineTuningArguments) -> None:
 
 
 def build_finetuning(
-    data: DataArguments, crops: CropArguments, start: StartArguments, args: FineTuningArguments
+    data: DataArguments,
+    crops: CropArguments,
+    start: FineTuneModelArguments,
+    args: FineTuningArguments,
+    loss: LossArguments,
 ) -> FineTuning:
-    check_sources(start, "model")
-    train_transform = build_train_transform(data.image_size, crops)
+    preprocessing = data.preprocessing
+    train_transform = build_train_transform(preprocessing, crops)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         splits = load_labelled(data, seed=args.seed)
-        images = decode_labelled(splits, data.image_size, unreadable=data.unreadable)
+        images = decode_labelled(
+            splits, preprocessing.side, unreadable=data.unreadable, resample=preprocessing.resample
+        )
     return FineTuning(
         args=with_changes(args, push_to_hub=False),  # what is pushed is the outcome of all runs
         images=images,
-        build_model=classifier_builder(start, images.class_names, problem_type=images.problem_type),
+        build_model=classifier_builder(
+            start,
+            images.class_names,
+            problem_type=images.problem_type,
+            image_size=preprocessing.side,
+            lora=start,
+        ),
         train_transform=train_transform,
-        image_size=data.image_size,
-        settings={**asdict(data), **asdict(crops), **asdict(start)},
+        preprocessing=preprocessing,
+        settings={**asdict(data), **asdict(crops), **asdict(start), **asdict(loss)},
+        class_weights=loss.weights(),
     )
 
 
 @as_a_run()
 def main(arguments: list[str] | None = None) -> None:
-    data, crops, start, repetition, card, args = parse_arguments(
-        (DataArguments, CropArguments, StartArguments, RepetitionArguments, CardArguments, FineTuningArguments),
+    data, crops, start, loss, repetition, card, args = parse_arguments(
+        (
+            DataArguments,
+            CropArguments,
+            FineTuneModelArguments,
+            LossArguments,
+            RepetitionArguments,
+            CardArguments,
+            FineTuningArguments,
+        ),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
@@ -99,10 +127,14 @@ def main(arguments: list[str] | None = None) -> None:
     with refusing_bad_input():
         check_dataset(data, f"This command fine-tunes a classifier for {args.num_train_epochs:g} epochs.")
         check_run(args)
+        point = StartingPoint.find(start, "model")
+        data = point.complete(data)
+        args = point.with_usual_optimizers(args, given_fields(arguments), {"": ""})
+        point.tell(data, args, to=args)
         open_run(args, leaves=("seed-*", "search"))  # what it goes on from are the finished parts in there
         if repetition.search_trials:
             check_backend(repetition.search_backend, field="search_backend")
-        tuning = build_finetuning(data, crops, start, args)
+        tuning = build_finetuning(data, crops, start, args, loss)
         output, seeds = Path(args.output_dir), range(args.seed, args.seed + repetition.seeds)
         if repetition.search_trials:
             tuning.search_part(output / "search", repetition.space, begins=False)
@@ -115,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
             card,
             dataset=data.dataset,
             base_models=[start.model],
-            settings={"Data": data, "Views": crops, "Model": start},
+            settings={"Data": data, "Views": crops, "Model": start, "Loss": loss},
         )
 
     if trainer.is_world_process_zero():

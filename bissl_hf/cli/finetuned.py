@@ -107,7 +107,11 @@ class FineTuned:
     def write_outputs(self) -> None:
         """Writes the best model and the results; then figures, card and report."""
         output, metric, tuning = self.output, self.tuning.metric, self.tuning
-        save_model(tuning.load(seed_folder(output, self.best)), output, image_processor(tuning.image_size))
+        save_model(
+            tuning.load(seed_folder(output, self.best)),
+            output,
+            image_processor(tuning.preprocessing.side, **tuning.preprocessing.options),
+        )
         write_json(output / RUN_RESULTS, self.results())
         with afterwards("The figure of the losses"):
             plot_curves(*curves_of(self.runs, metric), output / "figures" / "finetuning.png")

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..checkpoints import find_last_checkpoint
 from ..data.augment import TrainTransform
+from ..data.preprocessing import Preprocessing
 from ..tasks.downstream import DownstreamTask
 from ..tasks.labelled import LabelledImages
 from ..trainer.divergence import check_metrics
@@ -39,16 +40,18 @@ class FineTuning:
         build_model (`Callable[[], PreTrainedModel]`): returns the classifier to start from; a new head is drawn from
             torch's random state.
         train_transform ([`TrainTransform`])
-        image_size (`int`): of the evaluation transform and the image processor.
+        preprocessing ([`Preprocessing`]): of the evaluation transform and the image processor.
         settings (`Mapping`): what the images and the model come from, to distinguish runs.
+        class_weights (`str` or `list[float]`, *optional*): of the loss, see [`DownstreamLoss`].
     """
 
     args: FineTuningArguments
     images: LabelledImages
     build_model: Callable[[], PreTrainedModel]
     train_transform: TrainTransform
-    image_size: int
+    preprocessing: Preprocessing
     settings: Mapping[str, Any]
+    class_weights: str | list[float] | None = None
 
     @property
     def metric(self) -> str:
@@ -58,7 +61,8 @@ class FineTuning:
     @property
     def task(self) -> DownstreamTask:
         """What is learned."""
-        return DownstreamTask(self.images.problem_type, self.images.class_names, self.image_size, self.train_transform)
+        problem_type, class_names = self.images.problem_type, self.images.class_names
+        return DownstreamTask(problem_type, class_names, self.preprocessing, self.train_transform, self.class_weights)
 
     @property
     def _writes(self) -> bool:

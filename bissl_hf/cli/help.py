@@ -34,7 +34,17 @@ _OUTPUT = (
 )
 _MACHINE = ("seed", "data_seed", "bf16", "fp16", "use_cpu", "dataloader_num_workers", "per_device_eval_batch_size")
 _OPTIMIZATION = (
-    *("optim", "learning_rate", "lr_", "weight_decay", "warmup_", "max_grad_norm", "momentum", "micro_batch_size"),
+    *(
+        "optim",
+        "learning_rate",
+        "lr_",
+        "weight_decay",
+        "warmup_",
+        "max_grad_norm",
+        "momentum",
+        "micro_batch_size",
+        "class_weights",
+    ),
     *(
         "gradient_cache",
         "per_device_train",
@@ -42,12 +52,16 @@ _OPTIMIZATION = (
         "per_device_labelled",
         "num_train_epochs",
         "max_steps",
+        "class_weights",
     ),
 )
 _GROUP_OF_CLASS = {
-    **dict.fromkeys(("DataArguments", "LowerDataArguments", "PretextDataArguments"), "data"),
+    **dict.fromkeys(("DataArguments", "LowerDataArguments", "PretextDataArguments", "TextArguments"), "data"),
     **dict.fromkeys(("CropArguments", "ViewArguments"), "views"),
-    **dict.fromkeys(("PretextModelArguments", "ModelArguments", "StartArguments", "JointModelArguments"), "models"),
+    **dict.fromkeys(
+        ("PretextModelArguments", "ModelArguments", "StartArguments", "FineTuneModelArguments", "JointModelArguments"),
+        "models",
+    ),
 }
 GROUPS = (
     *("this command", "data", "views", "models", "pre-training", "bilevel", "optimization"),

@@ -1,13 +1,16 @@
 """The image data of a run: arguments, decoded splits and transforms."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import datasets
 
 from ..data.augment import TrainTransform, TwoViewTransform
 from ..data.decoded import UNREADABLE
 from ..data.one_view import OneViewTransform
+from ..data.preprocessing import Preprocessing
+from ..data.resampling import FILTER_NAMES
 from ..data.sources import load_image_dataset
 from ..data.subsets import take_examples
 from ..tasks.labelled import check_several_classes
@@ -37,7 +40,20 @@ class DataArguments:
         default=None,
         metadata={"help": "Labelled training images to use, in the same mix of classes; all if not given."},
     )
-    image_size: int = field(default=96, metadata={"help": "Side of the square images that the model sees, in pixels."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the square images that the model sees, in pixels; the model's own, or else 96."},
+    )
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Mean of each channel; the model's own, or else ImageNet's."}
+    )
+    image_std: list[float] | None = field(
+        default=None, metadata={"help": "Deviation of each channel; the model's own, or else ImageNet's."}
+    )
+    image_resample: str | None = field(
+        default=None,
+        metadata={"help": f"Filter of the resizing ({', '.join(FILTER_NAMES)}); the model's own, or else bicubic."},
+    )
     unreadable: str = field(
         default="stop",
         metadata={
@@ -45,6 +61,40 @@ class DataArguments:
             "choices": list(UNREADABLE),
         },
     )
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are prepared, as far as the arguments say it; what they leave open is usual.
+
+        Raises:
+            `ValueError`: for numbers or a filter that are not allowed.
+        """
+        given: dict[str, Any] = {"image_size": self.image_size}
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, f"image_{name}")
+            if values is None:
+                continue
+            if len(values) != 3 or not all(least < value < math.inf for value in values):
+                allowed = "finite and above 0" if name == "std" else "finite"
+                raise ValueError(f"image_{name} is {values}; it must be 3 numbers, one per channel, {allowed}.")
+            given[name] = tuple(values)
+        if self.image_resample is not None:
+            if self.image_resample not in FILTER_NAMES:
+                raise ValueError(
+                    f"image_resample is {self.image_resample!r}; it must be one of {', '.join(FILTER_NAMES)}."
+                )
+            given["resample"] = FILTER_NAMES[self.image_resample]
+        return Preprocessing(**given)
+
+    def completed(self, found: Preprocessing) -> Self:
+        """Returns the arguments with what they leave open of the preprocessing taken from `found`."""
+        taken: dict[str, Any] = {
+            "image_size": found.image_size,
+            "image_mean": list(found.mean),
+            "image_std": list(found.std),
+            "image_resample": next(name for name, number in FILTER_NAMES.items() if number == found.resample),
+        }
+        return replace(self, **{name: value for name, value in taken.items() if getattr(self, name) is None})
 
 
 @dataclass
@@ -114,25 +164,25 @@ def load_labelled(arguments: DataArguments, *, seed: int) -> datasets.DatasetDic
     return splits
 
 
-def build_train_transform(image_size: int, arguments: CropArguments) -> TrainTransform:
+def build_train_transform(preprocessing: Preprocessing, arguments: CropArguments) -> TrainTransform:
     """Returns the random crops of downstream training."""
-    return TrainTransform(image_size, **_crop_options(arguments))
+    return TrainTransform.from_processor(preprocessing, **_crop_options(arguments))
 
 
 def build_view_transform(
-    image_size: int, arguments: ViewArguments, pretext: str = "simclr"
+    preprocessing: Preprocessing, arguments: ViewArguments, pretext: str = "simclr"
 ) -> TwoViewTransform | OneViewTransform:
     """Returns the views of a pretext task: two to be compared, or one for masked images, which takes the crops and
     flips only."""
     if pretext == "mae":
-        return OneViewTransform(image_size, **_crop_options(arguments))
-    return TwoViewTransform(
-        image_size,
+        return OneViewTransform.from_processor(preprocessing, **_crop_options(arguments))
+    return TwoViewTransform.from_processor(
+        preprocessing,
         **_crop_options(arguments),
         color_jitter=arguments.color_jitter,
         grayscale=arguments.grayscale,
-        blur=tuple(arguments.blur),  # type: ignore[arg-type]
-        solarize=tuple(arguments.solarize),  # type: ignore[arg-type]
+        blur=tuple(arguments.blur),
+        solarize=tuple(arguments.solarize),
     )
 
 

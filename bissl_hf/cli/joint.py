@@ -25,12 +25,12 @@ from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
 from .adapters import LoraArguments
-from .arguments import parse_arguments, refusing_bad_input
+from .arguments import given_fields, parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .console import prepare_console
 from .images import DataArguments, ViewArguments, build_train_transform, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
-from .loading import check_sources
+from .loss import LossArguments
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
@@ -44,6 +44,7 @@ from .reporting import (
     settings_of_facts,
 )
 from .running import as_a_run
+from .starting import StartingPoint
 from .views import PreviewArguments, write_preview
 
 
@@ -60,16 +61,18 @@ def build_run(
     views: ViewArguments,
     models: JointModelArguments,
     args: JointTrainingArguments,
+    loss: LossArguments,
 ) -> tuple[Images, DownstreamTask, JointTrainer]:
     """Loads data and models and builds the trainer."""
     set_seed(args.seed)
     check_pairs(args)
-    check_sources(models, "lower_model", "backbone", "upper_model")
-    view_transform = build_view_transform(data.image_size, views, models.pretext)
+    preprocessing = data.preprocessing
+    view_transform = build_view_transform(preprocessing, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
-    task = DownstreamTask.from_images(images, data.image_size, build_train_transform(data.image_size, views))
-    lower = build_pretext_model(models)
+    crops = build_train_transform(preprocessing, views)
+    task = DownstreamTask.from_images(images, preprocessing, crops, loss.weights())
+    lower = build_pretext_model(models, preprocessing.side)
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
     trainer = JointTrainer(
@@ -162,12 +165,13 @@ def print_summary(output: str, found: list[Evaluated]) -> None:
 @as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
-    data, lower_data, views, models, card, look_ahead, args = parse_arguments(
+    data, lower_data, views, models, loss, card, look_ahead, args = parse_arguments(
         (
             DataArguments,
             LowerDataArguments,
             ViewArguments,
             JointModelArguments,
+            LossArguments,
             CardArguments,
             PreviewArguments,
             JointTrainingArguments,
@@ -178,19 +182,23 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_console()
     with refusing_bad_input():
         check_dataset(data, f"This command trains both tasks on one backbone for {args.num_train_epochs:g} epochs.")
+        start = StartingPoint.find(models, "lower_model", "backbone", "upper_model")
+        data = start.complete(data)
         if look_ahead.preview:
-            transform = build_view_transform(data.image_size, views, models.pretext)
+            transform = build_view_transform(data.preprocessing, views, models.pretext)
             images = load_images(data, lower_data, args.seed)
             write_preview(images.lower, transform, str(args.output_dir), seed=args.seed)
             return
+        args = start.with_usual_optimizers(args, given_fields(arguments), {"": "lower_"})
+        start.tell(data, args, to=args)
         checkpoint = open_run(args, leaves=("checkpoint-*",))
-        images, task, trainer = build_run(data, lower_data, views, models, args)
+        images, task, trainer = build_run(data, lower_data, views, models, args, loss)
         trainer.facts = recipe_facts(
             card,
             dataset=data.dataset,
             lower_dataset=lower_data.lower_dataset or data.dataset,
             base_models=[*models.loaded_models(), models.upper_model],
-            settings={"Data": data, "Views": views, "Models": models},
+            settings={"Data": data, "Views": views, "Models": models, "Loss": loss},
         )
         trainer.publisher.outputs_follow = True
         if checkpoint:

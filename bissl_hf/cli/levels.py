@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from .. import load_image_dataset
 from ..data.decoded import DecodedImages
 from ..models.classifier import new_classifier
+from ..models.image_size import adapt_image_size
 from ..models.pretext import downstream_config
 from ..tasks.downstream import DownstreamTask
 from ..tasks.labelled import LabelledImages, decode_labelled, decode_unlabelled
@@ -43,9 +44,10 @@ def load_images(data: DataArguments, lower_data: LowerDataArguments, seed: int) 
     splits = lower = load_labelled(data, seed=seed)
     if lower_data.lower_dataset:
         lower = load_image_dataset(lower_data.lower_dataset, seed=seed, require_labels=False)
-    labelled = decode_labelled(splits, data.image_size, unreadable=data.unreadable)
+    size, resample, unreadable = data.preprocessing.side, data.preprocessing.resample, data.unreadable
+    labelled = decode_labelled(splits, size, unreadable=unreadable, resample=resample)
     without = splits["test"] if lower_data.drop_test_duplicates else None
-    unlabelled = decode_unlabelled(lower, data.image_size, without=without, unreadable=data.unreadable)
+    unlabelled = decode_unlabelled(lower, size, without=without, unreadable=unreadable, resample=resample)
     return Images(**vars(labelled), lower=unlabelled)
 
 
@@ -53,5 +55,6 @@ def build_upper(upper_model: str | None, lower: PreTrainedModel, task: Downstrea
     """Returns the model for the downstream task: the one that a user has named, or a new one on a backbone like that
     of the pretext model."""
     if upper_model:
-        return load_classifier(upper_model, task.class_names, field="upper_model", problem_type=task.problem_type)
+        model = load_classifier(upper_model, task.class_names, field="upper_model", problem_type=task.problem_type)
+        return adapt_image_size(model, task.preprocessing.side)
     return new_classifier(downstream_config(lower), task.class_names, problem_type=task.problem_type)

@@ -1,5 +1,6 @@
 """Loading what a user has named by folder or Hub id; an error says by which argument."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,19 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME
 
+from ..models import loading as loading_of_models
+
 _ALLOWED = f"It must be a folder with a {CONFIG_NAME} and weights, or the id of a model at the Hub, such as user/name."
+
+
+# Odd configurations make the constructors of models fail in many ways; all of them are bad input.
+_LOADING_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError, ImportError, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -33,8 +43,8 @@ def loading(field: str, source: str) -> Iterator[None]:
         raise ValueError(f"{field} is {source!r}; there is no such folder. {_ALLOWED}")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(" .")
+    except _LOADING_ERRORS as error:
+        reason = _reason(error)
         found = (
             "a folder that" if Path(source).is_dir() else "there is no such folder, and what the Hub has of that name"
         )
@@ -48,7 +58,7 @@ def load_config(field: str, source: str) -> PretrainedConfig:
         `ValueError`: see [`loading`].
     """
     with loading(field, source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return loading_of_models.load_config(source)
 
 
 def check_sources(arguments: Any, *names: str) -> None:
@@ -72,3 +82,10 @@ def _may_be_repository(source: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle with more in it than tensors, which is not run; ask for safetensors"
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .") if lines else type(error).__name__

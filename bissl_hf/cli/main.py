@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "run all of BiSSL on handwritten digits, without a network",
     "pretrain": "pre-train a backbone on images without labels (SimCLR)",
     "align": "align a pre-trained backbone with a downstream task (BiSSL)",
+    "align_text": "align a language model with a classification of texts (BiSSL)",
     "joint": "train both tasks jointly on one backbone instead",
     "finetune": "fine-tune a backbone or a classifier, with a search and several seeds",
     "predict": "classify images into a CSV file",

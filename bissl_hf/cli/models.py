@@ -9,15 +9,18 @@ from transformers import AutoModelForImageClassification, PretrainedConfig, PreT
 
 from ..evaluation.metrics import SINGLE_LABEL
 from ..models import pretext
+from ..models.adapters import train_heads
 from ..models.auto import PRETEXT_MODELS, pretext_class
 from ..models.backbone import load_backbone
 from ..models.classifier import classifier_on, new_classifier, set_labels
 from ..models.configuration_backbone import resnet18_config
 from ..models.configuration_bissl import BiSSLConfig
-from ..models.finite import with_finite_weights
+from ..models.image_size import adapt_image_size, config_for_image_size
+from ..models.loading import load_pretrained
 from ..models.mae import freeze_positions
 from ..models.modeling_bissl import BiSSLModel
 from ..models.pretext import pretext_tasks
+from .adapters import LoraArguments
 from .loading import load_config, loading
 
 
@@ -68,8 +71,12 @@ class PretextModelArguments:
         return given
 
 
-def build_pretext_model(arguments: PretextModelArguments) -> PreTrainedModel:
+def build_pretext_model(arguments: PretextModelArguments, image_size: int | None = None) -> PreTrainedModel:
     """Returns the pretext model that the arguments name: loaded whole, or a new head on a backbone.
+
+    Args:
+        arguments ([`PretextModelArguments`])
+        image_size (`int`, *optional*): side of the images that it shall take, in pixels; its own if not given.
 
     Raises:
         `ValueError`: if the arguments contradict each other or name another kind of model.
@@ -80,22 +87,28 @@ def build_pretext_model(arguments: PretextModelArguments) -> PreTrainedModel:
     if arguments.lower_model and arguments.backbone:
         raise ValueError("Both lower_model and backbone are given; a lower model brings its backbone, so drop one.")
     if arguments.lower_model:
-        return _load_pretext_model(arguments.lower_model)
+        return _resized(_load_pretext_model(arguments.lower_model), image_size)
     if arguments.backbone and arguments.backbone_init == "pretrained":
         with loading("backbone", arguments.backbone):
             backbone = load_backbone(arguments.backbone)
-        return pretext.build_pretext_model(arguments.pretext, backbone, **settings)
+        return pretext.build_pretext_model(arguments.pretext, _resized(backbone, image_size), **settings)
     config = load_config("backbone", arguments.backbone) if arguments.backbone else resnet18_config()
+    if image_size is not None:
+        config = config_for_image_size(config, image_size)
     return pretext.new_pretext_model(arguments.pretext, config, **settings)
+
+
+def _resized(model: PreTrainedModel, image_size: int | None) -> PreTrainedModel:
+    return model if image_size is None else adapt_image_size(model, image_size)
 
 
 def _load_pretext_model(source: str) -> PreTrainedModel:
     config = load_config("lower_model", source)
     with loading("lower_model", source):
         if config.model_type in PRETEXT_MODELS:
-            return with_finite_weights(pretext_class(config.model_type).from_pretrained(source), source)
+            return load_pretrained(pretext_class(config.model_type), source)
         if config.model_type == "vit_mae":
-            return with_finite_weights(freeze_positions(ViTMAEForPreTraining.from_pretrained(source)), source)
+            return freeze_positions(load_pretrained(ViTMAEForPreTraining, source))
     raise ValueError(
         f"lower_model {source} is a {config.model_type!r} model; it must be one of a pretext task "
         f"({', '.join(pretext_tasks())}). To put the head of a pretext task on it pass it as --backbone."
@@ -117,8 +130,7 @@ def load_classifier(
         `ValueError`: if it has other classes, or the same in another order.
     """
     with loading(field, source):
-        model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False)
-        with_finite_weights(model, source)
+        model = load_pretrained(AutoModelForImageClassification, source)
     if model.config.num_labels != len(class_names):
         raise ValueError(
             f"{field} {source} has {model.config.num_labels} classes and the data set has "
@@ -148,13 +160,25 @@ class StartArguments:
     model_init: str = field(
         default="pretrained", metadata={"help": "pretrained: load --model's weights; random: its architecture only."}
     )
+    model_level: str = field(
+        default="aligned",
+        metadata={
+            "help": "Of a folder with both levels of BiSSL: aligned, the backbone of the lower level; or upper.",
+            "choices": ["aligned", "upper"],
+        },
+    )
     keep_head: bool = field(
         default=False, metadata={"help": "Keep the head of the classifier; else it gets a new one."}
     )
 
 
 def classifier_builder(
-    arguments: StartArguments, class_names: Sequence[str], *, problem_type: str = SINGLE_LABEL
+    arguments: StartArguments,
+    class_names: Sequence[str],
+    *,
+    problem_type: str = SINGLE_LABEL,
+    image_size: int | None = None,
+    lora: LoraArguments | None = None,
 ) -> Callable[[], PreTrainedModel]:
     """Returns a function that builds the classifier to fine-tune; the weights are read once, and a new head is drawn
     from torch's random state at each call.
@@ -163,21 +187,44 @@ def classifier_builder(
         arguments ([`StartArguments`])
         class_names (`Sequence[str]`): of the data set.
         problem_type (`str`, *optional*): whether an image has one class or may have several.
+        image_size (`int`, *optional*): side of the images that it shall take, in pixels; its own if not given.
+        lora ([`LoraArguments`], *optional*): adapters to add, with the head trained beside them.
 
     Raises:
         `ValueError`: if the arguments contradict each other, or the model does not fit.
+        `RuntimeError`: if there shall be adapters, and `peft` is not installed.
     """
+    build = _classifier_builder(arguments, class_names, problem_type, image_size)
+    if lora is None or lora.lora_rank is None:
+        if lora is not None:
+            lora.adapt()  # which refuses settings of adapters without a rank
+        return build
+
+    def build_with_adapters() -> PreTrainedModel:
+        model = build()
+        lora.adapt(model)
+        train_heads(model)
+        return model
+
+    return build_with_adapters
+
+
+def _classifier_builder(
+    arguments: StartArguments, class_names: Sequence[str], problem_type: str, image_size: int | None
+) -> Callable[[], PreTrainedModel]:
     if arguments.model_init not in ("pretrained", "random"):
         raise ValueError(f"model_init is {arguments.model_init!r}; it must be pretrained or random.")
     if arguments.keep_head:
         if arguments.model is None or arguments.model_init == "random":
             raise ValueError("keep_head is true; it needs a model with pretrained weights.")
-        whole = _load_whole(arguments.model, class_names, problem_type)
+        whole = _resized(_load_whole(arguments.model, class_names, problem_type), image_size)
         return lambda: copy.deepcopy(whole)
     if arguments.model is None or arguments.model_init == "random":
         config = _backbone_config(arguments.model)
+        if image_size is not None:
+            config = config_for_image_size(config, image_size)
         return lambda: new_classifier(config, class_names, problem_type=problem_type)
-    backbone = _load_backbone(arguments.model)
+    backbone = _resized(_load_backbone(arguments.model, arguments.model_level), image_size)
     return lambda: classifier_on(backbone, class_names, problem_type=problem_type)
 
 
@@ -188,11 +235,17 @@ def _backbone_config(source: str | None) -> PretrainedConfig:
     return config.backbone_config if config.model_type in PRETEXT_MODELS else config
 
 
-def _load_backbone(source: str) -> PreTrainedModel:
+def _load_backbone(source: str, level: str) -> PreTrainedModel:
     config = load_config("model", source)
+    if level == "upper" and not isinstance(config, BiSSLConfig):
+        raise ValueError(
+            f"model_level is upper, and model {source} is a {config.model_type!r} model of one level; name the folder "
+            "`bilevel` in the output of BiSSL, or leave model_level out."
+        )
     with loading("model", source):
         if isinstance(config, BiSSLConfig):
-            return with_finite_weights(BiSSLModel.from_pretrained(source), source).aligned_model().base_model
+            both = load_pretrained(BiSSLModel, source)
+            return both.upper if level == "upper" else both.aligned_model()
         return load_backbone(source)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from transformers.image_utils import load_image
 
 from ..evaluation.metrics import MULTI_LABEL, REGRESSION
-from ..models.finite import with_finite_weights
+from ..models.loading import load_pretrained
 from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
 from .console import prepare_console
@@ -86,8 +86,7 @@ class Classifier:
         load_config("model", source)
         with loading("model", source):
             self.processor: Any = AutoImageProcessor.from_pretrained(source)
-            model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(source)
-            with_finite_weights(model, source)
+            model: PreTrainedModel = load_pretrained(AutoModelForImageClassification, source)
         self.device = device
         self.model: Any = model.to(device).eval()  # type: ignore[arg-type]
 

@@ -23,16 +23,16 @@ from ..tasks.labelled import LabelledImages, decode_labelled, decode_unlabelled
 from ..text import for_terminal, format_table
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input
+from .arguments import given_fields, parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
 from .console import prepare_console
 from .images import DataArguments, ViewArguments, build_view_transform, check_dataset, load_labelled
-from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
 from .reporting import sample_pictures, settings_of_facts
 from .running import as_a_run
+from .starting import StartingPoint
 from .views import PreviewArguments, write_preview
 from .watching import add_knn_check
 
@@ -71,9 +71,13 @@ def load_knn_images(data: PretextDataArguments, seed: int) -> LabelledImages | N
         dataset=data.knn_dataset,
         image_column=data.image_column,
         label_column=data.label_column,
-        image_size=data.image_size,
     )
-    images = decode_labelled(load_labelled(labelled, seed=seed), data.image_size, unreadable=data.unreadable)
+    images = decode_labelled(
+        load_labelled(labelled, seed=seed),
+        data.preprocessing.side,
+        unreadable=data.unreadable,
+        resample=data.preprocessing.resample,
+    )
     if images.train.labels is not None and images.train.labels.ndim > 1:
         raise ValueError(f"knn_dataset {data.knn_dataset} has several labels per image; the check needs one.")
     return images
@@ -90,7 +94,9 @@ def load_pretext_images(data: PretextDataArguments, seed: int) -> DecodedImages:
         dataset_config=data.dataset_config,
         require_labels=False,
     )
-    return decode_unlabelled(splits, data.image_size, unreadable=data.unreadable)
+    return decode_unlabelled(
+        splits, data.preprocessing.side, unreadable=data.unreadable, resample=data.preprocessing.resample
+    )
 
 
 def build_trainer(
@@ -101,16 +107,16 @@ def build_trainer(
         raise ValueError(
             f"train_examples is {data.train_examples}, but pre-training uses no labels and all images; leave it out."
         )
-    check_sources(models, "lower_model", "backbone")
-    view_transform = build_view_transform(data.image_size, views, models.pretext)
+    preprocessing = data.preprocessing
+    view_transform = build_view_transform(preprocessing, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_pretext_images(data, args.seed)
     return PretextTrainer(
-        build_pretext_model(models),
+        build_pretext_model(models, preprocessing.side),
         args,
         train_dataset=images,
         train_transform=view_transform,
-        processing_class=image_processor(data.image_size),
+        processing_class=image_processor(preprocessing.side, **preprocessing.options),
     )
 
 
@@ -187,10 +193,14 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_console()
     with refusing_bad_input():
         check_dataset(data, f"This command pre-trains with {models.pretext} for {args.num_train_epochs:g} epochs.")
+        start = StartingPoint.find(models, "lower_model", "backbone")
+        data = start.complete(data)
         if look_ahead.preview:
-            transform = build_view_transform(data.image_size, views, models.pretext)
+            transform = build_view_transform(data.preprocessing, views, models.pretext)
             write_preview(load_pretext_images(data, args.seed), transform, str(args.output_dir), seed=args.seed)
             return
+        args = start.with_usual_optimizers(args, given_fields(arguments), {"": "lower_"})
+        start.tell(data, args, to=args)
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)
@@ -207,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
             add_knn_check(
                 trainer,
                 knn_images,
-                data.image_size,
+                data.preprocessing,
                 every=data.knn_every,
                 neighbors=data.knn_neighbors,
                 num_images=data.knn_images,

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Subset
 
 from ..data.augment import EvalTransform
+from ..data.preprocessing import Preprocessing
 from ..evaluation.monitors import effective_rank
 from ..tasks.labelled import LabelledImages
 from ..trainer.knn_check import KnnCheck
@@ -38,7 +39,7 @@ class WatchArguments:
 def add_knn_check(
     trainer: ResumableTrainer,
     images: LabelledImages,
-    image_size: int,
+    preprocessing: Preprocessing,
     *,
     every: int,
     neighbors: int,
@@ -50,7 +51,7 @@ def add_knn_check(
     Args:
         trainer ([`ResumableTrainer`])
         images ([`LabelledImages`]): with one class each.
-        image_size (`int`)
+        preprocessing ([`Preprocessing`])
         every, neighbors (`int`): see [`KnnCheck`].
         num_images (`int`): training images at most.
         model (`Callable`, *optional*): see [`KnnCheck`].
@@ -66,7 +67,7 @@ def add_knn_check(
         trainer,
         Subset(images.train, rows.tolist()),
         images.validation,
-        eval_transform=EvalTransform(image_size),
+        eval_transform=EvalTransform.from_processor(preprocessing),
         every=every,
         neighbors=neighbors,
         model=model,

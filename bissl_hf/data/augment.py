@@ -10,7 +10,7 @@ before it shrinks nor stays inside the image.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import kornia.augmentation as K
 import torch
@@ -19,6 +19,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from bissl_hf.data.alternation import keyed_random_state
 from bissl_hf.data.decoded import resize_side
+from bissl_hf.data.preprocessing import Preprocessing
+from bissl_hf.data.resampling import check_resample, resampling_weights
 
 # Strengths of brightness, contrast, saturation and hue, and the range of the blur, as in the paper.
 _JITTER = (0.4, 0.4, 0.2, 0.1)
@@ -32,9 +34,11 @@ CROP_RATIO = (0.5, 1.0)
 class _ImageTransform(ABC):
     """What the transforms share: checked inputs, no gradients, full precision, keyed random numbers, normalisation."""
 
-    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float], resample: int) -> None:
         self.resize_side = resize_side(image_size)
         self.image_size = image_size
+        check_resample(resample)
+        self.resample = resample
         for argument, values in (("mean", mean), ("std", std)):
             if len(values) != 3:
                 raise ValueError(f"`{argument}` is {values}; it must have 3 numbers, one per channel.")
@@ -42,6 +46,22 @@ class _ImageTransform(ABC):
             raise ValueError(f"`std` is {std}; all three must be above 0.")
         self._mean = torch.tensor(mean).view(3, 1, 1)
         self._std = torch.tensor(std).view(3, 1, 1)
+
+    @classmethod
+    def from_processor(cls, processor: Any, *, image_size: int | None = None, **options: Any) -> Self:
+        """Returns the transform with what a backbone expects of its images.
+
+        Args:
+            processor: image processor of `transformers`, its dictionary, or what [`load_preprocessing`] returns.
+            image_size (`int`, *optional*): side of the images, in pixels; that of the processor if not given.
+            **options: other arguments of the transform; they win.
+
+        Raises:
+            `TypeError`: if `processor` is nothing of this kind.
+            `ValueError`: if it does what the transforms do not, or names no size and none is given.
+        """
+        taken = Preprocessing.from_processor(processor, image_size=image_size)
+        return cls(taken.side, **{**taken.options, **options})
 
     def __call__(self, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
         """Transforms a batch.
@@ -106,6 +126,7 @@ class TwoViewTransform(_ImageTransform):
             view.
         mean (`Sequence[float]`, *optional*): mean of each channel, by default ImageNet's.
         std (`Sequence[float]`, *optional*): deviation of each channel, by default ImageNet's.
+        resample (`int`, *optional*, defaults to 3): number of Pillow's filter, bicubic by default.
 
     Raises:
         `TypeError`: if `image_size` is no integer.
@@ -135,9 +156,10 @@ class TwoViewTransform(_ImageTransform):
         solarize: tuple[float, float] = (0.0, 0.2),
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        resample: int = PILImageResampling.BICUBIC,
     ) -> None:
-        super().__init__(image_size, mean, std)
-        self._crop = _RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip)
+        super().__init__(image_size, mean, std, resample)
+        self._crop = _RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip, resample)
         _check_probabilities(color_jitter=color_jitter, grayscale=grayscale)
         for argument, values in (("blur", blur), ("solarize", solarize)):
             if len(values) != 2:
@@ -182,6 +204,7 @@ class TrainTransform(_ImageTransform):
         horizontal_flip (`float`, *optional*, defaults to 0.5): probability of a flip.
         mean (`Sequence[float]`, *optional*): mean of each channel, by default ImageNet's.
         std (`Sequence[float]`, *optional*): deviation of each channel, by default ImageNet's.
+        resample (`int`, *optional*, defaults to 3): number of Pillow's filter, bicubic by default.
 
     Raises:
         `TypeError`: if `image_size` is no integer.
@@ -197,9 +220,10 @@ class TrainTransform(_ImageTransform):
         horizontal_flip: float = 0.5,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        resample: int = PILImageResampling.BICUBIC,
     ) -> None:
-        super().__init__(image_size, mean, std)
-        self._crop = _RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip)
+        super().__init__(image_size, mean, std, resample)
+        self._crop = _RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip, resample)
 
     def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
         with keyed_random_state(key):
@@ -218,6 +242,7 @@ class EvalTransform(_ImageTransform):
         image_size (`int`): side of the crops, in pixels.
         mean (`Sequence[float]`, *optional*): mean of each channel, by default ImageNet's.
         std (`Sequence[float]`, *optional*): deviation of each channel, by default ImageNet's.
+        resample (`int`, *optional*, defaults to 3): number of Pillow's filter, bicubic by default.
 
     Raises:
         `TypeError`: if `image_size` is no integer.
@@ -230,8 +255,9 @@ class EvalTransform(_ImageTransform):
         *,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        resample: int = PILImageResampling.BICUBIC,
     ) -> None:
-        super().__init__(image_size, mean, std)
+        super().__init__(image_size, mean, std, resample)
 
     def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
         levels = images.float()
@@ -247,7 +273,11 @@ class EvalTransform(_ImageTransform):
         short = min(levels.shape[-2:])
         rows, columns = (
             resampling_weights(
-                levels.new_zeros(1), levels.new_full((1,), side), side, int(self.resize_side * side / short)
+                levels.new_zeros(1),
+                levels.new_full((1,), side),
+                side,
+                int(self.resize_side * side / short),
+                self.resample,
             )
             for side in levels.shape[-2:]
         )
@@ -260,6 +290,7 @@ def image_processor(
     *,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    resample: int = PILImageResampling.BICUBIC,
 ) -> BitImageProcessorPil:
     """Returns the image processor of `transformers` that does what [`EvalTransform`] does, to save beside a model.
 
@@ -270,14 +301,15 @@ def image_processor(
         image_size (`int`): side of the images that the model sees, in pixels.
         mean (`Sequence[float]`, *optional*): mean of each channel, by default ImageNet's.
         std (`Sequence[float]`, *optional*): deviation of each channel, by default ImageNet's.
+        resample (`int`, *optional*, defaults to 3): number of Pillow's filter, bicubic by default.
 
     Returns:
-        `BitImageProcessorPil`: resizes the short side (bicubic), crops the middle, normalises.
+        `BitImageProcessorPil`: resizes the short side, crops the middle, normalises.
     """
     return BitImageProcessorPil(
         size={"shortest_edge": resize_side(image_size)},
         crop_size={"height": image_size, "width": image_size},
-        resample=PILImageResampling.BICUBIC,
+        resample=resample,
         image_mean=list(mean),
         image_std=list(std),
     )
@@ -287,7 +319,12 @@ class _RandomCrop:
     """Random resized crops with random horizontal flips; uint8 in, float32 in [0, 1] out."""
 
     def __init__(
-        self, size: int, scale: tuple[float, float], ratio: tuple[float, float], horizontal_flip: float
+        self,
+        size: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        horizontal_flip: float,
+        resample: int,
     ) -> None:
         _check_probabilities(horizontal_flip=horizontal_flip)
         for argument, (low, high), limit in (("crop_scale", scale, 1.0), ("crop_ratio", ratio, float("inf"))):
@@ -298,6 +335,7 @@ class _RandomCrop:
                     "first."
                 )
         self._size = size
+        self._resample = resample
         self._flip = horizontal_flip
         self._boxes = K.RandomResizedCrop((size, size), scale=scale, ratio=ratio)
 
@@ -307,42 +345,15 @@ class _RandomCrop:
         corners = self._boxes.generate_parameters(images.shape)["src"]
         corners = corners.to(images.device, torch.float32, non_blocking=True)
         (left, top), (right, bottom) = corners[:, 0].unbind(1), (corners[:, 2] + 1).unbind(1)
-        columns = resampling_weights(left, right, width, self._size)
+        columns = resampling_weights(left, right, width, self._size, self._resample)
         if self._flip > 0:
             flipped = (torch.rand(batch) < self._flip).to(images.device, non_blocking=True)
             columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
-        rows = resampling_weights(top, bottom, height, self._size)
+        rows = resampling_weights(top, bottom, height, self._size, self._resample)
         levels = images.float().view(batch, channels * height, width)
         narrowed = (levels @ columns.mT).view(batch, channels, height, self._size)
-        # A bicubic filter overshoots at edges.
+        # Some filters overshoot at edges.
         return (rows[:, None] @ narrowed / 255).clamp(0, 1)
-
-
-def resampling_weights(start: torch.Tensor, stop: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """Returns, for each item of a batch, the matrix that resizes one axis of a crop as Pillow's bicubic filter does.
-
-    Multiplying the matrix to an axis of `length` pixels gives the pixels from `start` to `stop` in `size` pixels. The
-    filter is Keys' cubic with a = -0.5, stretched by the scale where the crop shrinks, and cut at the crop's borders.
-
-    Args:
-        start (`torch.Tensor`): first pixel of each crop, float, shape (batch,).
-        stop (`torch.Tensor`): the pixel after the last one of each crop, float, shape (batch,).
-        length (`int`): pixels of the axis.
-        size (`int`): pixels of the result.
-
-    Returns:
-        `torch.Tensor`: weights, shape (batch, size, length); each row sums to 1.
-    """
-    scale = ((stop - start) / size)[:, None, None]
-    inputs = torch.arange(length, device=start.device, dtype=start.dtype)
-    outputs = torch.arange(size, device=start.device, dtype=start.dtype)[:, None]
-    centers = start[:, None, None] + (outputs + 0.5) * scale
-    distance = ((inputs + 0.5 - centers) / scale.clamp(min=1)).abs()
-    near = (1.5 * distance - 2.5) * distance**2 + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    weights = weights * ((inputs >= start[:, None, None]) & (inputs < stop[:, None, None]))
-    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def _check_probabilities(**probabilities: float) -> None:

@@ -20,6 +20,7 @@ import xxhash
 
 from .pixel_file import is_whole, map_pixels, read_rows, remember_rows, write_pixels
 from .reading import ImageReader, UnreadableImage, UnreadableImagesError
+from .resampling import check_resample
 from .schema import class_names, labels_of
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,10 @@ def resize_side(image_size: int) -> int:
     return image_size * 256 // 224
 
 
-def resize_and_crop_square(image: PIL.Image.Image, image_size: int) -> PIL.Image.Image:
-    """Resizes the short side to `resize_side(image_size)` (bicubic) and cuts a square of that side from the middle.
+def resize_and_crop_square(
+    image: PIL.Image.Image, image_size: int, resample: int = PIL.Image.Resampling.BICUBIC
+) -> PIL.Image.Image:
+    """Resizes the short side to `resize_side(image_size)` and cuts a square of that side from the middle.
 
     A centre crop of `image_size` from this square holds the same pixels as one from the whole resized image, which is
     what image processors of `transformers` return.
@@ -56,6 +59,7 @@ def resize_and_crop_square(image: PIL.Image.Image, image_size: int) -> PIL.Image
     Args:
         image (`PIL.Image.Image`): RGB image of any size.
         image_size (`int`): side of the later centre crop, in pixels.
+        resample (`int`, *optional*, defaults to 3): number of Pillow's filter, bicubic by default.
 
     Returns:
         `PIL.Image.Image`: square image of side `resize_side(image_size)`.
@@ -71,8 +75,8 @@ def resize_and_crop_square(image: PIL.Image.Image, image_size: int) -> PIL.Image
         # Only the middle is resized: whole, an image of 60,000 x 1 pixels would have 700 million.
         scale_x, scale_y = image.width / width, image.height / height
         box = (left * scale_x, top * scale_y, (left + side) * scale_x, (top + side) * scale_y)
-        return image.resize((side, side), resample=PIL.Image.Resampling.BICUBIC, box=box)
-    image = image.resize((width, height), resample=PIL.Image.Resampling.BICUBIC)
+        return image.resize((side, side), resample=resample, box=box)
+    image = image.resize((width, height), resample=resample)
     return image.crop((left, top, left + side, top + side))
 
 
@@ -129,6 +133,7 @@ class DecodedImages(torch.utils.data.Dataset):
         *,
         image_size: int,
         native_size: bool = False,
+        resample: int = PIL.Image.Resampling.BICUBIC,
         cache_dir: str | os.PathLike[str] | None = None,
         unreadable: str = "stop",
         split: str | None = None,
@@ -147,6 +152,7 @@ class DecodedImages(torch.utils.data.Dataset):
                 side `resize_side(image_size)`.
             native_size (`bool`, *optional*, defaults to `False`): whether images that are all square and of one size
                 keep that size. For training images, whose crops then lose nothing to a first resize.
+            resample (`int`, *optional*, defaults to 3): number of Pillow's filter for resizing, bicubic by default.
             cache_dir (`str` or `os.PathLike`, *optional*): folder for arrays above 32 MiB, which are mapped from a
                 file that later runs find again. Defaults to `bissl_hf` in the cache folder of `datasets`. The room
                 on its disk is taken before the first image is decoded; a damaged file is made anew.
@@ -166,13 +172,20 @@ class DecodedImages(torch.utils.data.Dataset):
         """
         resize_side(image_size)
         dataset = _with_usual_names(dataset)
+        check_resample(resample)
         if len(dataset) == 0:
             raise ValueError("`dataset` is empty; it must have at least one image.")
         if unreadable not in UNREADABLE:
             raise ValueError(f"`unreadable` is {unreadable!r}; it must be one of {UNREADABLE}.")
         folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "bissl_hf")
         decode = partial(
-            _pixels_of, image_size=image_size, native_size=native_size, folder=folder, split=split, text=description
+            _pixels_of,
+            image_size=image_size,
+            native_size=native_size,
+            resample=resample,
+            folder=folder,
+            split=split,
+            text=description,
         )
         if unreadable == "stop":
             return cls._labelled(decode(dataset), dataset)
@@ -302,7 +315,14 @@ def _without(dataset: datasets.Dataset, rows: Sequence[int]) -> datasets.Dataset
 
 
 def _pixels_of(
-    dataset: datasets.Dataset, *, image_size: int, native_size: bool, folder: Path, split: str | None, text: str
+    dataset: datasets.Dataset,
+    *,
+    image_size: int,
+    native_size: bool,
+    resample: int,
+    folder: Path,
+    split: str | None,
+    text: str,
 ) -> np.ndarray | Path:
     """Returns the decoded images, or the file that holds them: found, or written now."""
     side = resize_side(image_size)
@@ -313,13 +333,15 @@ def _pixels_of(
         if is_whole(stored, len(reader)):
             return stored
     native_side = reader.common_square_side() if native_size else None
-    convert = None if native_side else lambda image: resize_and_crop_square(image, image_size)
+    convert = None if native_side else lambda image: resize_and_crop_square(image, image_size, resample)
     shape = (len(reader), 3, native_side or side, native_side or side)
     if int(np.prod(shape)) <= MAX_BYTES_IN_MEMORY:
         pixels = np.empty(shape, dtype=np.uint8)
         _decode_into(pixels, reader, convert, text)
         return pixels
-    path = folder / f"{name}-{'native' if native_side else image_size}-{shape[2]}.npy"
+    bicubic = resample == PIL.Image.Resampling.BICUBIC
+    kind = "native" if native_side else f"{image_size}{'' if bicubic else f'-filter{int(resample)}'}"
+    path = folder / f"{name}-{kind}-{shape[2]}.npy"
     if not is_whole(path, len(reader)):
         write_pixels(path, shape, lambda array: _decode_into(array, reader, convert, text))
     return path

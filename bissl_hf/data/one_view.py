@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from .augment import TrainTransform
 
@@ -22,6 +22,7 @@ class OneViewTransform(TrainTransform):
         horizontal_flip (`float`, *optional*, defaults to 0.5): probability of a flip.
         mean (`Sequence[float]`, *optional*): mean of each channel, by default ImageNet's.
         std (`Sequence[float]`, *optional*): deviation of each channel, by default ImageNet's.
+        resample (`int`, *optional*, defaults to 3): number of Pillow's filter, bicubic by default.
 
     Raises:
         `TypeError`: if `image_size` is no integer.
@@ -47,6 +48,7 @@ class OneViewTransform(TrainTransform):
         horizontal_flip: float = 0.5,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        resample: int = PILImageResampling.BICUBIC,
     ) -> None:
         super().__init__(
             image_size,
@@ -55,6 +57,7 @@ class OneViewTransform(TrainTransform):
             horizontal_flip=horizontal_flip,
             mean=mean,
             std=std,
+            resample=resample,
         )
 
     def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:

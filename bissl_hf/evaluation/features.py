@@ -8,7 +8,7 @@ import torch
 from sklearn.manifold import TSNE
 from torch import nn
 
-from ..models.backbone import pool_features
+from ..models.backbone import backbone_of, embed_images
 from ..models.mae import without_masking
 
 
@@ -17,20 +17,20 @@ def extract_features(model: Any, batches: Iterable[dict[str, Any]]) -> tuple[np.
     """Runs the backbone of a vision model in evaluation mode, that of a ViT-MAE on all patches.
 
     Args:
-        model (`PreTrainedModel`): its base model is run.
+        model (`PreTrainedModel`): its backbone is run.
         batches (`Iterable[dict]`): with `pixel_values` and `labels`, on the device of the model.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: features of shape `(rows, width)`, and labels: of shape `(rows,)`, or
             multi-hot of shape `(rows, classes)`.
     """
-    backbone: nn.Module = model.base_model
+    backbone: nn.Module = backbone_of(model)
     was_training = backbone.training
     backbone.eval()
     features, labels = [], []
     with without_masking(model):
         for batch in batches:
-            features.append(pool_features(backbone(pixel_values=batch["pixel_values"])).float().cpu().numpy())
+            features.append(embed_images(model, batch["pixel_values"]).float().cpu().numpy())
             labels.append(batch["labels"].cpu().numpy())
     backbone.train(was_training)
     return np.concatenate(features), np.concatenate(labels)

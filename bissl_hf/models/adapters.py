@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import is_peft_available
+from transformers.utils import SAFE_WEIGHTS_NAME, is_peft_available
 
+from .backbone import backbone_parameters
 from .saving import replacing_files
 
 # Names of the projections of queries and values in the attention layers of transformers: BERT, ViT, DINO and Swin in
@@ -96,9 +97,31 @@ def frozen_parameters(model: PreTrainedModel) -> list[str]:
         return frozen
     with torch.device("meta"):
         new = type(model)(copy.deepcopy(model.config))
-    base = {id(parameter) for parameter in new.base_model.parameters()}
+    base = {id(parameter) for parameter in backbone_parameters(new).values()}
     heads = {name for name, p in new.named_parameters() if p.requires_grad and id(p) not in base}
     return [name for name in frozen if name not in heads]
+
+
+def check_adapters(lower: PreTrainedModel, upper: PreTrainedModel) -> None:
+    """Refuses adapters that two levels cannot share.
+
+    Raises:
+        `ValueError`: if one level has adapters and the other none, or the lower model has a target of its own.
+    """
+    found = {"lower": adapter_of(lower), "upper": adapter_of(upper)}
+    if found["lower"] is None and found["upper"] is None:
+        return
+    for level, other in (("lower", "upper"), ("upper", "lower")):
+        if found[level] is None:
+            raise ValueError(
+                f"{other} has adapters and {level} has none; add adapters with the same LoraConfig to both, or merge "
+                f"those of {other} first."
+            )
+    if hasattr(lower, "update_target"):
+        raise ValueError(
+            f"lower is a {type(lower).__name__}, whose moving target does not follow adapters; use another pretext "
+            "task, such as SimCLR, VICReg or ViT-MAE, or train without adapters."
+        )
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
@@ -117,6 +140,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
             kept = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
             model.set_submodule(name, kept)
     del model.peft_config
+    model._hf_peft_config_loaded = False  # as a model of transformers notes that it has adapters
     return model
 
 
@@ -157,9 +181,30 @@ def write_adapter(model: PreTrainedModel, directory: str | os.PathLike[str], pro
             processing_class.save_pretrained(folder)
 
 
+def write_state(model: PreTrainedModel, directory: Path) -> None:
+    """Writes all weights of a model with adapters under their names in it, for `read_state`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, directory / SAFE_WEIGHTS_NAME, {"format": "pt"})
+    model.config.save_pretrained(directory)
+
+
+def read_state(model: PreTrainedModel, directory: Path) -> None:
+    """Reads what `write_state` has written into a model with the same adapters."""
+    model.load_state_dict(load_file(directory / SAFE_WEIGHTS_NAME))
+
+
 def _prefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names of tensors as `peft` has them on disk: those of a model inside a tuner inside a `PeftModel`."""
     return {f"base_model.model.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+
+def train_heads(model: PreTrainedModel) -> None:
+    """Has the heads of a model be trained, in place; `peft` freezes all but the adapters."""
+    below = {id(parameter) for parameter in backbone_parameters(model).values()}
+    for parameter in model.parameters():
+        if id(parameter) not in below:
+            parameter.requires_grad_(True)
 
 
 def usual_targets(model: nn.Module) -> tuple[str, ...]:

@@ -9,8 +9,10 @@ from transformers import (
     AutoModelForImageClassification,
     PretrainedConfig,
     PreTrainedModel,
+    TimmWrapperConfig,
 )
 
+from .backbone import copy_backbone
 from .pretext import downstream_config
 
 SINGLE_LABEL = "single_label_classification"
@@ -45,6 +47,8 @@ def set_labels(config: Any, class_names: Sequence[str], *, problem_type: str = S
     config.problem_type = problem_type
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: number for number, name in enumerate(class_names)}
+    if isinstance(config, TimmWrapperConfig):
+        config.label_names = list(class_names)  # which it saves in place of the others
 
 
 def classifier_on(
@@ -61,15 +65,7 @@ def classifier_on(
     """
     model: Any = new_classifier(downstream_config(backbone), class_names, problem_type=problem_type)
     model.to(device=backbone.device, dtype=backbone.dtype)
-    weights = backbone.base_model.state_dict()
-    missing = [name for name in model.base_model.state_dict() if name not in weights]
-    if missing:
-        raise ValueError(
-            f"The backbone, a {type(backbone).__name__}, lacks {len(missing)} of the weights of "
-            f"{type(model).__name__}: {', '.join(missing[:5])}."
-        )
-    # A base model may hold more than its classifier uses: the pooler of a ViT.
-    model.base_model.load_state_dict(weights, strict=False)
+    copy_backbone(backbone, model)
     return model
 
 

@@ -16,7 +16,7 @@ class BarlowTwinsConfig(PretextConfig):
         backbone_config (`PretrainedConfig` or `dict`, *optional*): any vision model; a ResNet-18 if not given.
         projection_dims (`Sequence[int]`, *optional*, defaults to `(8192, 8192, 8192)`): widths of the projector.
         redundancy_weight (`float`, *optional*, defaults to 0.0051): lambda of the paper.
-        feature_size (`int`, *optional*): width of the backbone's features; read from its configuration if not given.
+        feature_size (`int`, *optional*): width of the backbone's features; found by a trial pass if not given.
 
     Raises:
         `ValueError`: for a negative weight, a width that is not positive, or a feature size that cannot be found.

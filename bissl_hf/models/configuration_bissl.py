@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
+from .auto import is_passed_class, resolve_class
 from .configuration_backbone import as_config
 
 
@@ -13,7 +14,8 @@ class BiSSLConfig(PretrainedConfig):
 
     Args:
         lower_config, upper_config (`PretrainedConfig` or `dict`): of the pretext and the downstream model.
-        lower_class, upper_class (`str`): their class names, looked up in `transformers` and `bissl_hf` only.
+        lower_class, upper_class (`str`): their class names, looked up in `transformers` and `bissl_hf`; with the
+            module before it (`"mytasks.Rotation"`) that of another class, which the user has passed.
         unshared_parameters (`Sequence[str]`, *optional*, defaults to `("pooler.",)`): patterns of parameters of the
             base models that need not be common to both.
         frozen_parameters (`Sequence[str]`, *optional*, defaults to `()`): names of the parameters that are not
@@ -48,8 +50,8 @@ class BiSSLConfig(PretrainedConfig):
     ) -> None:
         # The base class resets the attention of the sub-configurations it finds, so they are set after it.
         super().__init__(**kwargs)
-        self.lower_config = as_config(lower_config) if lower_config is not None else None
-        self.upper_config = as_config(upper_config) if upper_config is not None else None
+        self.lower_config = _level_config(lower_config, lower_class, "lower_class")
+        self.upper_config = _level_config(upper_config, upper_class, "upper_class")
         if kwargs.get("attn_implementation") is not None:
             self._attn_implementation = kwargs["attn_implementation"]
         self.lower_class = lower_class
@@ -57,6 +59,16 @@ class BiSSLConfig(PretrainedConfig):
         self.unshared_parameters = list(unshared_parameters)
         self.frozen_parameters = list(frozen_parameters)
         self.lower_adapter, self.upper_adapter = lower_adapter, upper_adapter
+
+
+def _level_config(
+    config: PretrainedConfig | dict[str, Any] | None, class_name: str | None, field: str
+) -> PretrainedConfig | None:
+    """Returns a level's configuration object; that of a class which was passed is of the class's own type."""
+    if isinstance(config, dict) and is_passed_class(class_name):
+        kind: Any = resolve_class(class_name, field=field).config_class
+        return kind.from_dict(config)
+    return None if config is None else as_config(config)
 
 
 AutoConfig.register("bissl", BiSSLConfig)

@@ -24,7 +24,7 @@ class BYOLConfig(PretextConfig):
             the start if it grows.
         ema_schedule (`str`, *optional*, defaults to `"constant"`): or `"cosine"`, which lets the decay grow to 1 at
             the last step.
-        feature_size (`int`, *optional*): width of the backbone's features; read from its configuration if not given.
+        feature_size (`int`, *optional*): width of the backbone's features; found by a trial pass if not given.
 
     Raises:
         `ValueError`: for a decay outside 0 to 1, an unknown schedule, widths that are not positive or do not fit, or a

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
-from .configuration_backbone import as_config, infer_feature_size, resnet18_config
+from .backbone import infer_feature_size
+from .configuration_backbone import as_config, resnet18_config
 
 
 class PretextConfig(PretrainedConfig):
@@ -14,7 +15,7 @@ class PretextConfig(PretrainedConfig):
     Args:
         backbone_config (`PretrainedConfig` or `dict`, *optional*): any vision model; a ResNet-18 if not given.
         projection_dims (`Sequence[int]`, *optional*, defaults to `(256, 256, 256)`): widths of the projection head.
-        feature_size (`int`, *optional*): width of the backbone's features; read from its configuration if not given.
+        feature_size (`int`, *optional*): width of the backbone's features; found by a trial pass if not given.
 
     Raises:
         `ValueError`: for a width that is not positive, or a feature size that cannot be found.

@@ -15,7 +15,7 @@ class SimCLRConfig(PretextConfig):
         backbone_config (`PretrainedConfig` or `dict`, *optional*): any vision model; a ResNet-18 if not given.
         projection_dims (`Sequence[int]`, *optional*, defaults to `(256, 256, 256)`): widths of the projection head.
         temperature (`float`, *optional*, defaults to 0.5): of the NT-Xent loss.
-        feature_size (`int`, *optional*): width of the backbone's features; read from its configuration if not given.
+        feature_size (`int`, *optional*): width of the backbone's features; found by a trial pass if not given.
 
     Raises:
         `ValueError`: for a temperature or width that is not positive, or a feature size that cannot be found.

@@ -18,7 +18,7 @@ class VICRegConfig(PretextConfig):
         invariance_weight (`float`, *optional*, defaults to 25.0): lambda of the paper.
         variance_weight (`float`, *optional*, defaults to 25.0): mu of the paper.
         covariance_weight (`float`, *optional*, defaults to 1.0): nu of the paper.
-        feature_size (`int`, *optional*): width of the backbone's features; read from its configuration if not given.
+        feature_size (`int`, *optional*): width of the backbone's features; found by a trial pass if not given.
 
     Raises:
         `ValueError`: for a negative weight, a width that is not positive, or a feature size that cannot be found.

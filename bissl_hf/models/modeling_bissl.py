@@ -4,7 +4,6 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from .adapters import adapter_of, add_adapter, frozen_parameters, merged, unwrap, write_adapter
-from .auto import resolve_class
-from .backbone import load_backbone
+from .adapters import adapter_of, add_adapter, check_adapters, frozen_parameters, merged, unwrap, write_adapter
+from .auto import register_class, resolve_class
+from .backbone import backbone_of, backbone_parameters, backbone_prefix, load_backbone
 from .batch_norm import has_batch_norm, recalibrate_batch_norm
 from .classifier import classifier_on, labels_of_task
 from .configuration_bissl import BiSSLConfig
 from .pretext import build_pretext_model
 from .saving import save_model
+from .shared_parameters import find_shared_parameters, report_unshared
 
 PASSES = ("lower", "upper", "aligned")
 EXPORT_LEVELS = ("aligned", "upper")
@@ -31,8 +31,9 @@ class BiSSLModel(PreTrainedModel):
     (theta_D, phi_D).
 
     The backbone theta is what their base models have in common: the parameters of the same name and shape that are
-    trainable in both. Heads are everything else that is trainable; a head's tensor that is tied to the backbone
-    belongs to the backbone. Build one with [`BiSSLModel.from_models`].
+    trainable in both. One that only one of them trains is that level's own. Heads are everything else that is
+    trainable; a head's tensor that is tied to the backbone belongs to the backbone. Build one with
+    [`BiSSLModel.from_models`] or [`BiSSLModel.from_backbone`].
 
     Args:
         config ([`BiSSLConfig`])
@@ -52,7 +53,7 @@ class BiSSLModel(PreTrainedModel):
     def __init__(self, config: BiSSLConfig) -> None:
         super().__init__(config)
         self.lower: PreTrainedModel = resolve_class(config.lower_class)(config.lower_config)
-        self.upper: PreTrainedModel = resolve_class(config.upper_class)(config.upper_config)
+        self.upper: PreTrainedModel = resolve_class(config.upper_class, field="upper_class")(config.upper_config)
         for level, adapter in ((self.lower, config.lower_adapter), (self.upper, config.upper_adapter)):
             if adapter is not None:
                 add_adapter(level, adapter)
@@ -76,12 +77,12 @@ class BiSSLModel(PreTrainedModel):
     def _frozen_ties(self) -> dict[str, str]:
         """Returns the frozen parameters that both base models have, upper name -> lower name: they are one set of
         tensors."""
-        lower, upper = f"lower.{base_prefix(self.lower)}", f"upper.{base_prefix(self.upper)}"
+        lower, upper = f"lower.{backbone_prefix(self.lower)}", f"upper.{backbone_prefix(self.upper)}"
         frozen = set(self.config.frozen_parameters)
-        others = dict(self.upper.base_model.named_parameters())
+        others = backbone_parameters(self.upper)
         return {
             upper + name: lower + name
-            for name, parameter in self.lower.base_model.named_parameters()
+            for name, parameter in backbone_parameters(self.lower).items()
             if {lower + name, upper + name} <= frozen and name in others and others[name].shape == parameter.shape
         }
 
@@ -92,10 +93,31 @@ class BiSSLModel(PreTrainedModel):
         return {**own, **(self._tied_weights_keys or {})}
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        lower_class: type[PreTrainedModel] | None = None,
+        upper_class: type[PreTrainedModel] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Loads both levels, see [`~transformers.PreTrainedModel.from_pretrained`]. What was frozen when they were
-        joined is frozen again: loading replaces each parameter by one that requires gradients."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        joined is frozen again: loading replaces each parameter by one that requires gradients.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub id.
+            lower_class, upper_class (`type`, *optional*): class of a level, if it is neither of transformers nor of
+                bissl_hf. A class is never imported because a checkpoint names it.
+            *model_args, **kwargs: of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            `TypeError`: if a given class is no model class.
+            `ValueError`: if a class is missing, or another than the checkpoint's.
+        """
+        given = {name: kind for name, kind in (("lower_class", lower_class), ("upper_class", upper_class)) if kind}
+        if given:
+            kwargs["config"] = _config_with_classes(pretrained_model_name_or_path, given, kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
         return loaded
 
@@ -133,8 +155,8 @@ class BiSSLModel(PreTrainedModel):
         config = BiSSLConfig(
             lower_config=copy.deepcopy(lower.config),
             upper_config=copy.deepcopy(upper.config),
-            lower_class=type(lower).__name__,
-            upper_class=type(upper).__name__,
+            lower_class=register_class(type(lower)),
+            upper_class=register_class(type(upper)),
             unshared_parameters=unshared_parameters,
             frozen_parameters=[
                 f"{level}.{name}"
@@ -144,12 +166,6 @@ class BiSSLModel(PreTrainedModel):
             lower_adapter=adapter_of(lower),
             upper_adapter=adapter_of(upper),
         )
-        for model_class in (type(lower), type(upper)):
-            if resolve_class(model_class.__name__) is not model_class:
-                raise ValueError(
-                    f"{model_class.__module__}.{model_class.__name__} is no model class of transformers or bissl_hf, "
-                    "though it bears the name of one; the classes of both levels must be."
-                )
         model = cls(config)
         # The lower model last: its values are those of the frozen tensors that both have.
         for level, source in (("upper", upper), ("lower", lower)):
@@ -162,6 +178,7 @@ class BiSSLModel(PreTrainedModel):
         model._freeze()
         model._shared_names = shared
         model.start_upper_from_lower()
+        report_unshared(lower, upper)
         return model
 
     @classmethod
@@ -206,8 +223,10 @@ class BiSSLModel(PreTrainedModel):
         return cls.from_models(lower, classifier_on(source, class_names, problem_type=problem_type))
 
     def start_upper_from_lower(self) -> None:
-        """Sets theta_D to theta_P, and copies the buffers that both base models have."""
-        self._copy_backbone(self.lower.base_model, self.upper.base_model, self.shared_parameter_names)
+        """Sets theta_D to theta_P, and copies what else both backbones have: frozen parameters, those that only one
+        level trains, and buffers."""
+        everything = tuple(backbone_parameters(self.lower))
+        self._copy_backbone(backbone_of(self.lower), backbone_of(self.upper), everything)
 
     @staticmethod
     @torch.no_grad()
@@ -237,7 +256,7 @@ class BiSSLModel(PreTrainedModel):
 
     def backbone_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
         """theta_P of `"lower"` or theta_D of `"upper"`, in the order of `shared_parameter_names`."""
-        parameters = dict(getattr(self, level).base_model.named_parameters())
+        parameters = backbone_parameters(getattr(self, level))
         return tuple(parameters[name] for name in self.shared_parameter_names)
 
     def head_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
@@ -277,8 +296,8 @@ class BiSSLModel(PreTrainedModel):
         model = self.lower if level == "lower" else self.upper
         tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if level == "aligned":
-            prefix = base_prefix(self.upper)
-            source = self.lower.base_model
+            prefix = backbone_prefix(self.upper)
+            source = backbone_of(self.lower)
             parameters, buffers = dict(source.named_parameters()), dict(source.named_buffers())
             tensors |= {prefix + name: parameters[name] for name in self.shared_parameter_names}
             tensors |= {
@@ -303,7 +322,7 @@ class BiSSLModel(PreTrainedModel):
 
     def _aligned_copy(self) -> PreTrainedModel:
         model = copy.deepcopy(self.upper)
-        self._copy_backbone(self.lower.base_model, model.base_model, self.shared_parameter_names)
+        self._copy_backbone(backbone_of(self.lower), backbone_of(model), self.shared_parameter_names)
         return model
 
     def _downstream_copy(self, level: str) -> PreTrainedModel:
@@ -358,80 +377,18 @@ class BiSSLModel(PreTrainedModel):
         return model
 
 
-def base_prefix(model: PreTrainedModel) -> str:
-    """Returns what stands before a base model's parameter names in the whole model: `"resnet."`, or nothing."""
-    return "" if model.base_model is model else f"{model.base_model_prefix}."
-
-
-def check_adapters(lower: PreTrainedModel, upper: PreTrainedModel) -> None:
-    """Refuses adapters that two levels cannot share.
-
-    Raises:
-        `ValueError`: if one level has adapters and the other none, or the lower model has a target of its own.
-    """
-    found = {"lower": adapter_of(lower), "upper": adapter_of(upper)}
-    if found["lower"] is None and found["upper"] is None:
-        return
-    for level, other in (("lower", "upper"), ("upper", "lower")):
-        if found[level] is None:
+def _config_with_classes(
+    source: Any, given: Mapping[str, type[PreTrainedModel]], options: Mapping[str, Any]
+) -> BiSSLConfig:
+    """Returns the configuration of a checkpoint with classes that the user has passed."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    settings, _ = BiSSLConfig.get_config_dict(source, **{name: options[name] for name in names if name in options})
+    for field, model_class in given.items():
+        name = register_class(model_class)
+        if str(settings.get(field)).rpartition(".")[2] != name.rpartition(".")[2]:
             raise ValueError(
-                f"{other} has adapters and {level} has none; add adapters with the same LoraConfig to both, or merge "
-                f"those of {other} first."
+                f"{field} is {model_class.__name__}, and the checkpoint {source} was written with "
+                f"{settings.get(field)}; pass the class of that name, or leave {field} out."
             )
-    if hasattr(lower, "update_target"):
-        raise ValueError(
-            f"lower is a {type(lower).__name__}, whose moving target does not follow adapters; use another pretext "
-            "task, such as SimCLR, VICReg or ViT-MAE, or train without adapters."
-        )
-
-
-def find_shared_parameters(
-    lower: PreTrainedModel, upper: PreTrainedModel, unshared_parameters: Sequence[str]
-) -> tuple[str, ...]:
-    """Returns the names, below the base models, of the parameters that both have, with the same shape, trainable in
-    both.
-
-    Raises:
-        `ValueError`: if there are none, or if another trainable parameter of either base model matches no pattern of
-            `unshared_parameters`.
-    """
-    sides = {
-        "lower": dict(lower.base_model.named_parameters()),
-        "upper": dict(upper.base_model.named_parameters()),
-    }
-    shared, frozen = [], set()
-    for name, parameter in sides["lower"].items():
-        other = sides["upper"].get(name)
-        if other is not None and other.shape == parameter.shape:
-            if parameter.requires_grad and other.requires_grad:
-                shared.append(name)
-            elif not parameter.requires_grad and not other.requires_grad:
-                frozen.add(name)
-    if not shared:
-        raise ValueError(
-            f"{type(lower).__name__} and {type(upper).__name__} share no backbone: no trainable parameter of their "
-            f"base models ({type(lower.base_model).__name__} and {type(upper.base_model).__name__}) has the same name "
-            "and shape. Use two models on the same backbone."
-        )
-    differences = []
-    for level, parameters in sides.items():
-        others = [
-            f"{name} {tuple(parameter.shape)}"
-            for name, parameter in parameters.items()
-            if name not in shared and name not in frozen and not _matches(name, unshared_parameters)
-        ]
-        if others:
-            more = f" and {len(others) - 6} more" if len(others) > 6 else ""
-            differences.append(
-                f"only in the {level} model, or frozen or shaped differently in one: {', '.join(others[:6])}{more}"
-            )
-    if differences:
-        raise ValueError(
-            f"The two backbones are not the same; {'; '.join(differences)}. Use models on the same backbone, freeze "
-            "common parameters in both or neither, or name what may differ in unshared_parameters."
-        )
-    return tuple(shared)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(name.startswith(pattern) or fnmatch(name, pattern) for pattern in patterns)
+        settings[field] = name
+    return BiSSLConfig.from_dict(settings)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..losses import byol_loss, byol_loss_of_unit_vectors, unit_vectors
 from ..tensors import at_least_float32
-from .backbone import pool_features
+from .backbone import embed_images
 from .configuration_byol import BYOLConfig
 from .modeling_pretext import PretextModel, ProjectionHead, split_views
 
@@ -81,7 +81,7 @@ class BYOLForPreTraining(PretextModel):
         return torch.stack([*predictions, *targets], dim=1)
 
     def _embed_by_target(self, images: Tensor) -> Tensor:
-        return self.target["projection_head"](pool_features(self.target["backbone"](pixel_values=images)))
+        return self.target["projection_head"](embed_images(self.target["backbone"], images))
 
     def loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
         """Returns the mean of 2 - 2 cos over both ways, of what `embed_inputs` returns, shape `()`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .backbone import build_backbone, load_backbone, pool_features
+from .backbone import build_backbone, copy_backbone, embed_images, load_backbone
 from .configuration_pretext import PretextConfig
 
 
@@ -115,14 +115,7 @@ class PretextModel(PreTrainedModel):
             )
         model: Any = cls(cls.config_class(backbone_config=copy.deepcopy(source.config), **settings))
         model.to(device=source.device, dtype=source.dtype)
-        weights = source.state_dict()
-        missing = [name for name in model.backbone.state_dict() if name not in weights]
-        if missing:
-            raise ValueError(
-                f"The backbone lacks {len(missing)} of the parameters of its architecture: {', '.join(missing[:5])}."
-            )
-        # A base model may hold more than its classifier uses: the pooler of a ViT.
-        model.backbone.load_state_dict(weights, strict=False)
+        copy_backbone(source, model)
         return model
 
     def forward(self, pixel_values: Tensor, return_loss: bool = True, **kwargs: Any) -> PretextOutput:
@@ -157,7 +150,7 @@ class PretextModel(PreTrainedModel):
     def embed(self, images: Tensor) -> Tensor:
         """Returns the embeddings of images `(batch, channels, height, width)`, shape `(batch,
         projection_dims[-1])`."""
-        return self.projection_head(pool_features(self.backbone(pixel_values=images)))
+        return self.projection_head(embed_images(self.backbone, images))
 
 
 def split_views(pixel_values: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTMAECon
 
 from .auto import PRETEXT_MODELS, pretext_class
 from .backbone import build_backbone
+from .configuration_backbone import backbone_config
 from .mae import mae_from_backbone
 
 # Tasks whose model is one of transformers, with what builds it on a backbone.
@@ -56,10 +57,10 @@ def new_pretext_model(task: str, backbone_config: PretrainedConfig, **settings: 
 
 
 def downstream_config(model: PreTrainedModel) -> PretrainedConfig:
-    """Returns the configuration of the backbone of a pretext model, as downstream models on it take it."""
+    """Returns the configuration of the backbone of a pretext model, as downstream models on it take it; that of a
+    backbone itself likewise."""
     if isinstance(model.config, ViTMAEConfig):
         shared = {name: value for name, value in model.config.to_dict().items() if hasattr(ViTConfig(), name)}
         shared.pop("model_type", None)
         return ViTConfig(**shared)
-    config: Any = model.config
-    return getattr(config, "backbone_config", config)
+    return backbone_config(model.config)

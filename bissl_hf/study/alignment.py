@@ -24,7 +24,7 @@ def measure_alignment(tuning: FineTuning, **changes: Any) -> dict[str, float]:
     """
     trainer = tuning.build_trainer(**changes)
     trainer.start_batch_norm()
-    transform = EvalTransform(tuning.image_size)
+    transform = EvalTransform.from_processor(tuning.preprocessing)
     splits = {"train": tuning.images.train, "validation": tuning.images.validation, "test": tuning.images.test}
     features = {name: labelled_features(trainer, _some(split), transform) for name, split in splits.items()}
     return asdict(report_features(features, num_classes=len(tuning.images.class_names)))

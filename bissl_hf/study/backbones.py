@@ -57,8 +57,8 @@ class Backbones:
         self.writes = writes
         self.chosen = chosen
         self.image_size = plan.study.image_size
-        self.views = build_view_transform(self.image_size, plan.views)
-        self.crops = build_train_transform(self.image_size, plan.views)
+        self.views = build_view_transform(plan.preprocessing, plan.views)
+        self.crops = build_train_transform(plan.preprocessing, plan.views)
 
     # Parts
 

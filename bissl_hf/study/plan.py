@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from ..cli.arguments import close_matches
 from ..cli.images import ViewArguments
 from ..cli.pairs import check_pairs
+from ..data.preprocessing import Preprocessing
 from ..models.configuration_backbone import as_config, resnet18_config
 from ..models.configuration_simclr import SimCLRConfig
 from ..trainer.search import SearchSpace, check_backend
@@ -215,6 +216,11 @@ class Plan:
                 f"The arm {arm.name} takes {steps} lower steps, and arms matched by steps get {self.matched_steps} "
                 "pretext steps: they are not given the same."
             )
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are prepared."""
+        return Preprocessing(image_size=self.study.image_size)
 
     @property
     def baseline(self) -> Arm:

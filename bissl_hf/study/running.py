@@ -223,7 +223,7 @@ class Study:
             images=images,
             build_model=build_model,
             train_transform=self.backbones.crops,
-            image_size=self.plan.study.image_size,
+            preprocessing=self.plan.preprocessing,
             settings=settings,
         )
 

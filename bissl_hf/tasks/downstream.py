@@ -8,6 +8,7 @@ import numpy as np
 from transformers import BitImageProcessorPil, EvalPrediction
 
 from ..data.augment import EvalTransform, TrainTransform, image_processor
+from ..data.preprocessing import Preprocessing
 from ..evaluation.metrics import (
     MAIN_METRIC,
     MULTI_LABEL,
@@ -29,19 +30,32 @@ class DownstreamTask:
         problem_type (`str`): as in the configuration of a model: `"single_label_classification"`,
             `"multi_label_classification"` or `"regression"`.
         class_names (`list[str]`): one per output of the head; for a regression the name of the quantity.
-        image_size (`int`): side of the images that the model sees, in pixels.
+        preprocessing ([`Preprocessing`]): how images are prepared for the model.
         train_transform ([`TrainTransform`])
+        class_weights (`str` or `list[float]`, *optional*): of the loss, see [`DownstreamLoss`].
     """
 
     problem_type: str
     class_names: list[str]
-    image_size: int
+    preprocessing: Preprocessing
     train_transform: TrainTransform
+    class_weights: str | list[float] | None = None
 
     @classmethod
-    def from_images(cls, images: LabelledImages, image_size: int, train_transform: TrainTransform) -> "DownstreamTask":
+    def from_images(
+        cls,
+        images: LabelledImages,
+        preprocessing: Preprocessing,
+        train_transform: TrainTransform,
+        class_weights: str | list[float] | None = None,
+    ) -> "DownstreamTask":
         """Returns the task that labelled images pose."""
-        return cls(images.problem_type, images.class_names, image_size, train_transform)
+        return cls(images.problem_type, images.class_names, preprocessing, train_transform, class_weights)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that the model sees, in pixels."""
+        return self.preprocessing.side
 
     @property
     def metric(self) -> str:
@@ -58,15 +72,16 @@ class DownstreamTask:
     @property
     def image_processor(self) -> BitImageProcessorPil:
         """What brings an image of any size into the form that the model takes, for `pipeline` and other users."""
-        return image_processor(self.image_size)
+        return image_processor(self.preprocessing.side, **self.preprocessing.options)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Returns what any trainer of this package takes from the task."""
         return {
             "train_transform": self.train_transform,
-            "eval_transform": EvalTransform(self.image_size),
+            "eval_transform": EvalTransform.from_processor(self.preprocessing),
             "processing_class": self.image_processor,
             "compute_metrics": self.compute_metrics,
+            "class_weights": self.class_weights,
         }
 
     def per_class(self, predictions: Any, labels: Any) -> dict[str, float]:

@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from ..data.augment import TrainTransform, TwoViewTransform
 from ..data.decoded import DecodedImages
 from ..data.one_view import OneViewTransform
+from ..data.preprocessing import Preprocessing
 from ..data.sources import load_image_dataset
 from ..models.pretext import pretext_tasks
 from .downstream import DownstreamTask
@@ -17,13 +18,13 @@ from .labelled import check_several_classes, decode_labelled, decode_unlabelled
 ImageSource: TypeAlias = str | os.PathLike[str] | Dataset | DatasetDict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageTask(DownstreamTask):
     """A downstream task with the decoded images of both levels. Make one with [`load_image_task`] and pass it to any
     trainer and to [`BiSSLModel.from_backbone`] as `task`.
 
     Args:
-        problem_type, class_names, image_size, train_transform: see [`DownstreamTask`].
+        problem_type, class_names, preprocessing, train_transform, class_weights: see [`DownstreamTask`].
         train, validation, test ([`DecodedImages`]): the labelled splits.
         unlabeled ([`DecodedImages`]): the images of the pretext task.
         view_transform ([`TwoViewTransform`] or [`OneViewTransform`]): makes the views of the pretext task.
@@ -99,7 +100,7 @@ def load_image_task(
     return ImageTask(
         problem_type=labelled.problem_type,
         class_names=labelled.class_names,
-        image_size=image_size,
+        preprocessing=Preprocessing(image_size=image_size),
         train_transform=TrainTransform(image_size),
         train=labelled.train,
         validation=labelled.validation,

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..data.decoded import DecodedImages
 from ..data.duplicates import drop_duplicates
+from ..data.preprocessing import Preprocessing
 from ..data.reading import UNREADABLE_ADVICE, UnreadableImagesError
 from ..data.schema import class_names
 from ..evaluation.metrics import MULTI_LABEL, REGRESSION, SINGLE_LABEL
@@ -44,10 +45,14 @@ def check_several_classes(splits: Mapping[str, datasets.Dataset], *, name: str) 
 
 
 def decode_labelled(
-    splits: Mapping[str, datasets.Dataset], image_size: int, *, unreadable: str = "stop"
+    splits: Mapping[str, datasets.Dataset],
+    image_size: int,
+    *,
+    unreadable: str = "stop",
+    resample: int = Preprocessing.resample,
 ) -> LabelledImages:
     """Decodes the three labelled splits; training images keep their size where they are square and of one size. For
-    `unreadable` see [`DecodedImages.from_dataset`].
+    `unreadable` and `resample` see [`DecodedImages.from_dataset`].
 
     Raises:
         `ValueError`: after all splits have been tried, with all their images that cannot be read.
@@ -55,7 +60,9 @@ def decode_labelled(
     decoded, failures = {}, []
     for name in ("train", "validation", "test"):
         try:
-            decoded[name] = _decode(splits[name], image_size, name, native_size=name == "train", unreadable=unreadable)
+            decoded[name] = _decode(
+                splits[name], image_size, name, native_size=name == "train", unreadable=unreadable, resample=resample
+            )
         except UnreadableImagesError as error:
             failures.append(error)
     if failures:
@@ -70,6 +77,7 @@ def decode_unlabelled(
     *,
     without: datasets.Dataset | None = None,
     unreadable: str = "stop",
+    resample: int = Preprocessing.resample,
 ) -> DecodedImages:
     """Decodes the images for a pretext task: the split `unlabeled` where there is one, else the training images;
     without those that are exact duplicates of images in the split `without`.
@@ -82,17 +90,18 @@ def decode_unlabelled(
         before, unlabelled = len(unlabelled), drop_duplicates(unlabelled, without)
         if len(unlabelled) == 0:
             raise ValueError(f"All {before} unlabelled images are test images too; give others with --lower_dataset.")
-    return _decode(unlabelled, image_size, "unlabelled", native_size=True, unreadable=unreadable)
+    return _decode(unlabelled, image_size, "unlabelled", native_size=True, unreadable=unreadable, resample=resample)
 
 
 def _decode(
-    split: datasets.Dataset, image_size: int, name: str, *, native_size: bool, unreadable: str
+    split: datasets.Dataset, image_size: int, name: str, *, native_size: bool, unreadable: str, resample: int
 ) -> DecodedImages:
     return DecodedImages.from_dataset(
         split,
         image_size=image_size,
         native_size=native_size,
         unreadable=unreadable,
+        resample=resample,
         split=name,
         description=f"Decoding {name}",
     )

@@ -1,7 +1,7 @@
 """The trainer of the bilevel problem: alternations of lower and upper steps as epochs of a `transformers.Trainer`."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -22,6 +22,7 @@ from ..bilevel.level_losses import LevelLosses, LossModel
 from ..bilevel.linear_solve import SolveStatus, sufficient_damping
 from ..bilevel.upper_phase import Solve, SolveSettings, UpperPhase
 from ..cards.record import RunRecord
+from ..class_weights import DownstreamLoss
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
 from ..data.decoded import decoded_for
 from ..data.streams import (
@@ -81,6 +82,8 @@ class BiSSLTrainer(ResumableTrainer):
         data_collator, lower_data_collator (`Callable`, *optional*): stack rows into a dictionary of tensors.
         train_transform, eval_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`,
             run on the device and deterministic in the key.
+        class_weights (`str` or `Sequence[float]`, *optional*): of the downstream loss in training, see
+            [`DownstreamLoss`]; evaluations have none.
         callbacks (`list`, *optional*): as in `transformers.Trainer`.
         **trainer_kwargs: further arguments of `transformers.Trainer` (`processing_class`, `compute_metrics`, ...).
 
@@ -122,6 +125,7 @@ class BiSSLTrainer(ResumableTrainer):
         train_transform: Transform | None = None,
         eval_transform: Transform | None = None,
         lower_transform: Transform | None = None,
+        class_weights: str | Sequence[float] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
@@ -153,6 +157,9 @@ class BiSSLTrainer(ResumableTrainer):
         if train_dataset is not None or lower_dataset is not None:
             args.remove_unused_columns = args.remove_unused_columns and not (train_transform or lower_transform)
             self._add_streams(lower_data_collator or default_data_collator, train_transform, lower_transform)
+        if args.label_smoothing_factor:
+            check_smoothing(model.upper, class_weights)
+        self.downstream_loss = DownstreamLoss(class_weights, config=model.upper.config, dataset=train_dataset)
         self.losses = LevelLosses(
             model,
             # Looked up at each call, so that a hook may be replaced on the object, too.
@@ -247,6 +254,8 @@ class BiSSLTrainer(ResumableTrainer):
             model (`Callable`): takes the inputs as keyword arguments.
             inputs (`dict`): a batch of the labelled data set, on the device.
         """
+        if self.downstream_loss.weights is not None:
+            return self.downstream_loss(model, inputs)
         return smoothed_loss(model(**inputs), inputs, self.label_smoother, self.model.upper)
 
     def compute_loss(
@@ -685,6 +694,8 @@ class BiSSLTrainer(ResumableTrainer):
         batches = list(self.recalibration_batches()) if self.train_dataset is not None and level == "aligned" else []
         self.model.export(folder, processing_class=self.processing_class, recalibrate_on=batches or None, level=level)
         self.model.save_pretrained(Path(folder) / "bilevel")
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(Path(folder) / "bilevel")
 
     def exported_level(self) -> str:
         """Returns the level that `save_model` writes, `"aligned"` or `"upper"`: `export_level`, and for `"best"` the
@@ -709,7 +720,8 @@ class BiSSLTrainer(ResumableTrainer):
     def resume_settings(self) -> dict[str, Any]:
         """Adds what each stream reads, and the other optimizer."""
         streams = self.streams.describe(Stream.LOWER, Stream.UPPER, Stream.CURVATURE)
-        return {**super().resume_settings(), **streams, "lower_optim": self.args.lower_optim}
+        own = {"lower_optim": self.args.lower_optim, "class_weights": self.downstream_loss.describe()}
+        return {**super().resume_settings(), **streams, **own}
 
 
 class _AfterLowerStep(TrainerCallback):

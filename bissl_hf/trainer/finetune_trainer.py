@@ -1,14 +1,18 @@
 """Supervised fine-tuning, the stage after BiSSL."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..class_weights import DownstreamLoss
 from ..data.alternation import Stream
 from ..data.decoded import decoded_for
 from ..data.streams import labelled_batch_size
+from ..models.adapters import adapter_of, merged
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
 from ..tasks.image_task import ImageTask
 from .from_task import filled_from_task
@@ -31,6 +35,8 @@ class FineTuneTrainer(SingleLevelTrainer):
             in its place.
         train_dataset: labelled, map-style data set.
         eval_dataset (*optional*): likewise; without one nothing is evaluated in training.
+        class_weights (`str` or `Sequence[float]`, *optional*): of the loss in training, see [`DownstreamLoss`];
+            evaluations have none.
         **trainer_kwargs: further arguments of [`SingleLevelTrainer`] (`train_transform`, ...), [`ResumableTrainer`]
             (`eval_transform`) and `transformers.Trainer` (`model` or `model_init`, `compute_metrics`, ...).
 
@@ -48,6 +54,7 @@ class FineTuneTrainer(SingleLevelTrainer):
         task: ImageTask | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        class_weights: str | Sequence[float] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         check_arguments(args, FineTuningArguments, FineTuneTrainer)
@@ -65,15 +72,35 @@ class FineTuneTrainer(SingleLevelTrainer):
         )
         check_rows(train_dataset, name="train_dataset", transform="train_transform", labelled_for=self.model)
         if args.label_smoothing_factor:
-            check_smoothing(self.model)
+            check_smoothing(self.model, class_weights)
+        self.downstream_loss = DownstreamLoss(class_weights, config=self.model.config, dataset=train_dataset)
         self.add_callback(_StartBatchNorm(self))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Returns the loss, in training with class weights where they were asked for."""
+        if self.downstream_loss.weights is not None and model.training and not return_outputs:
+            return self.downstream_loss(model, inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Adds the class weights."""
+        return {**super().resume_settings(), "class_weights": self.downstream_loss.describe()}
 
     def final_model(self) -> PreTrainedModel:
         """Returns the model to evaluate and to keep, in evaluation mode: the trained one, or a copy with its
-        batch-norm statistics estimated anew."""
-        if self.args.batch_norm == "running" or not has_batch_norm(self.model):
+        batch-norm statistics estimated anew, or with its adapters merged into the weights that they adapt."""
+        recalibrates = self.args.batch_norm != "running" and has_batch_norm(self.model)
+        if not recalibrates and adapter_of(self.model) is None:
             return self.model.eval()
-        model = copy.deepcopy(self.model)
+        model = merged(copy.deepcopy(self.model))
+        if not recalibrates:
+            return model.eval()
         recalibrate_batch_norm(model, self.calibration_batches(self.args.bn_recalibration_images))
         return model.eval()
 

@@ -1,6 +1,7 @@
 """Joint training of both tasks on one backbone: the rival of BiSSL that needs no linear solve."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.generic import find_labels
 
 from ..cards.record import RunRecord
+from ..class_weights import DownstreamLoss
 from ..data.alternation import KeyedSource, StepKey, Stream
 from ..data.decoded import decoded_for
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
@@ -44,6 +46,7 @@ class JointTrainer(SingleLevelTrainer):
             into a dictionary of tensors.
         train_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the
             device and deterministic in the key.
+        class_weights (`str` or `Sequence[float]`, *optional*): of the downstream loss, see [`DownstreamLoss`].
         **trainer_kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
@@ -67,6 +70,7 @@ class JointTrainer(SingleLevelTrainer):
         lower_data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_transform: Transform | None = None,
         lower_transform: Transform | None = None,
+        class_weights: str | Sequence[float] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         check_arguments(args, JointTrainingArguments, JointTrainer)
@@ -98,6 +102,7 @@ class JointTrainer(SingleLevelTrainer):
         self.data_collator = self.dropping_columns(data_collator or default_data_collator, model.upper)
         labelled_batch = labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset)
         check_rows(train_dataset, name="train_dataset", transform="train_transform", labelled_for=model.upper)
+        self.downstream_loss = DownstreamLoss(class_weights, config=model.upper.config, dataset=train_dataset)
         labelled = KeyedSource(
             train_dataset,
             labelled_batch,
@@ -123,7 +128,8 @@ class JointTrainer(SingleLevelTrainer):
         with model_randomness(key):
             loss = self.model(level="lower", **pretext).loss
         with model_randomness(labelled_key):
-            return loss + self.args.downstream_weight * self.model(level="aligned", **labelled).loss
+            downstream = self.downstream_loss(partial(self.model, level="aligned"), labelled)
+        return loss + self.args.downstream_weight * downstream
 
     def backbone_and_heads(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns theta_P, and the heads of both tasks."""
@@ -169,7 +175,8 @@ class JointTrainer(SingleLevelTrainer):
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what the labelled stream reads."""
-        return {**super().resume_settings(), "downstream": self.streams.sources[Stream.UPPER].describe()}
+        own = {"class_weights": self.downstream_loss.describe()}
+        return {**super().resume_settings(), "downstream": self.streams.sources[Stream.UPPER].describe(), **own}
 
     # Evaluation, and what users take away
 

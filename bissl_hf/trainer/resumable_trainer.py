@@ -41,6 +41,7 @@ from ..data.shared_memory import check_shared_memory, processes_here
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
+from ..models.adapters import adapter_of, read_state, write_state
 from ..models.finite import check_finite_weights
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
@@ -401,9 +402,14 @@ class ResumableTrainer(Trainer):
             self.hub_model_id = self.publisher.repo_id
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Leaves out the pickle of the arguments that Trainer writes beside the weights; nothing reads it."""
+        """Leaves out the pickle of the arguments that Trainer writes beside the weights; nothing reads it. Of a model
+        with adapters all weights are written: `save_pretrained` would write the adapters without the trained head."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        if adapter_of(self.model) is not None:
+            write_state(self.model, folder)
+            return
         super()._save(output_dir, state_dict)
-        (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Trainer calls this before the checkpoint is whole, and would push its files as the model."""
@@ -612,6 +618,10 @@ class ResumableTrainer(Trainer):
     def _restore_weights(self, checkpoint: str) -> None:
         """Trainer reads a state dict leniently. Checkpoints of some models (ViT) hold other names than the model,
         which only `from_pretrained` translates back; the weights would stay as they are without an error."""
+        if adapter_of(self.model) is not None:
+            read_state(self.model, Path(checkpoint))
+            check_finite_weights(self.model, f"{checkpoint} is of a run that has diverged; resume from an earlier one")
+            return
         # In the widest format among them, so that adapters in float32 on a backbone in bfloat16 lose nothing.
         floating = {p.dtype for p in self.model.parameters() if p.dtype.is_floating_point}
         widest = max(floating, key=lambda dtype: torch.finfo(dtype).bits)

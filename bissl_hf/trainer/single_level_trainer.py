@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, default_data_collator
 from ..data.alternation import AlternatingDataLoader, KeyedSource, Stream
 from ..data.streams import Transform, model_randomness
 from ..distributed import average_flat
+from ..models.backbone import backbone_and_heads
 from ..models.batch_norm import running_statistics
 from ..models.saving import save_model
 from .divergence import check_first_batch
@@ -87,10 +88,8 @@ class SingleLevelTrainer(ResumableTrainer):
         return self.lr_scheduler
 
     def backbone_and_heads(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the trainable parameters of the base model, and the others."""
-        base = {id(parameter) for parameter in self.model.base_model.parameters()}
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return [p for p in trainable if id(p) in base], [p for p in trainable if id(p) not in base]
+        """Returns the trainable parameters of the backbone, and the others."""
+        return backbone_and_heads(self.model)
 
     @property
     def num_planned_steps(self) -> int:

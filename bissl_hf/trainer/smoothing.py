@@ -11,12 +11,14 @@ from transformers.trainer_pt_utils import LabelSmoother
 _WITHOUT_ONE_CLASS = ("multi_label_classification", "regression")
 
 
-def check_smoothing(model: PreTrainedModel) -> None:
-    """Refuses label smoothing where a label is not one class.
+def check_smoothing(model: PreTrainedModel, class_weights: Any = None) -> None:
+    """Refuses label smoothing where a label is not one class, or classes are weighted.
 
     Raises:
         `ValueError`: with the kind of problem.
     """
+    if class_weights is not None:
+        raise ValueError("label_smoothing_factor and class_weights are both given; leave one of them out.")
     problem = getattr(model.config, "problem_type", None)
     if problem in _WITHOUT_ONE_CLASS or (model.config.num_labels or 0) < 2:
         raise ValueError(

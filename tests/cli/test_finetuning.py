@@ -10,6 +10,7 @@ from transformers import ResNetForImageClassification
 from bissl_hf.cli.finetuning import FineTuning, summarise, without_times
 from bissl_hf.data.augment import EvalTransform, TrainTransform
 from bissl_hf.data.decoded import DecodedImages
+from bissl_hf.data.preprocessing import Preprocessing
 from bissl_hf.models.classifier import new_classifier
 from bissl_hf.tasks.labelled import LabelledImages
 from bissl_hf.trainer.search import SearchSpace
@@ -36,7 +37,12 @@ def tuning(folder: Path, **overrides) -> FineTuning:
     settings = {"num_train_epochs": 2, "per_device_train_batch_size": 10, "learning_rate": 0.05, "seed": 3}
     args = FineTuningArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **{**settings, **overrides})
     return FineTuning(
-        args, IMAGES, lambda: new_classifier(CONFIG, ["a", "b", "c"]), TrainTransform(8), 8, {"dataset": "made up"}
+        args,
+        IMAGES,
+        lambda: new_classifier(CONFIG, ["a", "b", "c"]),
+        TrainTransform(8),
+        Preprocessing(image_size=8),
+        {"dataset": "made up"},
     )
 
 

@@ -17,8 +17,10 @@ from bissl_hf.cli.images import (
     load_labelled,
 )
 from bissl_hf.data.augment import TrainTransform, TwoViewTransform
+from bissl_hf.data.preprocessing import Preprocessing
 from bissl_hf.tasks.labelled import decode_labelled, decode_unlabelled
 
+SMALL = Preprocessing(image_size=16)
 VIEWS = ViewArguments(crop_scale=[0.5, 0.9], crop_ratio=[0.8, 1.2], horizontal_flip=0.3, blur=[0.5, 0.0])
 
 
@@ -80,8 +82,8 @@ def test_transforms_follow_their_arguments() -> None:
     crop = {"crop_scale": (0.5, 0.9), "crop_ratio": (0.8, 1.2), "horizontal_flip": 0.3}
     colours = {"color_jitter": 0.8, "grayscale": 0.2, "blur": (0.5, 0.0), "solarize": (0.0, 0.2)}
     for found, expected in (
-        (build_train_transform(16, VIEWS), TrainTransform(16, **crop)),
-        (build_view_transform(16, VIEWS), TwoViewTransform(16, **crop, **colours)),
+        (build_train_transform(SMALL, VIEWS), TrainTransform(16, **crop)),
+        (build_view_transform(SMALL, VIEWS), TwoViewTransform(16, **crop, **colours)),
     ):
         outputs = [transform({"pixel_values": images}, (1, 2))["pixel_values"] for transform in (found, expected)]
         assert torch.equal(*outputs)
@@ -90,7 +92,7 @@ def test_transforms_follow_their_arguments() -> None:
 @pytest.mark.parametrize("name", ["crop_scale", "crop_ratio"])
 def test_a_range_is_two_numbers(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} is \[0.5\]; it must be two numbers, the lower one first"):
-        build_train_transform(16, CropArguments(**{name: [0.5]}))
+        build_train_transform(SMALL, CropArguments(**{name: [0.5]}))
 
 
 def test_some_training_images_are_chosen_and_all_of_them_stay_for_the_pretext_task() -> None:

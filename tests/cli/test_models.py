@@ -6,8 +6,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from bissl_hf import SimCLRConfig, SimCLRForPreTraining
-from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier
+from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
+from bissl_hf.cli.models import (
+    PretextModelArguments,
+    StartArguments,
+    build_pretext_model,
+    classifier_builder,
+    load_classifier,
+)
 from bissl_hf.models.classifier import new_classifier
 from bissl_hf.models.pretext import downstream_config
 
@@ -110,8 +116,9 @@ TINY_VIT = {
 @pytest.mark.parametrize("start", ["pretrained", "random"])
 def test_every_pretext_task_is_built_saved_and_loaded_by_name(tmp_path, task, start):
     ViTForImageClassification(ViTConfig(**TINY_VIT)).save_pretrained(tmp_path / "vit")
+    narrow = {"projection_dims": [8, 6]} if task in ("vicreg", "barlow_twins") else {}  # 8,192 wide otherwise
     model = build_pretext_model(
-        PretextModelArguments(pretext=task, backbone=str(tmp_path / "vit"), backbone_init=start)
+        PretextModelArguments(pretext=task, backbone=str(tmp_path / "vit"), backbone_init=start, **narrow)
     )
     model.save_pretrained(tmp_path / task)
     loaded = build_pretext_model(PretextModelArguments(lower_model=str(tmp_path / task)))
@@ -135,3 +142,17 @@ TASK_SETTINGS = [
 def test_settings_of_another_task_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         build_pretext_model(PretextModelArguments(**values))
+
+
+def test_fine_tuning_starts_from_either_level(tmp_path: Path, classifier: Path) -> None:
+    lower = SimCLRForPreTraining(SimCLRConfig(backbone_config=tiny_resnet_config(), projection_dims=(6, 5)))
+    both = BiSSLModel.from_models(lower, ResNetForImageClassification(tiny_resnet_config()))
+    with torch.no_grad():
+        for parameter in both.upper.base_model.parameters():
+            parameter.mul_(1.5)
+    both.save_pretrained(tmp_path)
+    for level, source in (("aligned", both.lower), ("upper", both.upper)):
+        start = StartArguments(model=str(tmp_path), model_level=level)
+        assert same_weights(classifier_builder(start, ["a", "b"])().base_model, source.base_model)
+    with pytest.raises(ValueError, match=r"model_level is upper, and model .* is a 'resnet' model of one level"):
+        classifier_builder(StartArguments(model=str(classifier), model_level="upper"), ["a", "b"])

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset, Features, Image
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, pipeline
 
-from bissl_hf.data.augment import EvalTransform, TrainTransform, TwoViewTransform, image_processor, resampling_weights
+from bissl_hf.data.augment import EvalTransform, TrainTransform, TwoViewTransform, image_processor
 from bissl_hf.data.decoded import DecodedImages
+from bissl_hf.data.resampling import resampling_weights
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

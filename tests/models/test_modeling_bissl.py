@@ -225,15 +225,11 @@ def test_refuses_backbones_of_different_depth() -> None:
         BiSSLModel.from_models(simclr(deep), ResNetForImageClassification(shallow))
 
 
-def test_refuses_another_shape_and_a_parameter_frozen_on_one_side() -> None:
+def test_refuses_another_shape() -> None:
     other = vit_config()
     other.image_size = 2 * SIZE
     with pytest.raises(ValueError, match=r"embeddings\.position_embeddings \(1, 5, 8\).*\(1, 17, 8\)"):
         BiSSLModel.from_models(simclr(vit_config()), ViTForImageClassification(other))
-    lower, upper = make_pair("resnet")
-    upper.resnet.embedder.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"embedder\.embedder\.convolution\.weight.*freeze common parameters in both"):
-        BiSSLModel.from_models(lower, upper)
 
 
 @pytest.mark.parametrize("pattern", ["embeddings.position", "*position_embeddings"])
@@ -254,22 +250,15 @@ def test_refuses_models_without_a_common_backbone() -> None:
         BiSSLModel.from_models(make_pair("bert")[0], make_pair("resnet")[1])
 
 
-def test_refuses_what_is_no_model_and_classes_from_elsewhere() -> None:
-    lower, upper = make_pair("resnet")
+def test_refuses_what_is_no_model() -> None:
+    lower, _ = make_pair("resnet")
     with pytest.raises(TypeError, match="upper is a Linear"):
         BiSSLModel.from_models(lower, nn.Linear(2, 2))
-
-    class Custom(ResNetForImageClassification):
-        pass
-
-    with pytest.raises(ValueError, match=r"Custom.*is no model class of transformers or bissl_hf"):
-        BiSSLModel.from_models(lower, Custom(resnet_config()))
-    Custom.__name__ = "ResNetForImageClassification"
-    with pytest.raises(ValueError, match="no model class of transformers or bissl_hf"):
-        BiSSLModel.from_models(lower, Custom(resnet_config()))
     for given in ("Trainer", "os", None):
-        config = BiSSLConfig(lower.config, upper.config, lower_class="SimCLRForPreTraining", upper_class=given)
-        with pytest.raises(ValueError, match="no model class of transformers or bissl_hf"):
+        config = BiSSLConfig(lower.config, lower.config, lower_class="SimCLRForPreTraining", upper_class=given)
+        with pytest.raises(
+            ValueError, match=r"upper_class is .*, which is no model class of transformers or bissl_hf"
+        ):
             BiSSLModel(config)
 
 

@@ -13,9 +13,9 @@ from .runs import ROOT
 FOLDER = ROOT / "recipes" / "configs"
 CONFIGS = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
 DEBIAN = "/usr/share/datasets/fashion-mnist"  # where the package dataset-fashion-mnist puts it
-MADE = ("outputs/emoji", "my_images")  # by recipes/make_emoji.py, and by users
-STAGES = ("bissl", "pretrain", "joint", "finetune", "analyze", "study", "convert")
-COMMANDS = {"bissl": "align"}
+MADE = ("outputs/emoji", "my_images", "my_texts/labelled.csv")  # by recipes/make_emoji.py, and by users
+STAGES = ("bissl", "pretrain", "joint", "finetune", "analyze", "study", "convert", "text")
+COMMANDS = {"bissl": "align", "text": "align_text"}
 
 
 class StopError(Exception):
@@ -112,7 +112,33 @@ def test_each_stage_starts_from_what_the_one_before_writes(monkeypatch: pytest.M
     assert parse("paper_v2/finetune.yaml", monkeypatch)["model"] == aligned["output_dir"]
 
 
-@pytest.mark.parametrize("config", [name for name in CONFIGS if name.startswith("paper_v2/")])
+# Upper learning rate and weight decay of each set in the authors' last code: with SimCLR, with BYOL.
+V5_CHOICES = {
+    "aircraft": (0.03, 5e-3, 0.015, 3e-3), "caltech101": (0.03, 1e-4, 0.015, 2e-4), "cars": (0.035, 1e-3, 0.04, 2e-3),
+    "cifar10": (0.015, 1e-3, 0.01, 1e-3), "cifar100": (0.01, 1e-4, 0.01, 1e-3), "cub200": (0.03, 1e-3, 0.015, 1e-4),
+    "dtd": (0.03, 1e-3, 0.015, 1e-4), "flowers102": (0.05, 5e-4, 0.035, 2e-3), "food101": (0.03, 1e-3, 0.035, 2e-3),
+    "pets": (0.03, 1e-3, 0.02, 2e-3), "sun397": (0.015, 5e-5, 0.01, 5e-5), "voc2007": (0.015, 5e-3, 0.005, 6e-3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "column"), [("simclr", 0), ("byol", 2)])
+def test_the_later_version_has_settings_for_each_set(task, column, monkeypatch):
+    table = {}
+    for line in (FOLDER / f"paper_v5/{task}_bissl.yaml").read_text().splitlines():
+        if line.startswith("#   --"):
+            options = dict(zip(line.split()[1::2], line.split()[2::2], strict=True))
+            table[options["--dataset"]] = (float(options["--learning_rate"]), float(options["--weight_decay"]))
+    assert table == {name: values[column : column + 2] for name, values in V5_CHOICES.items()}
+    fields = parse(f"paper_v5/{task}_bissl.yaml", monkeypatch)
+    assert (fields["learning_rate"], fields["weight_decay"]) == table[fields["dataset"]]
+    assert (fields["direct_weight"], fields["pretext"], fields["restart_target"]) == (1.0, task, task == "byol")
+    pretrain = parse(f"paper_v5/{task}_pretrain.yaml", monkeypatch)
+    assert pretrain["warmup_steps"] == 10 * (1_281_167 // 1024)
+    assert pretrain["output_dir"] == fields["lower_model"]
+    assert parse(f"paper_v5/{task}_finetune.yaml", monkeypatch)["model"] == fields["output_dir"]
+
+
+@pytest.mark.parametrize("config", [name for name in CONFIGS if name.startswith("paper_v")])
 def test_every_field_of_the_paper_has_its_source(config: str) -> None:
     for line in (FOLDER / config).read_text().splitlines():
         name = line.partition(":")[0]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from bissl_hf import SimCLRForPreTraining
@@ -89,6 +90,8 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     torch.save(weights | {"fc.weight": torch.ones(2, 16), "fc.bias": torch.ones(2)}, tmp_path / "both.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(print, protocol=2))
+    (tmp_path / "damaged.safetensors").write_bytes(b"abc")
+    (tmp_path / "empty.pth").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     vit = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=16)
@@ -97,7 +100,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         ("good.pth", "other.pth", {}, "one must be a file .* and the other a checkpoint"),
         ("good.pth", "full", {}, "output .*full exists already; choose another"),
         ("none.pth", "new", {}, "There is no file .*none.pth"),
-        ("pickle.pth", "new", {}, "holds no plain weights that can be loaded safely"),
+        ("pickle.pth", "new", {}, "is a pickle with more in it than plain weights, and is not run"),
+        ("damaged.safetensors", "new", {}, "damaged.safetensors holds no weights that can be read: "),
+        ("empty.pth", "new", {}, "empty.pth holds no weights that can be read: "),
         ("list.pth", "new", {}, r"is no state dict of tensors; choose one of its entries \[\] with --key"),
         ("list.pth", "new", {"key": "model"}, "key is 'model'; .* holds list"),
         ("whole.pth", "new", {}, r"choose one of its entries \['model'\] with --key"),
@@ -150,3 +155,20 @@ def test_one_process_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(convert, "PartialState", lambda cpu: SimpleNamespace(num_processes=2))
     arguments = as_arguments({"input": tmp_path / "a.pth", "output": tmp_path / "b"})
     assert "The conversion runs on 2 processes; start it on one" in refusal(capsys, convert.main, arguments)
+
+
+@pytest.mark.parametrize("name", ["released.safetensors", "released.pth.tar", "released.ckpt"])
+def test_other_forms_of_released_weights(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """timm's weights on the Hub are safetensors; torchvision's and MoCo's scripts write `.pth.tar`."""
+    weights = plain_resnet(bottleneck=False).state_dict()
+    if name.endswith(".safetensors"):
+        save_file(weights, tmp_path / name)
+        run(tmp_path / name, tmp_path / "model")
+    else:
+        torch.save({"state_dict": weights, "epoch": 3}, tmp_path / name)
+        run(tmp_path / name, tmp_path / "model", key="state_dict")
+    run(tmp_path / "model", tmp_path / "again.safetensors")
+    assert 'safetensors.torch.load_file("' in capsys.readouterr().out
+    again = load_file(tmp_path / "again.safetensors")
+    assert set(again) == set(weights)
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in again.items())

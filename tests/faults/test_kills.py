@@ -53,7 +53,7 @@ def test_killed_between_the_last_checkpoint_and_the_end(tmp_path, whole):
     assert is_same_end(tmp_path, whole["pretext"])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_killed_at_random_moments(tmp_path, whole, kind, seed):
@@ -65,7 +65,7 @@ def test_killed_at_random_moments(tmp_path, whole, kind, seed):
     assert is_same_end(tmp_path, whole[kind])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("moment", ["weights", "state", "manifest", "to the disk", "rename", "rotation"])
 def test_a_disk_that_fails(tmp_path, whole, moment, error):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +23,14 @@ from .text import for_terminal
 MANIFEST_NAME = "manifest.json"
 RUN_STATE_NAME = "run_state.json"
 RUN_TENSORS_NAME = "run_tensors.safetensors"
+_CHECKSUM = "xxh3_128"
+_TIMES = re.compile("time|second")
 # Trainer looks for folders called checkpoint-*; this name is none of them.
 STAGING_FOLDER = ".unfinished"
+
+
+class DamagedFileError(ValueError):
+    """A file of a run does not hold what was written."""
 
 
 def write_text(path: str | os.PathLike[str], content: str) -> None:
@@ -40,6 +47,42 @@ def write_text(path: str | os.PathLike[str], content: str) -> None:
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Writes a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True))
+
+
+def write_mapping(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes a mapping as [`write_json`] does, with a checksum by which [`read_mapping`] knows it again."""
+    plain = json.loads(json.dumps(content))
+    write_json(path, {**plain, _CHECKSUM: _checksum_of(plain)})
+
+
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a JSON file that holds a mapping, and compares its checksum if it has one.
+
+    Raises:
+        [`DamagedFileError`]: if it holds something else; with what to do.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        checksum = content.pop(_CHECKSUM, None)
+        is_whole = isinstance(content, dict) and checksum in (None, _checksum_of(content))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise DamagedFileError(f"{path} is empty or damaged. Put a whole copy in its place, or move it away.")
+    return content
+
+
+def _checksum_of(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(_without_times(content), sort_keys=True).encode()).hexdigest()
+
+
+def _without_times(content: Any) -> Any:
+    """Leaves out what differs between two runs that are the same, whose files so have the same checksum."""
+    if isinstance(content, list):
+        return [_without_times(item) for item in content]
+    if not isinstance(content, dict):
+        return content
+    return {name: _without_times(item) for name, item in content.items() if not _TIMES.search(name)}
 
 
 def write_manifest(folder: str | os.PathLike[str]) -> None:
@@ -118,8 +161,19 @@ def find_last_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | Non
     return None, passed_over
 
 
+def synchronise(folder: Path) -> None:
+    """Waits until the files of a folder, and their names, are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def publish(staged: Path, final: Path) -> None:
-    """Moves a finished checkpoint to its place, in which it replaces one of the same step."""
+    """Moves a finished checkpoint, once it is on the disk, to its place, in which it replaces one of the same step."""
+    synchronise(staged)
     if final.exists():
         outgoing = staged.with_name(f"{staged.name}.old")
         final.replace(outgoing)
@@ -170,6 +224,11 @@ class CheckpointStore:
             raise ValueError(f"An owner called {name!r} is registered already; choose another name.")
         self._owners[name] = owner
 
+    @property
+    def owners(self) -> list[str]:
+        """Names of the owners."""
+        return list(self._owners)
+
     def collect(self) -> dict[str, Any]:
         """Returns the state of all owners, by their names. Called on every process."""
         return {name: owner.state_dict() for name, owner in self._owners.items()}
@@ -210,17 +269,21 @@ def _take_tensors(state: dict[str, Any], tensors: dict[str, Tensor], prefix: str
     return content
 
 
-def read_run_state(checkpoint: Path) -> dict[str, Any]:
+def read_run_state(checkpoint: Path, *, owners: Iterable[str] = ()) -> dict[str, Any]:
     """Returns what [`CheckpointStore`] wrote into a checkpoint beside the tensors.
 
+    Args:
+        checkpoint (`Path`)
+        owners (`Iterable[str]`, *optional*): names whose state must be in it.
+
     Raises:
-        `ValueError`: if the file was changed into something else.
+        [`DamagedFileError`]: if the file was changed into something else.
     """
     path = checkpoint / RUN_STATE_NAME
     try:
         content = json.loads(path.read_text())
-        if isinstance(content["settings"], dict) and isinstance(content["state"], dict):
+        if isinstance(content["settings"], dict) and all(isinstance(content["state"][name], dict) for name in owners):
             return dict(content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}). Resume from another checkpoint.") from error
-    raise ValueError(f"{path} does not hold the state of a run. Resume from another checkpoint.")
+        raise DamagedFileError(f"{path} cannot be read ({error}). Resume from another checkpoint.") from error
+    raise DamagedFileError(f"{path} does not hold the state of a run. Resume from another checkpoint.")

@@ -2,6 +2,8 @@
 
 import html
 import re
+import shutil
+import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,6 +40,13 @@ def for_terminal(text: object) -> str:
         character if character in _JOINERS or unicodedata.category(character) not in _UNSHOWN else _escape(character)
         for character in str(text)
     )
+
+
+def for_console(text: str) -> str:
+    """Returns lines wrapped to the width of the terminal, at most 100 columns, without control characters."""
+    width = min(shutil.get_terminal_size().columns, 100) - 1
+    lines = (textwrap.fill(for_terminal(line), width, break_on_hyphens=False) for line in text.split("\n"))
+    return "\n".join(lines)
 
 
 def for_html(text: object) -> str:

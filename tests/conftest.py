@@ -1,6 +1,7 @@
 """Tiny models and data for all tests."""
 
 import os
+from pathlib import Path
 
 # Set before anything of Hugging Face is imported: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,6 +55,13 @@ class TinyImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         row = {"pixel_values": self.images[index]}
         return row if self.labels is None else {**row, "labels": int(self.labels[index])}
+
+
+def flip_a_bit(path: Path, at: float = 0.5) -> None:
+    """Damages a file as a disk does: one bit at a place between its first byte (0) and its last (1)."""
+    content = bytearray(path.read_bytes())
+    content[round(at * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Imported once, in the process that all others are forked from.
-_PRELOADED = ["tests.trainer.test_processes"]
+PRELOADED = ["tests.trainer.test_processes"]
 
 
 def run_in_processes(function: Callable[..., None], processes: int, *arguments: Any) -> None:
@@ -19,7 +19,7 @@ def run_in_processes(function: Callable[..., None], processes: int, *arguments: 
 
     An error in one of them ends the others and is raised here.
     """
-    multiprocessing.set_forkserver_preload(_PRELOADED)
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

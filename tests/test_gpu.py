@@ -23,7 +23,7 @@ from bissl_hf.data.alternation import StepKey, Stream
 
 from .conftest import NUM_LABELS, tiny_model, vit_model
 from .optim.test_precision import layer_norm_trainer, on_each_device
-from .trainer.test_bissl_trainer import all_equal, make_args, make_trainer
+from .trainer.trainers import all_equal, make_args, make_trainer
 
 CACHED = {"lower_micro_batch_size": 3, "lower_gradient_cache": True, "upper_micro_batch_size": 2}
 
@@ -183,7 +183,7 @@ def test_a_recomputed_curvature_holds_nothing_between_products(tmp_path):
         del curvature, vector
         gc.collect()
         held[mode] = before - torch.cuda.memory_allocated()
-    parameters = 4 * sum(p.numel() for p in trainer.model.lower_shared_parameters())
+    parameters = 4 * sum(p.numel() for p in trainer.model.backbone_parameters("lower"))
     batch = 4 * 64 * 2 * 3 * 64 * 64
     assert held["recompute"] < 1.5 * (parameters + batch), "the batch and the gradient"
     assert held["cached"] > 10 * held["recompute"]
@@ -231,7 +231,7 @@ def test_a_curvature_that_does_not_fit_is_taken_in_parts_and_the_step_goes_on(tm
     trainers[1].upper_phase.halvings = trainers[0].upper_phase.halvings
     trainers[1].training_step(trainers[1].model, batch)
     for trainer in trainers:
-        gradients.append(torch.cat([p.grad.reshape(-1) for p in trainer.model.upper_shared_parameters()]))
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in trainer.model.backbone_parameters("upper")]))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * float(gradients[1].abs().max()))
 
 

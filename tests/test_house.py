@@ -9,9 +9,9 @@ import bissl_hf
 PACKAGE = Path(bissl_hf.__file__).parent
 # A room imports only from itself and from those before it.
 ROOMS = (
-    "tensors", "text", "paths", "distributed", "losses", "class_weights", "checkpoints", "data", "models",
+    "tensors", "text", "paths", "distributed", "losses", "class_weights", "checkpoints", "run_lock", "data", "models",
     "bilevel", "optim",
-    "evaluation", "cards", "report", "hub", "trainer", "benchmark", "cli", "study", "commands",
+    "evaluation", "tasks", "cards", "report", "hub", "trainer", "benchmark", "cli", "study", "commands",
 )  # fmt: skip
 # Modules of cli that start what is in other rooms.
 COMMANDS = ("main", "benchmark", "study")

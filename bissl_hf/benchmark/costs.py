@@ -1,7 +1,7 @@
 """What a part of an alternation should cost, in forward-backward equivalents.
 
 A computation takes time for its floating-point operations and for moving its tensors through memory. One forward and
-backward pass, the unit, tells how fast the machine computes, and a plain addition of large tensors how fast it moves
+backward pass, the unit, shows how fast the machine computes, and a plain addition of large tensors how fast it moves
 them. What anything else should cost follows from its own operations and bytes.
 """
 

@@ -52,9 +52,9 @@ class PlainLoop(ABC):
     def __init__(self, trainer: BiSSLTrainer, model: BiSSLModel, args: BiSSLTrainingArguments | None = None) -> None:
         self.trainer, self.model, self.args = trainer, model, args or trainer.args
         self.device = trainer.args.device
-        self.theta_p, self.theta_d = model.lower_shared_parameters(), model.upper_shared_parameters()
-        self.phi_d = model.upper_head_parameters()
-        self.lower_parameters = (*self.theta_p, *model.lower_head_parameters())
+        self.theta_p, self.theta_d = model.backbone_parameters("lower"), model.backbone_parameters("upper")
+        self.phi_d = model.head_parameters("upper")
+        self.lower_parameters = (*self.theta_p, *model.head_parameters("lower"))
         self.upper_parameters = (*self.theta_d, *self.phi_d)
         self.lower_optimizer = LARS(self.lower_parameters, lr=SMALL_RATE, weight_decay=self.args.lower_weight_decay)
         self.upper_optimizer = torch.optim.SGD(

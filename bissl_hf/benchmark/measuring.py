@@ -177,7 +177,7 @@ class SynchronisationCounter(TorchDispatchMode):
     It works on any device, the `meta` one included, and slows code down: count and time in different runs.
 
     Args:
-        device (`torch.device`): reads of tensors that lie elsewhere are free.
+        device (`torch.device`): reads of tensors on other devices are free.
 
     Example:
 
@@ -240,7 +240,7 @@ class PeakMemory:
 
     @property
     def grown(self) -> int:
-        """How far the peak lies above the start."""
+        """How far the peak is above the start."""
         return self.peak - self.before
 
 
@@ -266,7 +266,7 @@ def allocated_by(function: Callable[[], Any], device: torch.device) -> Allocated
         held = torch.cuda.memory_allocated(device) - memory.before
         del result
         return Allocated(memory.grown, held)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds tell of each start and stop on the terminal
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds print each start and stop
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

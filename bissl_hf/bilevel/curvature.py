@@ -122,6 +122,7 @@ class Curvature:
         if not pairs:
             return self._zeros()
         outputs, weights = zip(*pairs, strict=True)
+        # The sum over tensors of <g, v> has shape (); its gradient in theta is H v, one tensor per parameter.
         found = torch.autograd.grad(outputs, self.parameters, weights, retain_graph=retain_graph, allow_unused=True)
         return fill_missing(found, self.parameters)
 

@@ -98,6 +98,7 @@ class GaussNewton(Curvature):
     def _pull_back_curved(self, loss: "_LossGraph", tangents: Tensor) -> tuple[Vector, Tensor]:
         """Returns  J' S o'  for the tangents z' of the rows and o' = C z' of the outputs, and  <o', S o'>."""
         along = self._push_through_join(loss, tangents)
+        # S o', in the shape of the outputs: the gradient of <dL/do, o'> in o
         (weights,) = torch.autograd.grad(loss.gradient, loss.outputs, along, retain_graph=True)
         return self._pull_back(loss, self._pull_back_outputs(loss, weights)), (weights * along).sum()
 
@@ -116,6 +117,7 @@ class GaussNewton(Curvature):
             with self._evaluating(), torch.set_grad_enabled(self.mode == "cached"):
                 parts = [part() for part in self._terms]
             self._rows = parts if self.mode == "cached" else None
+            # z: the rows of all parts, (rows, ...); o = C z: what the loss is convex in, for NT-Xent the logits
             rows = torch.cat([part.detach() for part in parts]).requires_grad_()
             with self._evaluating():
                 joined = rows if self._join is None else self._join(rows)
@@ -171,7 +173,7 @@ class GaussNewton(Curvature):
             }
             with _Substitute(duals):
                 for part in self._terms:
-                    tangents.append(_tangent_of(part()))
+                    tangents.append(_tangent_of(part()))  # (rows of the part, ...)
         return torch.cat(tangents)
 
     def _push_forward_by_two_backward_passes(self, loss: "_LossGraph", vector: Sequence[Tensor]) -> Tensor:

@@ -32,8 +32,8 @@ def embedding_gradients(embed_parts: Sequence[Embed], loss_fn: Callable[[Tensor]
     Returns:
         `tuple[torch.Tensor, tuple[torch.Tensor, ...]]`: the loss, and u_k for each part.
     """
-    rows, sizes = _embed(embed_parts)
-    loss = loss_fn(rows)
+    rows, sizes = _embed(embed_parts)  # (rows of all parts, dims)
+    loss = loss_fn(rows)  # ()
     (gradient,) = torch.autograd.grad(loss, rows)
     return loss.detach(), gradient.split(sizes)
 
@@ -96,7 +96,7 @@ class EmbeddingCurvature(Curvature):
         tangents = []
         with self._evaluating():
             for embed, constant in zip(self._embed_parts, row_gradient.detach().split(sizes), strict=True):
-                weights = constant.clone().requires_grad_()
+                weights = constant.clone().requires_grad_()  # w = u_k, (rows of the part, dims)
                 pulled = torch.autograd.grad(
                     embed(), self.parameters, weights, create_graph=True, allow_unused=True, materialize_grads=True
                 )

@@ -27,10 +27,10 @@ def warm_up_head(
         show_progress (`bool`, *optional*, defaults to `False`)
     """
     model = losses.model
-    head = model.upper_head_parameters()
+    head = model.head_parameters("upper")
     per_epoch = streams.sources[Stream.HEAD_WARMUP].steps_per_alternation
     model.train()
-    with _frozen(model.upper_shared_parameters()):
+    with _frozen(model.backbone_parameters("upper")):
         for position in tqdm(range(steps), desc="Head warm-up", disable=not show_progress):
             key = streams.key(Stream.HEAD_WARMUP, *divmod(position, per_epoch))
             batch = streams.read(key)

@@ -106,6 +106,7 @@ class LevelLosses:
             return [partial(self._lower_term, model, part, share) for part, share in parts]
         with model_randomness(key):
             without_graph = [partial(self.embed, self.model.without_side_effects("lower"), part) for part, _ in parts]
+            # loss (), gradients of each part (rows, dims)
             loss, gradients = embedding_gradients(without_graph, self.loss_of_embeddings(inputs))
         return [
             partial(_term_of_gradient, partial(self.embed, model, part), gradient, share * loss)
@@ -186,7 +187,7 @@ class LevelLosses:
             differentiate (`bool`, *optional*, defaults to `True`): if false the gradient is an empty vector.
         """
         total = torch.zeros((), device=self.model.device)
-        gradient: Vector = ()
+        gradient: Vector = ()  # over `parameters`, the sum over the parts so far
         for part, share in split_rows(inputs, self.upper_micro_batch_size):
             with torch.set_grad_enabled(differentiate), self.autocast():
                 loss = self._upper_loss(model, part) * share

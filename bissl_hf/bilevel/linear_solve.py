@@ -209,22 +209,35 @@ def check_solve_arguments(rhs: Vector, max_iterations: int, tolerance: float) ->
         raise ValueError(f"tolerance is {tolerance}; it must be a finite number of at least 0.")
 
 
+class _Blocks:
+    """The scalars of a recursion: one for the whole vector, or one per tensor.
+
+    Args:
+        sizes (`list[int]`): entries of each tensor; they add up to n.
+        blockwise (`bool`): whether each tensor has scalars of its own.
+    """
+
+    def __init__(self, sizes: list[int], blockwise: bool) -> None:
+        self._sizes, self._blockwise = sizes, blockwise
+
+    def products(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner products of two flat vectors, shape `()` or `(tensors,)`."""
+        return block_dots(x.split(self._sizes), y.split(self._sizes)) if self._blockwise else torch.dot(x, y)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Repeats the scalar of each tensor for its entries, shape `(n,)`; a single scalar spreads by itself."""
+        if not self._blockwise:
+            return values
+        return torch.cat([value.expand(size) for value, size in zip(values.unbind(), self._sizes, strict=True)])
+
+
 def _iterate(
     matvec: MatVec, rhs: Vector, max_iterations: int, tolerance: float, *, blockwise: bool
 ) -> tuple[Vector, SolveInfo]:
     """The recursion on flat vectors of n entries. Its scalars have shape `()` in plain conjugate gradient and one
     entry per tensor, shape `(tensors,)`, in the blockwise variant."""
-    sizes = [tensor.numel() for tensor in rhs]
-
-    def products(x: Tensor, y: Tensor) -> Tensor:
-        return block_dots(x.split(sizes), y.split(sizes)) if blockwise else torch.dot(x, y)
-
-    def spread(values: Tensor) -> Tensor:
-        """To the entries of a flat vector; one scalar spreads by itself."""
-        if not blockwise:
-            return values
-        return torch.cat([value.expand(size) for value, size in zip(values.unbind(), sizes, strict=True)])
-
+    blocks = _Blocks([tensor.numel() for tensor in rhs], blockwise)
+    products, spread = blocks.products, blocks.spread
     may_stop_early = may_read_device(rhs, tolerance)
     flat = flatten(rhs)
     scale = largest_entry(flat)
@@ -242,12 +255,12 @@ def _iterate(
     for number in range(max_iterations):
         if may_stop_early and int(status) != ITERATION_LIMIT:
             break
-        image = apply(matvec, direction, rhs)
+        image = apply(matvec, direction, rhs)  # A p, (n,)
         if number == 0:
             rhs_residual = scaled_norm(residual - image) / length
-        curvature = products(direction, image)
+        curvature = products(direction, image)  # p'A p
         # A block whose residual is zero is solved: its step is 0, not 0 / 0.
-        step = torch.where(squares == 0, 0.0, squares / curvature)
+        step = torch.where(squares == 0, 0.0, squares / curvature)  # r'r / p'A p
         residual.addcmul_(image, spread(-step))
         new_squares = products(residual, residual)
         # Subnormal squares count as zero: the next curvature could vanish before them and look like a breakdown.

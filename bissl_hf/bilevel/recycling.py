@@ -241,7 +241,7 @@ class _Recursion:
         """Takes one product and what follows from it."""
         direction = self.directions.conjugate(self.residual)
         length = direction.norm()
-        # Where no more than rounding is left, the residual lies in the span of the directions and is rounding too.
+        # Where no more than rounding is left, the residual is in the span of the directions and is rounding too.
         exhausted = length <= self.epsilon * self.size
         direction.div_(torch.where(exhausted, 1.0, length))
         image = apply(self.matvec, direction, self.like)

@@ -170,6 +170,7 @@ class UpperPhase:
             solver=self.settings.solver,
             memory=self._memory,
         )
+        # solution and rhs: one tensor per shared parameter; the pretext gradient, too
         pretext = self._lower_gradient if curvature is None else curvature.gradient
         return Solve(solution, info, None if pretext is None else cosine(pretext, rhs))
 
@@ -201,7 +202,7 @@ class UpperPhase:
         """Returns H of the loss that the lower steps take, on one batch. Under fp16 it is taken in float32: second
         derivatives overflow where first ones do not (docs/precision.md has figures)."""
         losses = self.losses
-        model, parameters = losses.model.without_side_effects("lower"), losses.model.lower_shared_parameters()
+        model, parameters = losses.model.without_side_effects("lower"), losses.model.backbone_parameters("lower")
         if self.settings.full_precision:
             model = in_full_precision(model, losses.model.device)
         rows = batch_rows(inputs)

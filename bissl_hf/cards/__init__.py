@@ -1,1 +1,1 @@
-"""Model cards: the README.md that tells what lies beside it, how it was made and how good it is."""
+"""Model cards: the README.md that says which files are beside it, how they were made and how good the model is."""

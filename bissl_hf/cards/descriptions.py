@@ -22,7 +22,7 @@ _SIMCLR = (
 )
 _CONVERTED = (
     "Its weights were converted, number for number, from a state dict of a ResNet under the names of "
-    "[timm](https://huggingface.co/docs/timm); how they were trained is told where they come from."
+    "[timm](https://huggingface.co/docs/timm); how they were trained is described where they come from."
 )
 _JOINT = (
     "One backbone was trained on both tasks at once: each step took the gradient of the pretext loss plus that of the "
@@ -167,7 +167,7 @@ _DESCRIPTIONS: dict[str, Callable[[RunRecord], Description]] = {
 
 
 def describe_converted(model: ModelRecord) -> Description:
-    """A model whose weights were converted: what it is, but not how it was trained, which weights do not tell."""
+    """A model whose weights were converted: what it is, but not how it was trained, which weights do not show."""
     description = (
         _pretext_model(model)
         if model.model_type == "simclr"

@@ -21,7 +21,7 @@ _SEALED = re.compile(re.escape(_SEAL).replace(r"\{checksum\}", "([0-9a-f]{64})")
 
 
 def write_model_card(card: ModelCard, folder: Path) -> Path:
-    """Writes a card as README.md. A card that lies there is replaced if it is one of ours that nobody has touched;
+    """Writes a card as README.md. A card that is there is replaced if we wrote it and it has not been edited since;
     else it stays, and the new one is written beside it.
 
     Returns:

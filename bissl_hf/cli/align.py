@@ -6,48 +6,45 @@ Started from nothing it pre-trains with SimCLR first. Then it trains a head on t
 problem, and writes an ordinary transformers checkpoint of the aligned model.
 """
 
-import json
-import math
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from ..cards.facts import ModelFacts
-from ..cards.tables import Evaluation, metrics_under
-from ..checkpoints import write_json
+from ..checkpoints import DamagedFileError, read_mapping, write_mapping
 from ..data.alternation import Stream
-from ..data.decoded import DecodedImages
 from ..data.streams import Transform
-from ..evaluation.features import extract_features, tsne_layout, with_one_class
-from ..evaluation.figures import plot_layouts, plot_run
 from ..optim.optimizers import resolve_optimizer
-from ..text import format_table
+from ..optim.pull import GOOD_PULL, TYPICAL_PULL
+from ..tasks.downstream import DownstreamTask
+from ..text import for_console
 from ..trainer.divergence import check_metrics
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
 from .adapters import LoraArguments
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .aligned import AFTER_PREFIXES, BEFORE_PREFIXES, AlignedRun, evaluate_stage
+from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
-from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
+from .console import prepare_console
+from .images import DataArguments, ViewArguments, build_train_transform, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
+from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
 from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
 from .pretraining import FINISHED_NAME, pretrain
-from .tasks import DownstreamTask
+from .running import as_a_run
+from .views import PreviewArguments, write_preview
+from .watching import WatchArguments, add_knn_check
 
-TSNE_ROWS = 1000
 BEFORE_NAME = "before.json"
 PRETRAINING_NAME = "pretraining"
 
@@ -71,7 +68,7 @@ class ModelArguments(LoraArguments, PretextModelArguments):
 
 
 @dataclass
-class PlanArguments:
+class PlanArguments(PreviewArguments):
     """A look ahead."""
 
     plan: bool = field(
@@ -157,18 +154,23 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
     )
 
 
-def keep_pretraining_settings(pretrainer: PretextTrainer, models: ModelArguments) -> None:
-    """Keeps what the pre-trained model comes from, and refuses to go on from one that comes from something else."""
+def keep_pretraining_settings(
+    pretrainer: PretextTrainer, models: ModelArguments, views: ViewArguments, images: Images, image_size: int
+) -> None:
+    """Keeps what the pre-trained model and the head before BiSSL come from, and refuses to go on from those that come
+    from something else."""
     args = pretrainer.args
     steps = {"pretrain_steps": args.max_steps, "pretrain_batch_size": args.per_device_train_batch_size}
-    settings = {**asdict(models), **steps, "seed": args.seed}
+    splits = {"lower": images.lower, "train": images.train, "test": images.test}
+    data = {f"checksum of the {name} images": split.checksum() for name, split in splits.items()}
+    settings = {**asdict(models), **steps, **data, "image_size": image_size, **asdict(views), "seed": args.seed}
     del settings["upper_model"]
     Stage(str(args.output_dir), settings, writes=pretrainer.is_world_process_zero())
 
 
 def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
-    """Builds what training will build and sends a few images through both models, so that settings which do not fit
-    come to light before it."""
+    """Builds what training will build and sends a few images through both models, so that wrong settings
+    fail before it."""
     trainer.try_losses(rows=4)
     trainer.create_optimizer()
     trainer.get_train_dataloader()
@@ -176,35 +178,37 @@ def try_out(trainer: BiSSLTrainer, pretrainer: PretextTrainer) -> None:
         pretrainer.try_loss(rows=4)
 
 
-def tell_pull(trainer: BiSSLTrainer) -> None:
-    """Says how far the upper level will reach the lower one; the trainer warns where that is next to nothing."""
+def print_pull(trainer: BiSSLTrainer) -> None:
+    """Says how far the upper level will reach the lower one; where that is too little the trainer warns."""
     pull = trainer.estimate_pull()
-    if trainer.is_world_process_zero() and not math.isnan(pull):
+    if trainer.is_world_process_zero() and pull >= GOOD_PULL:
         print(
-            f"Estimated pull of the upper level on the lower one: {pull:.2g} over the run; 3 to 10 did well in "
-            "docs/results.md."
+            for_console(
+                f"Estimated pull of the upper level on the lower one: {pull:.2g} over the run, by a proximal_weight "
+                f"of {trainer.proximal_weight:.2g}; {GOOD_PULL:g} to {TYPICAL_PULL:g} did well."
+            )
         )
 
 
-def evaluate_on_test(trainer: BiSSLTrainer, task: DownstreamTask, test: DecodedImages, prefix: str) -> dict[str, Any]:
-    """The aligned model's metrics on the test split, and a layout of its features."""
-    metrics = trainer.evaluate(test, metric_key_prefix=prefix)
-    predicted = trainer.predict(test)
-    per_class = task.per_class(predicted.predictions, predicted.label_ids)
-    rows: Dataset = Subset(test, range(min(len(test), TSNE_ROWS)))
-    features, labels = with_one_class(*extract_features(trainer.aligned_model(), batches_of(trainer, rows)))
-    layout = np.zeros((len(features), 2))
-    if len(features) >= 4:
-        with afterwards("The layout of the features"):
-            layout = tsne_layout(features, seed=trainer.args.seed)
-    return {"metrics": metrics, "per_class": per_class, "layout": layout.tolist(), "labels": labels.tolist()}
-
-
-def batches_of(trainer: BiSSLTrainer, rows: Dataset) -> Iterator[dict[str, Any]]:
-    key = trainer.streams.key(Stream.EVALUATION)._replace(rank=0)
-    # Trainer's own loader would give each process a part of them.
-    for batch in DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator):
-        yield trainer.streams.prepare(batch, key)
+def evaluate_before(
+    trainer: BiSSLTrainer, task: DownstreamTask, images: Images, pretraining_seconds: float, *, is_new: bool
+) -> dict[str, Any]:
+    """Trains the head and evaluates it, or returns what an earlier start has found."""
+    file = Path(str(trainer.args.output_dir)) / BEFORE_NAME
+    if not is_new and file.is_file():
+        try:
+            return read_mapping(file)
+        except DamagedFileError:
+            if trainer.is_world_process_zero():
+                print(f"Passing over {file}, which is empty or damaged: it is made anew.", file=sys.stderr)
+    start = time.perf_counter()
+    trainer.warm_up_head()
+    seconds = {"Pre-training": pretraining_seconds, "Head warm-up": time.perf_counter() - start}
+    before = evaluate_stage(trainer, task, images, BEFORE_PREFIXES)
+    before["seconds"] = {name: value for name, value in seconds.items() if value}
+    if trainer.is_world_process_zero():
+        write_mapping(file, before)
+    return before
 
 
 def known_facts(
@@ -223,59 +227,6 @@ def known_facts(
     )
 
 
-def write_outputs(
-    trainer: BiSSLTrainer, before: dict[str, Any], after: dict[str, Any], test: DecodedImages, class_names: list[str]
-) -> None:
-    output = Path(str(trainer.args.output_dir))
-    trainer.save_model(output)
-    history = [row for row in trainer.state.log_history if "step" in row]
-    per_class = {"before_per_class": before.get("per_class", {}), "test_per_class": after["per_class"]}
-    write_json(output / RUN_RESULTS, {**before["metrics"], **after["metrics"], **per_class, "log_history": history})
-    with afterwards("The figure of the losses"):
-        plot_run(trainer.state.log_history, output / "figures" / "training.png")
-    with afterwards("The figure of the features"):
-        plot_features(before, after, class_names, output / "figures" / "tsne.png")
-    head = metrics_under(before["metrics"], "before")
-    trainer.facts.evaluations = [
-        Evaluation("Linear head on the pre-trained backbone", "test", head, len(test), described=False),
-        Evaluation("This model", "test", metrics_under(after["metrics"], "test"), len(test)),
-    ]
-    with afterwards("The model card"):
-        trainer.create_model_card()
-
-
-def plot_features(before: dict[str, Any], after: dict[str, Any], class_names: list[str], path: Path) -> None:
-    """Draws the layouts of the test features before and after."""
-    layouts = []
-    for title, prefix, stage in (("Before BiSSL", "before", before), ("After BiSSL", "test", after)):
-        figures = name_metrics(stage["metrics"], prefix)
-        layouts.append(
-            (f"{title}: {next(iter(figures))} {next(iter(figures.values()))}", stage["layout"], stage["labels"])
-        )
-    plot_layouts(
-        [(title, np.reshape(points, (-1, 2)), np.array(labels)) for title, points, labels in layouts],
-        class_names,
-        path,
-    )
-
-
-def print_summary(output: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
-    def row(name: str, metrics: dict[str, Any], prefix: str) -> dict[str, str]:
-        return {"test split": name, **name_metrics(metrics, prefix), "loss": f"{metrics[f'{prefix}_loss']:.4f}"}
-
-    rows = [
-        row("linear head on the pre-trained backbone", before["metrics"], "before"),
-        row("aligned model, after BiSSL", after["metrics"], "test"),
-    ]
-    print(f"\n{format_table(rows)}\n")
-    print(f"The aligned model is in {output}, both levels in {output}/bilevel, figures in {output}/figures.")
-    print("It is a plain transformers checkpoint, ready for fine-tuning:\n")
-    print("    from transformers import AutoModelForImageClassification, pipeline")
-    print(f'    model = AutoModelForImageClassification.from_pretrained("{output}")')
-    print(f'    classify = pipeline("image-classification", model="{output}")\n')
-    print("How BiSSL compares with its rivals, measured over seeds: docs/results.md.")
-
-
 def build_run(
     data: DataArguments,
     lower_data: LowerDataArguments,
@@ -288,7 +239,7 @@ def build_run(
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
     lower = build_pretext_model(models)
-    task = DownstreamTask.from_images(images, data.image_size, views)
+    task = DownstreamTask.from_images(images, data.image_size, build_train_transform(data.image_size, views))
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
     model = BiSSLModel.from_models(lower, upper)
@@ -317,9 +268,21 @@ def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
     )
 
 
-@stopping_at_divergence()
+def preview(
+    data: DataArguments,
+    lower_data: LowerDataArguments,
+    views: ViewArguments,
+    models: ModelArguments,
+    args: BiSSLTrainingArguments,
+) -> None:
+    """Writes what the pretext task would see."""
+    transform = build_view_transform(data.image_size, views, models.pretext)
+    write_preview(load_images(data, lower_data, args.seed).lower, transform, str(args.output_dir), seed=args.seed)
+
+
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
-    data, lower_data, views, models, card, look_ahead, args = parse_arguments(
+    data, lower_data, views, models, card, look_ahead, watch, args = parse_arguments(
         (
             DataArguments,
             LowerDataArguments,
@@ -327,14 +290,19 @@ def main(arguments: list[str] | None = None) -> None:
             ModelArguments,
             CardArguments,
             PlanArguments,
+            WatchArguments,
             BiSSLTrainingArguments,
         ),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_dataset(data, describe_run(models, args))
+    if look_ahead.preview:
+        with refusing_bad_input():
+            preview(data, lower_data, views, models, args)
+        return
     if look_ahead.plan:
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir, args.report_to, args.disable_tqdm, args.push_to_hub = folder, [], True, False
@@ -346,6 +314,16 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = open_run(args, leaves=("checkpoint-*", PRETRAINING_NAME))
         images, task, trainer, pretrainer = build_run(data, lower_data, views, models, args)
         trainer.facts = known_facts(card, data, lower_data.lower_dataset, views, models)
+        if watch.knn_every:
+            add_knn_check(
+                trainer,
+                images,
+                data.image_size,
+                every=watch.knn_every,
+                neighbors=watch.knn_neighbors,
+                num_images=watch.knn_images,
+                model=trainer.aligned_model,
+            )
         trainer.publisher.resume_files = (
             BEFORE_NAME,
             *(f"{PRETRAINING_NAME}/{name}" for name in (FINISHED_NAME, SETTINGS_NAME)),
@@ -353,32 +331,26 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.publisher.outputs_follow = True
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
-        keep_pretraining_settings(pretrainer, models)
+        keep_pretraining_settings(pretrainer, models, views, images, data.image_size)
 
     if trainer.is_world_process_zero():
-        print(task.describe_splits(images))
+        print(for_console(task.describe_splits(images)))
     pretrain(pretrainer)
     trainer.model.start_upper_from_lower()
+    before = evaluate_before(trainer, task, images, pretrainer.training_seconds, is_new=checkpoint is None)
     output = Path(str(args.output_dir))
-    before_file = output / BEFORE_NAME
-    if checkpoint is None or not before_file.is_file():
-        trainer.warm_up_head()
-        before = evaluate_on_test(trainer, task, images.test, "before")
-        if trainer.is_world_process_zero():
-            write_json(before_file, before)
-    else:
-        before = json.loads(before_file.read_text())
     if checkpoint and (output / RUN_RESULTS).is_file() and trainer.is_world_process_zero():
         print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
     if checkpoint is None:
-        tell_pull(trainer)
+        print_pull(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = evaluate_on_test(trainer, task, images.test, "test")
+    after = evaluate_stage(trainer, task, images, AFTER_PREFIXES)
     check_metrics(after["metrics"], of="the aligned model")
     if trainer.is_world_process_zero():
-        write_outputs(trainer, before, after, images.test, images.class_names)
+        run = AlignedRun(trainer, task, images, before, after)
+        run.write_outputs()
         with afterwards("The summary"):
-            print_summary(output, before, after)
+            run.print_summary()
     trainer.push_outputs()
 
 

@@ -17,7 +17,6 @@ from accelerate.state import PartialState
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
-from transformers.utils.logging import disable_progress_bar
 
 from .. import BiSSLConfig, BiSSLModel
 from ..checkpoints import write_json
@@ -29,9 +28,11 @@ from ..evaluation.metrics import MULTI_LABEL
 from ..models.backbone import load_backbone
 from ..models.batch_norm import recalibrate_batch_norm
 from ..models.finite import with_finite_weights
+from ..tasks.labelled import LabelledImages, decode_labelled
 from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
-from .images import DataArguments, LabelledImages, decode_labelled, load_labelled
+from .console import prepare_console
+from .images import DataArguments, load_labelled
 from .loading import load_config, loading
 from .outputs import RUN_RESULTS, afterwards, open_output_dir
 
@@ -50,7 +51,7 @@ class AnalysisArguments:
     max_images: int = field(default=5000, metadata={"help": "Images of each split to use, drawn by the seed."})
     knn_neighbors: int = field(default=20, metadata={"help": "Neighbours that vote."})
     tsne_images: int = field(default=1000, metadata={"help": "Test images in the t-SNE layouts."})
-    tsne_classes: int = field(default=10, metadata={"help": "Classes in the t-SNE layouts: the first so many."})
+    tsne_classes: int = field(default=10, metadata={"help": "Number of classes in the t-SNE layouts, the first ones."})
     recalibrate: bool = field(
         default=True,
         metadata={"help": "Estimate batch-norm statistics of each checkpoint anew on training images, labels unused."},
@@ -97,7 +98,7 @@ def load_backbones(arguments: AnalysisArguments) -> dict[str, PreTrainedModel]:
             else:
                 found = {name: load_backbone(source)}
         if twice := sorted(set(found) & set(backbones)):
-            raise ValueError(f"Two checkpoints are called {twice[0]!r}; tell them apart with --names.")
+            raise ValueError(f"Two checkpoints are called {twice[0]!r}; give them different names with --names.")
         backbones |= found
     return backbones
 
@@ -196,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, data = parse_arguments(
         (AnalysisArguments, DataArguments), arguments, description=str(__doc__).split("\n\n")[-1]
     )
-    disable_progress_bar()  # of reading weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_arguments(options)
         open_output_dir(options.output_dir, None)

@@ -5,14 +5,17 @@ import json
 import os
 import re
 import sys
+import time
 from argparse import Action
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError
+from torch.distributed import DistError
 from transformers import HfArgumentParser
 
+from ..checkpoints import DamagedFileError
 from ..data.paths import expand_path
 from ..text import for_terminal
 from ..trainer.divergence import DivergenceError
@@ -23,14 +26,24 @@ from .values import checked_value
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 _LONGEST_MESSAGE = 500
+# How long a process waits for the first one of its machine, and one that has lost another for that one, to speak.
+_FIRST_SPEAKS_SECONDS, _OTHERS_SPEAK_SECONDS = 1.5, 5.0
 _NEGATIVE = re.compile(r"-\.?[0-9]")
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends the process with one sentence on stderr and the exit code for bad input."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {for_terminal(' '.join(message.split()))}", file=sys.stderr)
+    """Ends the process with one sentence on stderr and the exit code for bad input.
+
+    Of several processes any may find what is wrong, and mostly all do. The first of a machine speaks at once; its
+    launcher then ends the others, which wait for that before they speak."""
+    _speak(message)
     sys.exit(EXIT_BAD_INPUT)
+
+
+def _speak(message: str) -> None:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and (number := int(os.environ.get("LOCAL_RANK") or 0)) > 0:
+        time.sleep(_FIRST_SPEAKS_SECONDS + number / 2)
+    print(f"error: {for_terminal(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -40,17 +53,26 @@ def refusing_bad_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        if _is_about_others(error):
+            time.sleep(_OTHERS_SPEAK_SECONDS)
         refuse(str(error) or type(error).__name__)
+
+
+def _is_about_others(error: Exception) -> bool:
+    """Whether an exchange failed, as it does when another process has ended: that one knows why."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 @contextmanager
 def stopping_at_divergence() -> Iterator[None]:
-    """Ends the process with one sentence and `EXIT_DIVERGED` where the training diverges."""
+    """Ends the process with one sentence where the training diverges (`EXIT_DIVERGED`), and where a file that it left
+    earlier is damaged (`EXIT_BAD_INPUT`)."""
     try:
         yield
+    except DamagedFileError as error:
+        refuse(str(error))
     except DivergenceError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {for_terminal(' '.join(str(error).split()))}", file=sys.stderr)
+        _speak(str(error))
         sys.exit(EXIT_DIVERGED)
 
 

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         if len(asked) > 1:
             raise ValueError(f"{' and '.join(asked)} are measurements of their own; ask for one of them.")
         if chosen.repeats is not None and (chosen.growth or chosen.memory):
-            raise ValueError(f"repeats is {chosen.repeats}, and {asked[0]} takes no medians over so many rounds.")
+            raise ValueError(f"repeats is {chosen.repeats}, and {asked[0]} is measured only once.")
         if chosen.repeats is not None:
             if chosen.repeats < 1:
                 raise ValueError(f"repeats is {chosen.repeats}; it must be at least 1.")

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from .. import SimCLRForPreTraining
 from ..cards.card import build_converted_card
@@ -29,6 +28,7 @@ from ..models.saving import save_model
 from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments
+from .console import prepare_console
 from .conversion import (
     HEAD_PREFIX,
     build_model,
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, push, card = parse_arguments(
         (ConversionArguments, PushArguments, CardArguments), arguments, description=str(__doc__).split("\n\n")[-1]
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_arguments(options, push)
         check_license(card.license)

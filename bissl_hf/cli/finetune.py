@@ -9,27 +9,23 @@ the model that is best on the validation split. The test split is read once, at 
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers.trainer_utils import HubStrategy
-from transformers.utils.logging import disable_progress_bar
 
-from ..cards.tables import Evaluation, metrics_under
-from ..checkpoints import write_json
-from ..data.augment import image_processor
-from ..evaluation.figures import plot_curves, plot_search
-from ..models.saving import save_model
-from ..text import format_table
-from ..trainer.finetune_trainer import FineTuneTrainer
-from ..trainer.search import SearchResult, SearchSpace, check_backend
+from ..tasks.labelled import decode_labelled
+from ..text import for_console
+from ..trainer.search import SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
-from .finetuning import FineTuning, summarise
-from .images import CropArguments, DataArguments, build_train_transform, check_dataset, decode_labelled, load_labelled
+from .console import prepare_console
+from .finetuned import FineTuned, seed_folder
+from .finetuning import FineTuning
+from .images import CropArguments, DataArguments, build_train_transform, check_dataset, load_labelled
 from .loading import check_sources
 from .models import StartArguments, classifier_builder
-from .outputs import RUN_RESULTS, afterwards, open_run
+from .outputs import afterwards, open_run
+from .running import as_a_run
 
 
 @dataclass
@@ -92,103 +88,14 @@ def build_finetuning(
     )
 
 
-def write_outputs(
-    tuning: FineTuning,
-    runs: dict[int, dict[str, Any]],
-    tests: dict[int, dict[str, float]],
-    found: SearchResult | None,
-    per_class: dict[int, dict[str, float]],
-) -> dict[str, Any]:
-    """Writes the best model, figures and results; returns the results."""
-    output, metric = Path(str(tuning.args.output_dir)), tuning.metric
-    best = max(runs, key=lambda seed: tuning.rank(runs[seed]))
-    save_model(tuning.load(seed_folder(output, best)), output, image_processor(tuning.image_size))
-    results = {
-        **{name: summarise([tests[seed][name] for seed in runs]) for name in tests[best]},
-        f"eval_{metric}": summarise([run[f"eval_{metric}"] for run in runs.values()]),
-        "test_per_class": per_class[best],
-        "seeds": list(runs),
-        "best_seed": best,
-        "learning_rate": found.best["learning_rate"] if found else tuning.args.learning_rate,
-        "weight_decay": found.best["weight_decay"] if found else tuning.args.weight_decay,
-        "search": found.trials if found else [],
-        "train_seconds": [run["train_seconds"] for run in runs.values()],
-    }
-    write_json(output / RUN_RESULTS, results)
-    with afterwards("The figure of the losses"):
-        plot_curves(*curves_of(runs, metric), output / "figures" / "finetuning.png")
-    if found is not None:
-        with afterwards("The figure of the search"):
-            plot_search(found.trials, found.best, f"eval_{metric}", output / "figures" / "search.png")
-    return results
-
-
-def write_card(
-    trainer: FineTuneTrainer, results: dict[str, Any], best: dict[str, Any], test: dict[str, float], rows: int
-) -> None:
-    """Writes the card of the best model, which another trainer has trained: this one takes over what it was told."""
-    for name, source in (("seed", "best_seed"), ("learning_rate", "learning_rate"), ("weight_decay", "weight_decay")):
-        setattr(trainer.args, name, results[source])
-    trainer.state.log_history = best["log_history"]
-    trainer.state.global_step = best["log_history"][-1]["step"]
-    trainer.facts.evaluations = [Evaluation("This model", "test", metrics_under(test, "test"), rows)]
-    if len(results["seeds"]) > 1:
-        means = {name: results[name]["mean"] for name in test}
-        mean_of = f"Mean over {len(results['seeds'])} seeds"
-        trainer.facts.evaluations.append(
-            Evaluation(mean_of, "test", metrics_under(means, "test"), rows, described=False)
-        )
-    trainer.create_model_card()
-
-
-def curves_of(runs: dict[int, dict[str, Any]], metric: str) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The runs' histories under names of their own, and what to draw of them."""
-    history = [
-        {"epoch": row["epoch"], **{f"{name} {seed}": value for name, value in row.items()}}
-        for seed, run in runs.items()
-        for row in run["log_history"]
-    ]
-    titles = {"loss": "Training loss", "eval_loss": "Validation loss", f"eval_{metric}": f"Validation {metric}"}
-    panels = [(title, [(f"{name} {seed}", f"seed {seed}") for seed in runs]) for name, title in titles.items()]
-    return history, panels
-
-
-def seed_folder(output: Path, seed: int) -> Path:
-    return output / f"seed-{seed}"
-
-
-def print_summary(tuning: FineTuning, results: dict[str, Any]) -> None:
-    output, rows = tuning.args.output_dir, []
-    for name, summary in results.items():
-        if isinstance(summary, dict) and "mean" in summary:
-            split, _, metric = name.partition("_")
-            factor, unit = (1, "") if metric == "loss" else (100, " %")
-            deviation = "" if summary["std"] is None else f"{factor * summary['std']:.2f}{unit}"
-            rows.append(
-                {
-                    "split": {"eval": "validation"}.get(split, split),
-                    "metric": {"map": "11-point mAP"}.get(metric, metric.replace("_", " ")),
-                    "mean": f"{factor * summary['mean']:.2f}{unit}",
-                    **({"deviation": deviation} if deviation else {}),
-                    **({"all values": ", ".join(f"{factor * v:.2f}" for v in summary["values"])} if deviation else {}),
-                }
-            )
-    print(f"\n{format_table(rows)}\n")
-    how = f"chosen among {len(results['search'])} pairs on the validation split" if results["search"] else "as given"
-    print(f"Learning rate {results['learning_rate']:.3g}, weight decay {results['weight_decay']:.3g} ({how}).")
-    print(f"The model of seed {results['best_seed']}, best on the validation split, is in {output}:\n")
-    print("    from transformers import pipeline")
-    print(f'    classify = pipeline("image-classification", model="{output}")\n')
-
-
-@stopping_at_divergence()
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     data, crops, start, repetition, card, args = parse_arguments(
         (DataArguments, CropArguments, StartArguments, RepetitionArguments, CardArguments, FineTuningArguments),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_dataset(data, f"This command fine-tunes a classifier for {args.num_train_epochs:g} epochs.")
         check_run(args)
@@ -212,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     if trainer.is_world_process_zero():
-        print(tuning.task.describe_splits(tuning.images))
+        print(for_console(tuning.task.describe_splits(tuning.images)))
     found, chosen = None, {}
     if repetition.search_trials:
         found = tuning.search(
@@ -228,14 +135,16 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"Fine-tuning with seed {seed}")
         runs[seed] = tuning.train(seed_folder(output, seed), seed=seed, **chosen)
     tests = {seed: tuning.test(seed_folder(output, seed)) for seed in runs}
-    per_class = {seed: tuning.test_per_class(seed_folder(output, seed)) for seed in runs}
+    best = max(runs, key=lambda seed: tuning.rank(runs[seed]))
+    predicted = {
+        split: tuning.predict(seed_folder(output, best), getattr(tuning.images, split))
+        for split in ("validation", "test")
+    }
     if trainer.is_world_process_zero():
-        results = write_outputs(tuning, runs, tests, found, per_class)
-        best = results["best_seed"]
-        with afterwards("The model card"):
-            write_card(trainer, results, runs[best], tests[best], len(tuning.images.test))
+        outcome = FineTuned(trainer, tuning, runs, tests, best, predicted, found)
+        outcome.write_outputs()
         with afterwards("The summary"):
-            print_summary(tuning, results)
+            outcome.print_summary()
     trainer.push_outputs()
 
 

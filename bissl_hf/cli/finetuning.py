@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.trainer_utils import PredictionOutput
 
 from ..checkpoints import find_last_checkpoint
 from ..data.augment import TrainTransform
+from ..tasks.downstream import DownstreamTask
+from ..tasks.labelled import LabelledImages
 from ..trainer.divergence import check_metrics
 from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchResult, SearchSpace, search
 from ..trainer.training_args import FineTuningArguments, with_changes
-from .images import LabelledImages
 from .parts import Stage
-from .tasks import DownstreamTask
 
 _DECISIVE = (
     *("optim", "optim_args", "learning_rate", "weight_decay", "max_grad_norm"),
@@ -39,7 +40,7 @@ class FineTuning:
             torch's random state.
         train_transform ([`TrainTransform`])
         image_size (`int`): of the evaluation transform and the image processor.
-        settings (`Mapping`): what the images and the model come from, to tell runs apart.
+        settings (`Mapping`): what the images and the model come from, to distinguish runs.
     """
 
     args: FineTuningArguments
@@ -144,12 +145,9 @@ class FineTuning:
         found = trainer.evaluate(self.images.test if dataset is None else dataset, metric_key_prefix="test")
         return without_times(found, "test")
 
-    def test_per_class(self, folder: Path) -> dict[str, float]:
-        """Returns the accuracy of each class (see [`DownstreamTask.per_class`]) on the test split, of the model that
-        `train` has left in `folder`."""
-        trainer = self.build_trainer(self.load(folder), output_dir=str(folder))
-        found = trainer.predict(self.images.test)
-        return self.task.per_class(found.predictions, found.label_ids)
+    def predict(self, folder: Path, dataset: Dataset) -> PredictionOutput:
+        """Returns what the model that `train` has left in `folder` predicts, with the labels."""
+        return self.build_trainer(self.load(folder), output_dir=str(folder)).predict(dataset)
 
     def load(self, folder: str | os.PathLike[str]) -> PreTrainedModel:
         """Loads the model that `train` has left in `folder`."""

@@ -7,19 +7,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..trainer.fields import REFUSED_BY_ALTERNATIONS
+
 HELP_FLAGS = ("-h", "--help")
-# Fields of `transformers.TrainingArguments` that the trainers of this package refuse unless they keep their defaults.
-REFUSED_FIELDS = frozenset(
-    (
-        *("auto_find_batch_size", "neftune_noise_alpha", "label_smoothing_factor", "gradient_checkpointing"),
-        *("activation_checkpointing", "save_only_model", "dataloader_drop_last"),
-        *("prediction_loss_only", "label_names", "eval_do_concat_batches", "hub_token"),
-        *("gradient_accumulation_steps", "fsdp", "deepspeed", "parallelism_config"),
-        *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-    )
-)
-# Fields that set the length of a run and which BiSSL takes from its alternations.
-REFUSED_BY_BISSL = frozenset(("num_train_epochs", "max_steps"))
 # Fields of transformers that most runs may want to set; the others are listed by `--help all`.
 _COMMON = frozenset(
     (
@@ -91,7 +81,7 @@ def group_fields(dataclass_types: Sequence[Any], *, show_all: bool = False) -> d
 def _group_of(kind: type, name: str, *, bilevel: bool, show_all: bool) -> str | None:
     """Returns the title of the group of a field, or `None` if it is not shown."""
     is_trainer_field = issubclass(kind, TrainingArguments)
-    if name in REFUSED_FIELDS or (bilevel and name in REFUSED_BY_BISSL):
+    if name in getattr(kind, "refused_fields", ()) or (bilevel and name in REFUSED_BY_ALTERNATIONS):
         return None
     if is_trainer_field and name not in _COMMON and not _is_own(kind, name):
         return REST_GROUP if show_all else None

@@ -12,26 +12,39 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from .. import BiSSLModel
 from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
 from ..evaluation.figures import plot_curves
-from ..text import format_table
+from ..report.page import write_report
+from ..report.record import Evaluated, Report
+from ..tasks.downstream import DownstreamTask
+from ..text import for_console, for_terminal
 from ..trainer.divergence import check_metrics
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.training_args import JointTrainingArguments
 from .adapters import LoraArguments
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
-from .images import DataArguments, ViewArguments, build_view_transform, check_dataset
+from .console import prepare_console
+from .images import DataArguments, ViewArguments, build_train_transform, build_view_transform, check_dataset
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
+from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
-from .tasks import DownstreamTask
+from .reporting import (
+    data_lines,
+    error_pictures,
+    evaluated,
+    format_outcomes,
+    prediction_lists,
+    sample_pictures,
+    settings_of_facts,
+)
+from .running import as_a_run
+from .views import PreviewArguments, write_preview
 
 
 @dataclass
@@ -55,7 +68,7 @@ def build_run(
     view_transform = build_view_transform(data.image_size, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
-    task = DownstreamTask.from_images(images, data.image_size, views)
+    task = DownstreamTask.from_images(images, data.image_size, build_train_transform(data.image_size, views))
     lower = build_pretext_model(models)
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
@@ -71,16 +84,25 @@ def build_run(
     return images, task, trainer
 
 
-def evaluate(trainer: JointTrainer, task: DownstreamTask, images: Images) -> dict[str, Any]:
-    """Returns the metrics of the final model on validation (`eval_*`) and test images (`test_*`)."""
-    found = trainer.evaluate(images.validation)
-    found |= trainer.evaluate(images.test, metric_key_prefix="test")
-    predicted = trainer.predict(images.test)
-    return {**found, "test_per_class": task.per_class(predicted.predictions, predicted.label_ids)}
+def evaluate(trainer: JointTrainer, task: DownstreamTask, images: Images) -> tuple[dict[str, Any], list[Evaluated]]:
+    """Returns the metrics of the final model on validation (`eval_*`) and test images (`test_*`), and what it predicts
+    for both."""
+    metrics: dict[str, Any] = {}
+    found = []
+    for split, prefix in (("validation", "eval"), ("test", "test")):
+        rows = getattr(images, split)
+        metrics |= trainer.evaluate(rows, metric_key_prefix=prefix)
+        predicted = trainer.predict(rows)
+        predictions = prediction_lists(task, predicted.predictions)
+        found.append(evaluated("joint training", split, rows, predictions, metrics_under(metrics, prefix)))
+    metrics["test_per_class"] = task.per_class(predicted.predictions, predicted.label_ids)
+    return metrics, found
 
 
-def write_outputs(trainer: JointTrainer, metrics: dict[str, Any], images: Images) -> None:
-    """Writes the native model, its card, results and curves."""
+def write_outputs(
+    trainer: JointTrainer, task: DownstreamTask, images: Images, metrics: dict[str, Any], found: list[Evaluated]
+) -> None:
+    """Writes the native model and its results; then card, curves and report."""
     output = Path(str(trainer.args.output_dir))
     trainer.save_model(output)
     history = [row for row in trainer.state.log_history if "step" in row]
@@ -98,38 +120,69 @@ def write_outputs(trainer: JointTrainer, metrics: dict[str, Any], images: Images
         plot_curves(history, [("Joint loss", [("loss", "training")])], output / "figures" / "joint.png")
     with afterwards("The model card"):
         trainer.create_model_card()
+    with afterwards("The report"):
+        write_report(build_report(trainer, task, images, metrics["test_per_class"], found), output)
 
 
-def print_summary(output: str, metrics: dict[str, Any]) -> None:
+def build_report(
+    trainer: JointTrainer,
+    task: DownstreamTask,
+    images: Images,
+    per_class: dict[str, float],
+    found: list[Evaluated],
+) -> Report:
+    """Returns the report of the run."""
+    output, facts, clock = str(trainer.args.output_dir), trainer.facts, trainer.step_clock.seconds
+    return Report(
+        title=f"Joint training with {facts.dataset}",
+        run=trainer.record(),
+        data=data_lines(str(facts.dataset), images, (str(facts.lower_dataset), len(images.lower))),
+        settings=settings_of_facts(facts),
+        after=found,
+        per_class=per_class,
+        class_names=task.class_names,
+        views=sample_pictures(trainer, images.lower),
+        errors=error_pictures(found[-1], images.test, task.class_names),
+        seconds={"Steps": clock["step"], "Evaluation and checkpoints": clock["between"]},
+        folder=output,
+        next_steps=[f"bissl-hf finetune --model {output} --dataset {facts.dataset}"],
+    )
+
+
+def print_summary(output: str, found: list[Evaluated]) -> None:
     """Prints the metrics on both held-out splits and how to go on."""
-    rows = [
-        {"split": name, **name_metrics(metrics, prefix), "loss": f"{metrics[f'{prefix}_loss']:.4f}"}
-        for name, prefix in (("validation", "eval"), ("test", "test"))
-    ]
-    print(f"\n{format_table(rows)}\n")
-    print(f"The jointly trained model is in {output}, its curve in {output}/figures. To go on with it:\n")
+    output = for_terminal(output)
+    print(f"\n{format_outcomes(found)}\n")
+    print(f"The jointly trained model is in {output},\na report with all figures in {output}/report.html.")
+    print("To go on with it:\n")
     print(f"    bissl-hf finetune --model {output} ...       fine-tunes it")
     print(f"    bissl-hf predict --model {output} --inputs FOLDER\n")
 
 
-@stopping_at_divergence()
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
-    data, lower_data, views, models, card, args = parse_arguments(
+    data, lower_data, views, models, card, look_ahead, args = parse_arguments(
         (
             DataArguments,
             LowerDataArguments,
             ViewArguments,
             JointModelArguments,
             CardArguments,
+            PreviewArguments,
             JointTrainingArguments,
         ),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_dataset(data, f"This command trains both tasks on one backbone for {args.num_train_epochs:g} epochs.")
+        if look_ahead.preview:
+            transform = build_view_transform(data.image_size, views, models.pretext)
+            images = load_images(data, lower_data, args.seed)
+            write_preview(images.lower, transform, str(args.output_dir), seed=args.seed)
+            return
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         images, task, trainer = build_run(data, lower_data, views, models, args)
         trainer.facts = recipe_facts(
@@ -145,14 +198,14 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.try_loss(rows=4)
 
     if trainer.is_world_process_zero():
-        print(task.describe_splits(images))
+        print(for_console(task.describe_splits(images)))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    metrics = evaluate(trainer, task, images)
+    metrics, found = evaluate(trainer, task, images)
     check_metrics(metrics, of="the joint model")
     if trainer.is_world_process_zero():
-        write_outputs(trainer, metrics, images)
+        write_outputs(trainer, task, images, metrics, found)
         with afterwards("The summary"):
-            print_summary(str(args.output_dir), metrics)
+            print_summary(str(args.output_dir), found)
     trainer.push_outputs()
 
 

@@ -6,9 +6,12 @@ from transformers import PreTrainedModel
 
 from .. import load_image_dataset
 from ..data.decoded import DecodedImages
+from ..models.classifier import new_classifier
 from ..models.pretext import downstream_config
-from .images import DataArguments, LabelledImages, decode_labelled, decode_unlabelled, load_labelled
-from .tasks import DownstreamTask
+from ..tasks.downstream import DownstreamTask
+from ..tasks.labelled import LabelledImages, decode_labelled, decode_unlabelled
+from .images import DataArguments, load_labelled
+from .models import load_classifier
 
 
 @dataclass
@@ -50,5 +53,5 @@ def build_upper(upper_model: str | None, lower: PreTrainedModel, task: Downstrea
     """Returns the model for the downstream task: the one that a user has named, or a new one on a backbone like that
     of the pretext model."""
     if upper_model:
-        return task.load_model(upper_model, field="upper_model")
-    return task.new_model(downstream_config(lower))
+        return load_classifier(upper_model, task.class_names, field="upper_model", problem_type=task.problem_type)
+    return new_classifier(downstream_config(lower), task.class_names, problem_type=task.problem_type)

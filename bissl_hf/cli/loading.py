@@ -42,7 +42,7 @@ def loading(field: str, source: str) -> Iterator[None]:
 
 
 def load_config(field: str, source: str) -> PretrainedConfig:
-    """Loads the configuration of a model; code that lies beside it is not run.
+    """Loads the configuration of a model; code beside it is not run.
 
     Raises:
         `ValueError`: see [`loading`].

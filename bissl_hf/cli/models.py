@@ -11,6 +11,7 @@ from ..evaluation.metrics import SINGLE_LABEL
 from ..models import pretext
 from ..models.auto import PRETEXT_MODELS, pretext_class
 from ..models.backbone import load_backbone
+from ..models.classifier import classifier_on, new_classifier, set_labels
 from ..models.configuration_backbone import resnet18_config
 from ..models.configuration_bissl import BiSSLConfig
 from ..models.finite import with_finite_weights
@@ -101,17 +102,6 @@ def _load_pretext_model(source: str) -> PreTrainedModel:
     )
 
 
-def new_classifier(
-    backbone_config: PretrainedConfig, class_names: Sequence[str], *, problem_type: str = SINGLE_LABEL
-) -> PreTrainedModel:
-    """Returns the image classifier on this kind of backbone with new weights and a head for these classes."""
-    config: Any = type(backbone_config).from_dict(backbone_config.to_dict())
-    config.problem_type = problem_type
-    config.id2label = dict(enumerate(class_names))
-    config.label2id = {name: number for number, name in enumerate(class_names)}
-    return AutoModelForImageClassification.from_config(config)
-
-
 def load_classifier(
     source: str, class_names: Sequence[str], *, field: str, problem_type: str = SINGLE_LABEL
 ) -> PreTrainedModel:
@@ -124,14 +114,14 @@ def load_classifier(
         problem_type (`str`, *optional*): whether an image has one class or may have several; decides the loss.
 
     Raises:
-        `ValueError`: if it tells other classes apart, or the same in another order.
+        `ValueError`: if it has other classes, or the same in another order.
     """
     with loading(field, source):
         model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False)
         with_finite_weights(model, source)
     if model.config.num_labels != len(class_names):
         raise ValueError(
-            f"{field} {source} tells {model.config.num_labels} classes apart and the data set has "
+            f"{field} {source} has {model.config.num_labels} classes and the data set has "
             f"{len(class_names)}; leave {field} out for a new head."
         )
     names = [model.config.id2label[number] for number in range(len(class_names))]
@@ -140,9 +130,7 @@ def load_classifier(
             f"{field} {source} has the classes of the data set in another order ({', '.join(names[:4])}, ... instead "
             f"of {', '.join(class_names[:4])}, ...), which its head cannot follow; leave {field} out for a new head."
         )
-    model.config.id2label = dict(enumerate(class_names))
-    model.config.label2id = {name: number for number, name in enumerate(class_names)}
-    model.config.problem_type = problem_type
+    set_labels(model.config, class_names, problem_type=problem_type)
     return model
 
 
@@ -191,27 +179,6 @@ def classifier_builder(
         return lambda: new_classifier(config, class_names, problem_type=problem_type)
     backbone = _load_backbone(arguments.model)
     return lambda: classifier_on(backbone, class_names, problem_type=problem_type)
-
-
-def classifier_on(
-    backbone: PreTrainedModel, class_names: Sequence[str], *, problem_type: str = SINGLE_LABEL
-) -> PreTrainedModel:
-    """Returns a classifier with a new head and the weights of a backbone, which are copied.
-
-    Raises:
-        `ValueError`: if the backbone lacks weights that the classifier has.
-    """
-    model = new_classifier(backbone.config, class_names, problem_type=problem_type)
-    weights = backbone.state_dict()
-    missing = [name for name in model.base_model.state_dict() if name not in weights]
-    if missing:
-        raise ValueError(
-            f"The backbone, a {type(backbone).__name__}, lacks {len(missing)} of the weights of "
-            f"{type(model).__name__}: {', '.join(missing[:5])}."
-        )
-    # A base model may hold more than its classifier uses: the pooler of a ViT.
-    model.base_model.load_state_dict(weights, strict=False)
-    return model
 
 
 def _backbone_config(source: str | None) -> PretrainedConfig:

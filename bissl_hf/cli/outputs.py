@@ -11,8 +11,9 @@ from accelerate.state import PartialState
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
-from ..checkpoints import find_defect, find_last_checkpoint, list_checkpoints
+from ..checkpoints import find_defect, find_last_checkpoint
 from ..hub.folder import fetch_last_checkpoint
+from ..run_lock import LOCK_NAME, hold_for_run
 from ..text import for_terminal
 
 RESUME_FROM_HUB = "hub"
@@ -34,7 +35,7 @@ def open_output_dir(
         resume (`str` or `bool`, *optional*): a checkpoint; true for the newest whole one; or `hub` for that of the
             repository where the folder has none.
         leaves (`Sequence[str]`, *optional*): patterns of what an unfinished run leaves in its folder. A model that
-            lies there without any of them comes from something else, and would be written over.
+            is there without any of them comes from something else, and would be written over.
         repo_id (`str`, *optional*): repository of the run, by the name of the folder if not given.
         revision (`str`, *optional*): its branch.
 
@@ -57,7 +58,8 @@ def open_output_dir(
         ) from error
     wants = resume if isinstance(resume, bool) else str(resume or "").lower()
     if wants in (False, "", "false", "none"):
-        finished, started = (folder / RUN_RESULTS).is_file(), bool(list_checkpoints(folder)) or any(folder.iterdir())
+        finished = (folder / RUN_RESULTS).is_file()
+        started = any(path.name != LOCK_NAME for path in folder.iterdir())
         if finished or started:
             state = "a finished run" if finished else "files, maybe of an unfinished run"
             raise ValueError(
@@ -111,6 +113,7 @@ def open_run(args: TrainingArguments, *, leaves: Sequence[str]) -> Path | None:
             revision=args.hub_revision,
         )
     PartialState().wait_for_everyone()
+    hold_for_run(str(args.output_dir), writes=args.process_index == 0)
     return checkpoint
 
 
@@ -138,5 +141,7 @@ def name_metrics(metrics: Mapping[str, Any], prefix: str) -> dict[str, str]:
         "top5_accuracy": "top-5 accuracy",
         "mean_class_accuracy": "mean per class",
     }
-    found = {name: metrics.get(f"{prefix}_{key}") for key, name in names.items()}
-    return {name: f"{100 * value:.2f} %" for name, value in found.items() if value is not None}
+    shares = {name: metrics.get(f"{prefix}_{key}") for key, name in names.items()}
+    found = {name: f"{100 * value:.2f} %" for name, value in shares.items() if value is not None}
+    of_regression = {name: metrics.get(f"{prefix}_{name}") for name in ("r2", "mae", "rmse")}
+    return found | {name: f"{value:.4g}" for name, value in of_regression.items() if value is not None}

@@ -7,25 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import list_checkpoints, write_json
+from ..checkpoints import list_checkpoints, read_mapping, write_mapping
+from ..run_lock import LOCK_NAME
 
 SETTINGS_NAME = "settings.json"
 RESULT_NAME = "result.json"
-
-
-def read_mapping(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON file that holds a mapping.
-
-    Raises:
-        `ValueError`: if it holds something else; with what to do.
-    """
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is empty or damaged. Put a whole copy in its place, or move it away.")
-    return content
 
 
 class Stage:
@@ -74,13 +60,13 @@ class Stage:
     def _left(self) -> bool:
         """Whether there is anything that other settings would spoil."""
         files = (path for path in self.folder.rglob("*") if path.is_file())
-        return any(path.name not in (SETTINGS_NAME, f".{SETTINGS_NAME}.tmp") for path in files)
+        return any(path.name not in (SETTINGS_NAME, f".{SETTINGS_NAME}.tmp", LOCK_NAME) for path in files)
 
     def begin(self) -> None:
         """Creates the folder and keeps the settings, with which alone the part can go on once it has left anything."""
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / SETTINGS_NAME, self.settings)
+            write_mapping(self.folder / SETTINGS_NAME, self.settings)
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -95,7 +81,7 @@ class Stage:
             `dict`: the result, as a later start will read it.
         """
         if self.writes:
-            write_json(self.folder / RESULT_NAME, result)
+            write_mapping(self.folder / RESULT_NAME, result)
             for checkpoint in list_checkpoints(self.folder):
                 shutil.rmtree(checkpoint)
         return json.loads(json.dumps(result))

@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_utils import load_image
-from transformers.utils.logging import disable_progress_bar
 
 from ..evaluation.metrics import MULTI_LABEL, REGRESSION
 from ..models.finite import with_finite_weights
 from ..text import format_table
 from .arguments import parse_arguments, refusing_bad_input
+from .console import prepare_console
 from .loading import load_config, loading
 
 _ROWS_SHOWN = 5
@@ -186,7 +186,7 @@ def print_summary(output: Path, num_files: int, shown: list[dict[str, str]], unr
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
     (options,) = parse_arguments((PredictionInputs,), arguments, description=str(__doc__).split("\n\n")[-1])
-    disable_progress_bar()  # of reading weights, which takes a moment
+    prepare_console()
     output = Path(options.output).expanduser()
     with refusing_bad_input():
         state = PartialState(cpu=options.use_cpu)

@@ -10,35 +10,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch.utils.data import Subset
 from transformers import set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from .. import load_image_dataset
 from ..checkpoints import write_json
-from ..data.augment import EvalTransform, image_processor
+from ..data.augment import image_processor
+from ..data.decoded import DecodedImages
 from ..evaluation.figures import plot_curves
-from ..text import format_table
-from ..trainer.knn_check import KnnCheck
+from ..report.page import write_report
+from ..report.record import Report
+from ..tasks.labelled import LabelledImages, decode_labelled, decode_unlabelled
+from ..text import for_terminal, format_table
 from ..trainer.pretext_trainer import PretextTrainer
 from ..trainer.training_args import PretextTrainingArguments
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
-from .images import (
-    DataArguments,
-    LabelledImages,
-    ViewArguments,
-    build_view_transform,
-    check_dataset,
-    decode_labelled,
-    decode_unlabelled,
-    load_labelled,
-)
+from .console import prepare_console
+from .images import DataArguments, ViewArguments, build_view_transform, check_dataset, load_labelled
 from .loading import check_sources
 from .models import PretextModelArguments, build_pretext_model
 from .outputs import RUN_RESULTS, afterwards, open_run
 from .pairs import check_pairs
+from .reporting import sample_pictures, settings_of_facts
+from .running import as_a_run
+from .views import PreviewArguments, write_preview
+from .watching import add_knn_check
 
 
 @dataclass
@@ -83,17 +79,18 @@ def load_knn_images(data: PretextDataArguments, seed: int) -> LabelledImages | N
     return images
 
 
-def add_knn_check(trainer: PretextTrainer, images: LabelledImages, data: PretextDataArguments) -> None:
-    rows = np.random.default_rng(trainer.args.key_seed).permutation(len(images.train))[: data.knn_images]
-    check = KnnCheck(
-        trainer,
-        Subset(images.train, rows.tolist()),
-        images.validation,
-        eval_transform=EvalTransform(data.image_size),
-        every=data.knn_every,
-        neighbors=data.knn_neighbors,
+def load_pretext_images(data: PretextDataArguments, seed: int) -> DecodedImages:
+    """The images to learn from."""
+    splits = load_image_dataset(
+        data.dataset,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        seed=seed,
+        revision=data.dataset_revision,
+        dataset_config=data.dataset_config,
+        require_labels=False,
     )
-    trainer.add_callback(check)
+    return decode_unlabelled(splits, data.image_size, unreadable=data.unreadable)
 
 
 def build_trainer(
@@ -107,16 +104,7 @@ def build_trainer(
     check_sources(models, "lower_model", "backbone")
     view_transform = build_view_transform(data.image_size, views, models.pretext)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
-        splits = load_image_dataset(
-            data.dataset,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            seed=args.seed,
-            revision=data.dataset_revision,
-            dataset_config=data.dataset_config,
-            require_labels=False,
-        )
-        images = decode_unlabelled(splits, data.image_size, unreadable=data.unreadable)
+        images = load_pretext_images(data, args.seed)
     return PretextTrainer(
         build_pretext_model(models),
         args,
@@ -145,6 +133,24 @@ def write_outputs(trainer: PretextTrainer) -> None:
         plot_curves(history, panels, output / "figures" / "pretraining.png")
     with afterwards("The model card"):
         trainer.create_model_card()
+    with afterwards("The report"):
+        write_report(build_report(trainer), output)
+
+
+def build_report(trainer: PretextTrainer) -> Report:
+    """Returns the report of the run."""
+    output, facts, images = str(trainer.args.output_dir), trainer.facts, trainer.train_dataset
+    clock = trainer.step_clock.seconds
+    return Report(
+        title=f"Pre-training on {facts.dataset}",
+        run=trainer.record(),
+        data={"Images": f"{facts.dataset}: {len(images):,}"},
+        settings=settings_of_facts(facts),
+        views=sample_pictures(trainer, images),
+        seconds={"Steps": clock["step"], "Checks and checkpoints": clock["between"]},
+        folder=output,
+        next_steps=[f"bissl-hf align --lower_model {output} --dataset path/to/labelled"],
+    )
 
 
 def last(history: list[dict[str, Any]], name: str) -> float | None:
@@ -157,23 +163,34 @@ def print_summary(trainer: PretextTrainer) -> None:
         values = [row[name] for row in trainer.state.log_history if name in row]
         if values:
             rows.append({"": title, "first": form.format(values[0]), "last": form.format(values[-1])})
-    output = trainer.args.output_dir
+    output = for_terminal(trainer.args.output_dir)
     print(f"\n{format_table(rows)}\n")
-    print(f"The pretext model is in {output}, its curves in {output}/figures. To go on with it:\n")
-    print(f"    accelerate launch recipes/bissl.py --lower_model {output} ...    aligns it with a downstream task")
-    print(f"    accelerate launch recipes/finetune.py --model {output} ...       fine-tunes it\n")
+    print(f"The pretext model is in {output},\na report with all figures in {output}/report.html. To go on with it:\n")
+    print(f"    bissl-hf align --lower_model {output} ...    aligns it with a downstream task")
+    print(f"    bissl-hf finetune --model {output} ...       fine-tunes it\n")
 
 
-@stopping_at_divergence()
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
-    data, views, models, card, args = parse_arguments(
-        (PretextDataArguments, ViewArguments, PretextModelArguments, CardArguments, PretextTrainingArguments),
+    data, views, models, card, look_ahead, args = parse_arguments(
+        (
+            PretextDataArguments,
+            ViewArguments,
+            PretextModelArguments,
+            CardArguments,
+            PreviewArguments,
+            PretextTrainingArguments,
+        ),
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         check_dataset(data, f"This command pre-trains with {models.pretext} for {args.num_train_epochs:g} epochs.")
+        if look_ahead.preview:
+            transform = build_view_transform(data.image_size, views, models.pretext)
+            write_preview(load_pretext_images(data, args.seed), transform, str(args.output_dir), seed=args.seed)
+            return
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)
@@ -187,7 +204,14 @@ def main(arguments: list[str] | None = None) -> None:
         with args.main_process_first(desc="reading labelled images"):
             knn_images = load_knn_images(data, args.seed)
         if knn_images is not None:
-            add_knn_check(trainer, knn_images, data)
+            add_knn_check(
+                trainer,
+                knn_images,
+                data.image_size,
+                every=data.knn_every,
+                neighbors=data.knn_neighbors,
+                num_images=data.knn_images,
+            )
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
         trainer.try_loss(rows=4)

@@ -9,15 +9,16 @@ results and a figure.
 
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
+from ..checkpoints import read_mapping
+from ..run_lock import hold_for_run
 from ..study.plan import Plan, StudyArguments
 from ..study.report import STUDY_RESULTS, build_results, write_report
 from ..study.running import Study
-from .arguments import parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import parse_arguments, refusing_bad_input
+from .console import prepare_console
 from .images import ViewArguments
 from .outputs import open_output_dir
-from .parts import read_mapping
+from .running import as_a_run
 
 
 def print_summary(report: str, output: Path) -> None:
@@ -41,12 +42,12 @@ def report_anew(output: Path) -> str:
         ) from error
 
 
-@stopping_at_divergence()
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     settings, views = parse_arguments(
         (StudyArguments, ViewArguments), arguments, description=str(__doc__).split("\n\n")[-1]
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     output = Path(settings.output_dir)
     with refusing_bad_input():
         if settings.report_only:
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         plan = Plan(settings, views)
         open_output_dir(settings.output_dir, True)
         study = Study(plan)
+        hold_for_run(settings.output_dir, writes=study.writes)
         study.try_out()
     runs = study.run()
     if study.writes:

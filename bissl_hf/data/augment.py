@@ -79,6 +79,11 @@ class _ImageTransform(ABC):
         mean, std = (value.to(images.device, non_blocking=True) for value in (self._mean, self._std))
         return (images - mean) / std
 
+    def denormalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Undoes [`normalize`] and returns what can be shown: uint8, shape `(..., 3, height, width)`."""
+        mean, std = (value.to(images.device) for value in (self._mean, self._std))
+        return (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
+
 
 class TwoViewTransform(_ImageTransform):
     """Two random views of each image, for pretext tasks such as SimCLR. Labels and other inputs are dropped.

@@ -1,7 +1,7 @@
-"""The data sets that have a short name: where they lie on the Hub and what must be found there.
+"""The data sets that have a short name: where they are on the Hub and what must be found there.
 
 Repositories, splits, columns and numbers of images come from their pages and from public code; which of them have been
-loaded from the Hub itself is told by `loaded_from_hub`. The loader therefore checks all of it each time.
+loaded from the Hub itself is shown by `loaded_from_hub`. The loader therefore checks all of it each time.
 """
 
 from collections.abc import Mapping
@@ -76,7 +76,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         num_classes=10,
         rows={"train": 5_000, "test": 8_000, "unlabeled": 100_000},
         splits={"train": "train", "test": "test", "unlabeled": "unlabeled"},
-        data_files=_DATA,  # ten folds of the training images lie beside them
+        data_files=_DATA,  # ten folds of the training images are beside them
         protocol="official; validation taken from train",
         license_note=_IMAGENET_TERMS,
         remark="About 7.5 % of the unlabelled images may be test images; see --drop_test_duplicates.",
@@ -144,7 +144,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         revision="9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40",
         num_classes=196,
         rows={"train": 8_144, "test": 8_041},
-        data_files=_DATA,  # seven corrupted copies of the test split lie beside it
+        data_files=_DATA,  # seven corrupted copies of the test split are beside it
         protocol=_OFFICIAL,
         license_note="non-commercial research",
     ),

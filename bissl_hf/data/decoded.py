@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
+import xxhash
 
 from .pixel_file import is_whole, map_pixels, read_rows, remember_rows, write_pixels
 from .reading import ImageReader, UnreadableImage, UnreadableImagesError
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 # Decoding as much takes a second or two; a larger array is written to a file once.
 MAX_BYTES_IN_MEMORY = 32 * 2**20
 _LONGEST_ASPECT = 16
+_ROWS_AT_ONCE = 8
 UNREADABLE = ("stop", "skip")
 # Raised whenever the same images would be stored differently, so that old cache files are not read.
 _CACHE_VERSION = 2
@@ -63,7 +65,7 @@ def resize_and_crop_square(image: PIL.Image.Image, image_size: int) -> PIL.Image
     # Truncated, as in `transformers.image_transforms.get_resize_output_image_size`.
     width, height = (side if length == short else int(side * long / short) for length in image.size)
     # The image processors cut at (length - image_size) // 2. The difference of the two offsets makes both crops agree
-    # when the lengths are odd; it lies between 0 and length - side.
+    # when the lengths are odd; it is between 0 and length - side.
     left, top = ((length - image_size) // 2 - (side - image_size) // 2 for length in (width, height))
     if long > _LONGEST_ASPECT * short:
         # Only the middle is resized: whole, an image of 60,000 x 1 pixels would have 700 million.
@@ -108,6 +110,7 @@ class DecodedImages(torch.utils.data.Dataset):
         self._pixels = map_pixels(pixels) if isinstance(pixels, Path) else pixels
         self.labels = labels
         self.class_names = class_names
+        self._checksum: str | None = None
         if self._pixels.dtype != np.uint8 or self._pixels.ndim != 4 or self._pixels.shape[1] != 3:
             raise ValueError(
                 f"`pixels` is {self._pixels.dtype} of shape {self._pixels.shape}; it must be uint8 of shape (rows, 3, "
@@ -138,8 +141,8 @@ class DecodedImages(torch.utils.data.Dataset):
         above 255 are scaled to 8 bits (logged as a warning), and EXIF data that cannot be read are left aside.
 
         Args:
-            dataset (`datasets.Dataset`): split with a column `image` and maybe `label`, as
-                [`load_image_dataset`] returns it.
+            dataset (`datasets.Dataset`): split with a column of images and maybe one of labels, `label` or `labels`,
+                as [`load_image_dataset`] or a tutorial makes it.
             image_size (`int`): side of the images that the model sees, in pixels. Images are stored as squares of
                 side `resize_side(image_size)`.
             native_size (`bool`, *optional*, defaults to `False`): whether images that are all square and of one size
@@ -162,8 +165,7 @@ class DecodedImages(torch.utils.data.Dataset):
                 cannot be written.
         """
         resize_side(image_size)
-        if "image" not in dataset.column_names:
-            raise ValueError(f"`dataset` has the columns {dataset.column_names}; it must have a column 'image'.")
+        dataset = _with_usual_names(dataset)
         if len(dataset) == 0:
             raise ValueError("`dataset` is empty; it must have at least one image.")
         if unreadable not in UNREADABLE:
@@ -193,6 +195,14 @@ class DecodedImages(torch.utils.data.Dataset):
     def _labelled(cls, pixels: np.ndarray | Path, dataset: datasets.Dataset) -> "DecodedImages":
         if "label" not in dataset.column_names:
             return cls(pixels)
+        feature = dataset.features["label"]
+        if isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint")):
+            return cls(pixels, np.asarray(dataset.with_format(None)[:]["label"], dtype=np.int64))
+        if isinstance(feature, datasets.Value):
+            raise ValueError(
+                f"The labels are {feature}; they must be class labels or whole numbers: "
+                "`dataset.class_encode_column('label')` numbers them."
+            )
         return cls(pixels, labels_of(dataset), class_names(dataset))
 
     def select(self, rows: Sequence[int]) -> "DecodedImages":
@@ -200,6 +210,22 @@ class DecodedImages(torch.utils.data.Dataset):
         chosen = np.asarray(rows, dtype=np.int64)
         labels = None if self.labels is None else self.labels[chosen]
         return DecodedImages(self._pixels[chosen], labels, self.class_names)
+
+    def checksum(self) -> str:
+        """Returns what tells these images and labels from others, once: of a large array some rows are read."""
+        if self._checksum is None:
+            self._checksum = self._compute_checksum()
+        return self._checksum
+
+    def _compute_checksum(self) -> str:
+        rows = len(self._pixels)
+        step = max(1, self._pixels.nbytes // MAX_BYTES_IN_MEMORY)
+        digest = xxhash.xxh3_64(f"{self._pixels.shape}".encode())
+        for start in range(0, rows, _ROWS_AT_ONCE * step):
+            digest.update(np.ascontiguousarray(self._pixels[start : start + _ROWS_AT_ONCE]).data)
+        if self.labels is not None:
+            digest.update(np.ascontiguousarray(self.labels).data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -232,6 +258,43 @@ class DecodedImages(torch.utils.data.Dataset):
         self.__dict__.update(state)
         if self._path is not None:
             self._pixels = map_pixels(self._path)
+
+
+def _with_usual_names(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Returns a split with its images in `image` and its labels, `label` or `labels`, in `label`.
+
+    Raises:
+        `ValueError`: if it has no column of images, or several without a usual name.
+    """
+    if "image" not in dataset.column_names:
+        typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if len(typed) != 1:
+            raise ValueError(f"`dataset` has the columns {dataset.column_names}; it must have a column 'image'.")
+        dataset = dataset.rename_column(typed[0], "image")
+    if "labels" in dataset.column_names and "label" not in dataset.column_names:
+        dataset = dataset.rename_column("labels", "label")
+    return dataset
+
+
+def decoded_for(dataset: Any, transform: Any, *, labelled: bool = True, crops: bool = True) -> Any:
+    """Returns a data set that a trainer can read: one of `datasets` with a column of images is decoded for the
+    transform it goes through; any other, and one with a `with_transform` of its own, comes back as it is.
+
+    Args:
+        dataset: any data set, or `None`.
+        transform (`Callable`, *optional*): a transform of this package tells the size by its `image_size`.
+        labelled (`bool`, *optional*, defaults to `True`): whether to keep labels.
+        crops (`bool`, *optional*, defaults to `True`): whether the transform crops, so that images keep their size
+            where they are square and of one size.
+    """
+    size = getattr(transform, "image_size", None)
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom" or size is None:
+        return dataset
+    if not any(isinstance(feature, datasets.Image) for feature in dataset.features.values()):
+        return dataset
+    dataset = _with_usual_names(dataset)
+    dataset = dataset if labelled else dataset.select_columns("image")
+    return DecodedImages.from_dataset(dataset, image_size=size, native_size=crops)
 
 
 def _without(dataset: datasets.Dataset, rows: Sequence[int]) -> datasets.Dataset:

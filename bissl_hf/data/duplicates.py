@@ -30,7 +30,7 @@ def drop_duplicates(split: Dataset, other: Dataset) -> Dataset:
 
 
 def _pixel_hashes(split: Dataset) -> Iterator[bytes | None]:
-    """Yields what tells the images apart, and `None` for one that cannot be read."""
+    """Yields what distinguishes the images, and `None` for one that cannot be read."""
 
     def digest(row: int, image: PIL.Image.Image) -> bytes:
         return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()

@@ -108,7 +108,7 @@ def _load_parquet(root: Path, files: list[Path]) -> dict[str, Dataset]:
             )
     unknown = data_files.pop("", [])
     if unknown and data_files:
-        raise ValueError(f"The split of {unknown[0]!r} is not told by its name: let it start with 'train' or 'test'.")
+        raise ValueError(f"The split of {unknown[0]!r} is not in its name: let it start with 'train' or 'test'.")
     data_files = data_files or {"train": unknown}
     return {split: _read_parquet(paths) for split, paths in data_files.items()}
 

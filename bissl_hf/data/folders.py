@@ -33,7 +33,7 @@ def read_image_folder(root: Path) -> dict[str, Dataset]:
     """Reads a folder of images, or of folders of classes, or of splits of either.
 
     A split is a folder after whose name it is called, as in `train`, `seg_train` or `test_set`, or else the images
-    whose file names all say it. Where there is a `metadata.csv`, `.jsonl` or `.parquet`, it tells the images and the
+    whose file names all say it. Where there is a `metadata.csv`, `.jsonl` or `.parquet`, it names the images and the
     labels; otherwise each folder of images is a class. What is left out is logged once.
 
     Args:
@@ -46,7 +46,7 @@ def read_image_folder(root: Path) -> dict[str, Dataset]:
         `ValueError`: if there are no images, or folders can be read in more than one way.
     """
     everything = list(walk_files(root))
-    # Not read, by the rule of `datasets`, which nobody who calls a class "__background__" may know.
+    # Not read, by the rule of `datasets`, which someone who calls a class "__background__" may not know.
     special = [path for path in everything if is_special(path, root)]
     files = [path for path in everything if not is_special(path, root)] if special else everything
     images = [path for path in files if is_image_file(path)]
@@ -169,7 +169,7 @@ def _are_classes(top: Path, named: Mapping[str, str], inside: Mapping[str, list[
 
 
 def _by_file_names(images: list[Path]) -> dict[str, list[Path]]:
-    """Returns the splits that the names of all files tell, or all images as training images."""
+    """Returns the splits that the names of all files say, or all images as training images."""
     parts: dict[str, list[Path]] = {}
     for path in images:
         split = split_in_name(path.stem)

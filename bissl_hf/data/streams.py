@@ -104,6 +104,25 @@ def model_randomness(key: StepKey) -> Iterator[None]:
         yield
 
 
+def check_map_style(dataset: Any, *, name: str) -> None:
+    """Refuses a data set that is missing or empty, or whose rows cannot be read by number.
+
+    Raises:
+        `TypeError`: for a data set that is read in one order only.
+        `ValueError`: for one without rows.
+    """
+    if dataset is not None and (
+        isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__")
+    ):
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__}, which is read in one order only, and steps read the rows that "
+            "their keys name. Take a map-style data set: leave out streaming=True, or "
+            "`datasets.Dataset.from_list(list(...))`."
+        )
+    if dataset is None or len(dataset) == 0:
+        raise ValueError(f"{name} is {'missing' if dataset is None else 'empty'}; it is needed for training.")
+
+
 def check_pretext_batch(batch: int, dataset: Any, *, name: str, field: str) -> None:
     """Refuses a pretext batch larger than its data set.
 
@@ -115,8 +134,7 @@ def check_pretext_batch(batch: int, dataset: Any, *, name: str, field: str) -> N
     Raises:
         `ValueError`: if the data set is missing, empty or smaller than a batch.
     """
-    if dataset is None or len(dataset) == 0:
-        raise ValueError(f"{name} is {'missing' if dataset is None else 'empty'}; it is needed for training.")
+    check_map_style(dataset, name=name)
     if batch > len(dataset):
         raise ValueError(
             f"{field} makes a batch of {batch}, and {name} has {len(dataset)} examples; choose a batch that is not "
@@ -135,8 +153,7 @@ def labelled_batch_size(per_device: int, world: int, dataset: Any) -> int:
     Raises:
         `ValueError`: if there is not even one example per process.
     """
-    if dataset is None or len(dataset) == 0:
-        raise ValueError(f"train_dataset is {'missing' if dataset is None else 'empty'}; it is needed for training.")
+    check_map_style(dataset, name="train_dataset")
     num_examples = len(dataset)
     if num_examples < world:
         raise ValueError(f"train_dataset has {num_examples} examples for {world} processes; each needs at least one.")

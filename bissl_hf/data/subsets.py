@@ -55,7 +55,7 @@ def strata_of(split: Dataset) -> np.ndarray:
 
 def take_examples(split: Dataset, count: int, *, seed: int) -> Dataset:
     """Takes a number of labelled examples in which each class has the share that it has in the split (rounded by
-    Webster's method), and at least one. With the same seed a smaller choice lies within a larger one.
+    Webster's method), and at least one. With the same seed a smaller choice is part of a larger one.
 
     Args:
         split (`Dataset`): in the schema, with labels.

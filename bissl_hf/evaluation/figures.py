@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 # Title, names of the groups, and per series its name and one `(value, low, high)` per group.
 Panel = tuple[str, Sequence[str], Sequence[tuple[str, Sequence[tuple[float, float, float]]]]]
-RESIDUAL_TITLE = "Residual of the linear solve"
+RESIDUAL_TITLE = "Residual of the linear solve\n(lower is better)"
 
 
 def _new_figure(width: float, height: float) -> "Figure":
@@ -41,19 +42,34 @@ def _save(figure: "Figure", path: str | Path) -> None:
     figure.savefig(path)
 
 
-def plot_run(history: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws the losses of both levels and the residual of the linear solve over alternations.
+def plot_run(history: Sequence[dict[str, Any]], path: str | Path, *, examples: int | None = None) -> None:
+    """Draws the score on validation, the losses of both levels and the residual of the linear solve over alternations.
 
     Args:
         history (`Sequence[dict]`): `trainer.state.log_history`.
         path (`str` or `Path`): the PNG file.
+        examples (`int`, *optional*): of the validation split.
     """
+    aligned, upper = "aligned model", "upper level"
     panels = [
-        ("Pretext loss", [("lower/loss", r"at $\theta_P$")]),
-        ("Downstream loss", [("upper/loss", r"at $\theta_P$"), ("upper/direct_loss", r"at $\theta_D$")]),
+        ("Validation accuracy\n(higher is better)", [("eval_accuracy", aligned), ("eval_upper_accuracy", upper)]),
+        ("Validation mAP\n(higher is better)", [("eval_map", aligned), ("eval_upper_map", upper)]),
+        ("Validation R2\n(higher is better)", [("eval_r2", aligned), ("eval_upper_r2", upper)]),
+        ("Validation loss\n(lower is better)", [("eval_loss", aligned), ("eval_upper_loss", upper)]),
+        ("Pretext loss in training\n(should not rise)", [("lower/loss", "lower level")]),
+        ("Downstream loss in training\n(lower is better)", [("upper/loss", aligned), ("upper/direct_loss", upper)]),
+        ("Pull so far\n(3 to 10 did well)", [("levels/pull", "so far")]),
         (RESIDUAL_TITLE, [("solver/residual", "relative")]),
     ]
-    plot_curves([row for row in history if "lower/loss" in row], panels, path, unit="Alternation")
+    caption = (
+        r"Aligned model: $\theta_P$, the lower level's backbone, with the downstream head; it is what the run writes. "
+        r"Upper level: $\theta_D$ with the same head. Alternation 0: the head on the frozen backbone."
+    )
+    if examples:
+        caption += f" n = {examples:,} validation images."
+    names = {name for _, lines in panels for name, _ in lines}
+    rows = [row for row in history if "epoch" in row and names & row.keys()]
+    plot_curves(rows, panels, path, unit="Alternation", caption=caption)
 
 
 def plot_curves(
@@ -62,8 +78,9 @@ def plot_curves(
     path: str | Path,
     *,
     unit: str = "Epoch",
+    caption: str = "",
 ) -> None:
-    """Draws figures of a run over its epochs, one panel beside the other. Those that the run does not have are left
+    """Draws figures of a run over its epochs, up to four panels in a row. Those that the run does not have are left
     out.
 
     Args:
@@ -71,18 +88,24 @@ def plot_curves(
         panels (`Sequence`): titles, each with the lines of its panel: name in the history and label.
         path (`str` or `Path`): the PNG file.
         unit (`str`, *optional*, defaults to `"Epoch"`): what an epoch is called.
+        caption (`str`, *optional*): below the panels.
     """
     names = {name for row in history for name in row}
     shown = [(title, [line for line in lines if line[0] in names]) for title, lines in panels]
     shown = [(title, lines) for title, lines in shown if lines] or shown
-    figure = _new_figure(3.4 * len(shown), 3.0)
-    for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
+    rows_of_panels = math.ceil(len(shown) / 4)
+    columns = math.ceil(len(shown) / rows_of_panels)
+    figure = _new_figure(3.4 * columns, 3.0 * rows_of_panels + (0.3 if caption else 0.0))
+    grid = figure.subplots(rows_of_panels, columns, squeeze=False).flatten()
+    for axes in grid[len(shown) :]:
+        axes.remove()
+    for axes, (title, lines) in zip(grid, shown, strict=False):
         for name, label in lines:
             rows = [row for row in history if name in row]
             marker = "o" if len(rows) <= 50 else ""
             epochs, values = [row["epoch"] for row in rows], [row[name] for row in rows]
             axes.plot(epochs, values, marker=marker, markersize=3, label=label)
-        axes.set_title(_plain(title), fontsize=11)
+        axes.set_title("\n".join(_plain(line) for line in title.split("\n")), fontsize=11)
         axes.set_xlabel(unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -90,6 +113,8 @@ def plot_curves(
             axes.set_yscale("log")
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
+    if caption:
+        figure.supxlabel("\n".join(textwrap.wrap(caption, 42 * columns)), fontsize=9)
     _save(figure, path)
 
 
@@ -125,6 +150,26 @@ def plot_layouts(
     _save(figure, path)
 
 
+def plot_views(samples: Sequence[Sequence[np.ndarray]], path: str | Path) -> None:
+    """Draws images (first row) with their views below them, a column per image.
+
+    Args:
+        samples (`Sequence[Sequence[np.ndarray]]`): an image and its views each, uint8, shape `(3, height, width)`.
+        path (`str` or `Path`): the PNG file.
+    """
+    rows = len(samples[0])
+    figure = _new_figure(1.25 * len(samples) + 0.6, 1.25 * rows)
+    grid = figure.subplots(rows, len(samples), squeeze=False)
+    for row, column in np.ndindex(*grid.shape):
+        axes: Any = grid[row, column]
+        axes.imshow(samples[column][row].transpose(1, 2, 0))
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if column == 0:
+            axes.set_ylabel("image" if row == 0 else f"view {row}", fontsize=10)
+    _save(figure, path)
+
+
 def plot_similarity(values: np.ndarray, names: Sequence[str], path: str | Path, *, title: str) -> None:
     """Draws a matrix of similarities between 0 and 1 as a heat map with its numbers.
 
@@ -155,7 +200,7 @@ def plot_similarity(values: np.ndarray, names: Sequence[str], path: str | Path, 
     _save(figure, path)
 
 
-def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, unit: str) -> None:
+def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, unit: str, bars: str = "") -> None:
     """Draws differences with their intervals around a line at 0, two or three panels in a row, with one scale.
 
     Args:
@@ -164,6 +209,7 @@ def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, u
         path (`str` or `Path`): the PNG file.
         label (`str`): of the vertical axis.
         unit (`str`): of the groups.
+        bars (`str`, *optional*): what a point and its bar are, above the legend.
     """
     most = max(len(series) for _, _, series in panels)
     width = max(3.2, max(len(groups) for _, groups, _ in panels) * (0.3 + 0.2 * most))
@@ -188,7 +234,9 @@ def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, u
     for axes in grid[:, 0]:
         axes.set_ylabel(label)
     handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
+    figure.legend(
+        handles, names, loc="outside right center", frameon=False, fontsize=9, title=bars or None, title_fontsize=9
+    )
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""How classes lie in a space of features, and how alike two such spaces are."""
+"""How classes are arranged in a space of features, and how similar two such spaces are."""
 
 from dataclasses import dataclass
 

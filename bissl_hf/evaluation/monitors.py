@@ -47,7 +47,7 @@ def effective_rank(embeddings: Tensor) -> Tensor:
 
 
 def embedding_figures(embeddings: Tensor) -> dict[str, Tensor]:
-    """Returns what tells a collapse, to be logged: `embedding_std`, the mean over dimensions of the standard deviation
+    """Returns what shows a collapse, to be logged: `embedding_std`, the mean over dimensions of the standard deviation
     times sqrt(dim), so that 0 is a collapse and about 1 an even spread whatever the width; and `effective_rank`.
 
     Args:

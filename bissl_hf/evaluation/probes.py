@@ -1,4 +1,4 @@
-"""How well simple classifiers tell the classes of frozen features apart: nearest neighbours and a linear probe.
+"""How well simple classifiers separate the classes of frozen features: nearest neighbours and a linear probe.
 
 Labels are class numbers of shape `(rows,)`, or multi-hot of shape `(rows, classes)` where an image may have several
 classes.

@@ -38,7 +38,7 @@ class HubResult:
         outcome (`str`): `done`; `missing`, if there is nothing to download; `refused`, if the token or the name of the
             repository is wrong; `stalled`, if the Hub made no progress; or `failed`.
         reason (`str`): why it is not done, as a clause for a message.
-        repo_id, commit_url, commit_oid (`str`): where an upload lies now.
+        repo_id, commit_url, commit_oid (`str`): where an upload is now.
     """
 
     outcome: str
@@ -152,12 +152,12 @@ class HubProcess:
         # Resolved here: a notebook's vault cannot be asked from another process.
         if token := token or get_token():
             environment["HF_TOKEN"] = token
-        orders = json.dumps(
+        request = json.dumps(
             {"kind": job.kind, "job": asdict(job), "patience": PATIENCE_SECONDS, "parent": os.getpid()}
         )
         # -P: the modules beside this file are not to be taken for those of the standard library.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__, orders],
+            [sys.executable, "-P", __file__, request],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -185,7 +185,7 @@ class StalledError(RuntimeError):
     """The Hub makes no progress."""
 
 
-class _Patience:
+class _StallTimer:
     """Knows for how long nothing has succeeded."""
 
     def __init__(self, seconds: float) -> None:
@@ -207,36 +207,36 @@ class _Patience:
             raise StalledError(f"it made no progress for {self.seconds:g} seconds") from error
 
 
-class _ImpatientClient(httpx.Client):
+class _TimeLimitedClient(httpx.Client):
     """A client whose requests may not be silent for longer than the patience, however often they are repeated."""
 
-    def __init__(self, patience: _Patience) -> None:
-        super().__init__(follow_redirects=True, timeout=patience.seconds)
-        self.patience = patience
+    def __init__(self, timer: _StallTimer) -> None:
+        super().__init__(follow_redirects=True, timeout=timer.seconds)
+        self.timer = timer
 
     def send(self, request: Any, **kwargs: Any) -> Any:
         """Sends a request, and counts what came of it."""
         # Some calls of `huggingface_hub` ask for no time-out, whatever the client's is.
-        asked, bound = request.extensions.get("timeout") or {}, self.patience.seconds
+        asked, bound = request.extensions.get("timeout") or {}, self.timer.seconds
         waits = {name: min(asked.get(name) or bound, bound) for name in ("connect", "read", "write", "pool")}
         request.extensions = {**request.extensions, "timeout": waits}
         try:
             response = super().send(request, **kwargs)
         except httpx.TransportError as error:
-            self.patience.failed(error)
+            self.timer.failed(error)
             raise
         if response.status_code < 400:
-            self.patience.succeeded()
+            self.timer.succeeded()
         else:
-            self.patience.failed()
+            self.timer.failed()
             # A wait that the Hub asks for may be longer than the patience; without it requests are spaced by seconds.
             for name in ("ratelimit", "retry-after"):
                 response.headers.pop(name, None)
         return response
 
 
-def _judge(error: BaseException) -> HubResult:
-    """Tells what an error means for a run. `huggingface_hub` wraps some in errors of its own."""
+def _classify_error(error: BaseException) -> HubResult:
+    """Returns what an error means for a run. `huggingface_hub` wraps some in errors of its own."""
     for cause in _causes(error):
         if isinstance(cause, StalledError):
             return HubResult("stalled", str(cause))
@@ -269,18 +269,18 @@ def end_with(parent: int) -> None:
 
 
 def main() -> None:
-    orders = json.loads(sys.argv[1])
-    end_with(orders["parent"])
-    patience = _Patience(orders["patience"])
-    set_client_factory(lambda: _ImpatientClient(patience))
-    job_class = {cls.kind: cls for cls in (UploadJob, DownloadJob)}[orders["kind"]]
+    request = json.loads(sys.argv[1])
+    end_with(request["parent"])
+    timer = _StallTimer(request["patience"])
+    set_client_factory(lambda: _TimeLimitedClient(timer))
+    job_class = {cls.kind: cls for cls in (UploadJob, DownloadJob)}[request["kind"]]
     if constants.is_offline_mode():
         result = HubResult("stalled", "HF_HUB_OFFLINE is set")
     else:
         try:
-            result = job_class(**orders["job"]).carry_out(HfApi(library_name="bissl_hf"))
-        except Exception as error:  # whatever it is: it is told, and training goes on
-            result = _judge(error)
+            result = job_class(**request["job"]).carry_out(HfApi(library_name="bissl_hf"))
+        except Exception as error:  # whatever it is: it is reported, and training goes on
+            result = _classify_error(error)
     print(json.dumps(asdict(result)))
 
 

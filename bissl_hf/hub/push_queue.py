@@ -15,7 +15,7 @@ from .process import HubProcess, HubResult, UploadJob
 
 logger = logging.get_logger(__name__)
 
-# What has not got to the Hub lies here in the output folder, as it would lie there.
+# What has not reached the Hub is here in the output folder, laid out as it would be there.
 UNPUSHED_FOLDER = "unpushed"
 _PUSHING_FOLDER = ".pushing"
 _STAGED_FOLDER = ".staged"
@@ -92,7 +92,7 @@ class PushQueue:
         return self._take_over(self._start(message))
 
     def push_and_tell(self, message: str, *, quiet: bool = False) -> None:
-        """Does so, and tells the user what came of it; if `quiet`, only what did not get there."""
+        """Pushes, waits and prints the outcome; with `quiet` only failures."""
         result = self.push_and_wait(message)
         if result.outcome != "done":
             print(self.explain(result), file=sys.stderr)

@@ -19,6 +19,27 @@ def has_batch_norm(model: nn.Module) -> bool:
     return bool(batch_norm_modules(model))
 
 
+def check_rows_for_batch_norm(model: nn.Module, rows: int, part_size: int | None = None, *, what: str) -> None:
+    """Refuses passes over a single row, which has no batch statistics.
+
+    Args:
+        model (`torch.nn.Module`): what the rows pass through in training mode.
+        rows (`int`): rows of a batch on one process.
+        part_size (`int`, *optional*): rows of a part in which the batch is taken; see [`~data.batches.split_rows`].
+        what (`str`): names the batch and the arguments that set its size, for the message.
+
+    Raises:
+        `ValueError`: if the model has batch norm and a part has one row.
+    """
+    parts = -(-rows // min(part_size or rows, rows))
+    if rows // parts == 1 and has_batch_norm(model):
+        split = f" in {parts} parts, of which the smallest has one row" if parts > 1 else ""
+        raise ValueError(
+            f"{what}: batch norm would have no statistics, since a process takes a batch of {rows} "
+            f"row{'s' if rows > 1 else ''}{split}. Choose sizes that leave at least two rows to each."
+        )
+
+
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """Returns the running means and variances of all batch-norm layers of a model, the tensors themselves."""
     layers = batch_norm_modules(model)

@@ -30,7 +30,7 @@ def infer_feature_size(config: PretrainedConfig) -> int:
     """Returns the width of a backbone's features from its configuration.
 
     Raises:
-        `ValueError`: if the configuration does not tell.
+        `ValueError`: if the configuration does not say.
     """
     sizes = getattr(config, "hidden_sizes", None)
     size = sizes[-1] if sizes else getattr(config, "hidden_size", None)

@@ -45,7 +45,7 @@ def mae_from_backbone(
             counts).
         positions (`str`, *optional*, defaults to `"backbone"`): which position embeddings the encoder keeps: those of
             the backbone, or `"sincos"`, the paper's, for a backbone with random weights: its small random positions
-            would stay what they are, and patches hardly be told apart.
+            would stay what they are, and patches could hardly be distinguished.
         mask_ratio (`float`, *optional*, defaults to 0.75): share of the patches to reconstruct.
         norm_pix_loss (`bool`, *optional*, defaults to `True`): whether each patch of the target is normalised.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: the

@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any
@@ -15,11 +15,15 @@ from transformers import PreTrainedModel
 
 from .adapters import adapter_of, add_adapter, frozen_parameters, merged, unwrap, write_adapter
 from .auto import resolve_class
+from .backbone import load_backbone
 from .batch_norm import has_batch_norm, recalibrate_batch_norm
+from .classifier import classifier_on, labels_of_task
 from .configuration_bissl import BiSSLConfig
+from .pretext import build_pretext_model
 from .saving import save_model
 
-LEVELS = ("lower", "upper", "aligned")
+PASSES = ("lower", "upper", "aligned")
+EXPORT_LEVELS = ("aligned", "upper")
 
 
 class BiSSLModel(PreTrainedModel):
@@ -59,6 +63,11 @@ class BiSSLModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Both models initialise their own layers."""
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]
+        """Whether both models do."""
+        return bool(self.lower.supports_gradient_checkpointing and self.upper.supports_gradient_checkpointing)
 
     def _freeze(self) -> None:
         for name in self.config.frozen_parameters:
@@ -155,6 +164,47 @@ class BiSSLModel(PreTrainedModel):
         model.start_upper_from_lower()
         return model
 
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | PreTrainedModel,
+        *,
+        id2label: Mapping[int, str] | None = None,
+        num_labels: int | None = None,
+        task: Any = None,
+        pretext: str = "simclr",
+        **settings: Any,
+    ) -> "BiSSLModel":
+        """Builds both levels on a backbone with its weights, which are copied: the model of a pretext task, and an
+        image classifier with a new head.
+
+        Args:
+            backbone (`str` or `PreTrainedModel`): a folder, a Hub id, or a model (its backbone counts).
+            id2label (`Mapping[int, str]`, *optional*): names of the classes by their numbers, from 0.
+            num_labels (`int`, *optional*): number of classes, in place of their names.
+            task (*optional*): an object with `class_names` and `problem_type`, in place of both.
+            pretext (`str`, *optional*, defaults to `"simclr"`): name of the pretext task.
+            **settings: of the pretext task, see [`~models.pretext.build_pretext_model`].
+
+        Raises:
+            `ValueError`: if not exactly one of `id2label`, `num_labels` and `task` is given, or for an unknown task.
+
+        Example:
+
+        ```python
+        >>> from transformers import ResNetConfig, ResNetModel
+        >>> from bissl_hf import BiSSLModel
+        >>> backbone = ResNetModel(ResNetConfig(hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic"))
+        >>> model = BiSSLModel.from_backbone(backbone, id2label={0: "cat", 1: "dog"}, temperature=0.2)
+        >>> type(model.lower).__name__, type(model.upper).__name__
+        ('SimCLRForPreTraining', 'ResNetForImageClassification')
+        ```
+        """
+        class_names, problem_type = labels_of_task(id2label, num_labels, task)
+        source = load_backbone(backbone)
+        lower = build_pretext_model(pretext, source, **settings)
+        return cls.from_models(lower, classifier_on(source, class_names, problem_type=problem_type))
+
     def start_upper_from_lower(self) -> None:
         """Sets theta_D to theta_P, and copies the buffers that both base models have."""
         self._copy_backbone(self.lower.base_model, self.upper.base_model, self.shared_parameter_names)
@@ -185,29 +235,15 @@ class BiSSLModel(PreTrainedModel):
             self._shared_names = find_shared_parameters(self.lower, self.upper, self.config.unshared_parameters)
         return self._shared_names
 
-    def _shared_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
+    def backbone_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
+        """theta_P of `"lower"` or theta_D of `"upper"`, in the order of `shared_parameter_names`."""
         parameters = dict(getattr(self, level).base_model.named_parameters())
         return tuple(parameters[name] for name in self.shared_parameter_names)
 
-    def lower_shared_parameters(self) -> tuple[nn.Parameter, ...]:
-        """theta_P, in the order of `shared_parameter_names`."""
-        return self._shared_parameters("lower")
-
-    def upper_shared_parameters(self) -> tuple[nn.Parameter, ...]:
-        """theta_D, in the order of `shared_parameter_names`."""
-        return self._shared_parameters("upper")
-
-    def _head_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
-        backbone = {id(parameter) for parameter in self._shared_parameters(level)}
+    def head_parameters(self, level: str) -> tuple[nn.Parameter, ...]:
+        """phi_P of `"lower"` or phi_D of `"upper"`: what the level's model trains beside its backbone."""
+        backbone = {id(parameter) for parameter in self.backbone_parameters(level)}
         return tuple(p for p in getattr(self, level).parameters() if p.requires_grad and id(p) not in backbone)
-
-    def lower_head_parameters(self) -> tuple[nn.Parameter, ...]:
-        """phi_P: what the lower model trains beside theta_P."""
-        return self._head_parameters("lower")
-
-    def upper_head_parameters(self) -> tuple[nn.Parameter, ...]:
-        """phi_D: what the upper model trains beside theta_D."""
-        return self._head_parameters("upper")
 
     # Forward passes
 
@@ -222,8 +258,8 @@ class BiSSLModel(PreTrainedModel):
         Raises:
             `ValueError`: for another level.
         """
-        if level not in LEVELS:
-            raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}.")
+        if level not in PASSES:
+            raise ValueError(f"level is {level!r}; it must be one of {', '.join(PASSES)}.")
         return self.without_side_effects("aligned")(**inputs) if level == "aligned" else getattr(self, level)(**inputs)
 
     def without_side_effects(self, level: str) -> Callable[..., Any]:
@@ -232,20 +268,13 @@ class BiSSLModel(PreTrainedModel):
 
         Raises:
             `ValueError`: for another level.
-            `RuntimeError`: from the pass, if the level's model uses gradient checkpointing.
         """
-        if level not in LEVELS:
-            raise ValueError(f"level is {level!r}; it must be one of {', '.join(LEVELS)}.")
+        if level not in PASSES:
+            raise ValueError(f"level is {level!r}; it must be one of {', '.join(PASSES)}.")
         return partial(self._call_with_copies, level)
 
     def _call_with_copies(self, level: str, **inputs: Any) -> Any:
         model = self.lower if level == "lower" else self.upper
-        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            # What is computed again in the backward pass would see the live tensors instead of those put in here.
-            raise RuntimeError(
-                f"{type(model).__name__} uses gradient checkpointing, which would give wrong gradients here; turn it "
-                "off with `gradient_checkpointing_disable()` and use smaller micro-batches or a recomputed curvature."
-            )
         tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
         if level == "aligned":
             prefix = base_prefix(self.upper)
@@ -257,6 +286,12 @@ class BiSSLModel(PreTrainedModel):
                 for name, buffer in buffers.items()
                 if (other := tensors.get(prefix + name)) is not None and other.shape == buffer.shape
             }
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            # A functional call ends before the backward pass computes layers again, which would then see the live
+            # tensors. A copy of the modules around the same parameters keeps those put in here.
+            live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            kept: dict[int, Any] = {id(tensor): tensors.get(name, tensor) for name, tensor in live.items()}
+            return copy.deepcopy(model, kept)(**inputs)
         return functional_call(model, tensors, kwargs=inputs)
 
     # What users take away
@@ -271,6 +306,11 @@ class BiSSLModel(PreTrainedModel):
         self._copy_backbone(self.lower.base_model, model.base_model, self.shared_parameter_names)
         return model
 
+    def _downstream_copy(self, level: str) -> PreTrainedModel:
+        if level not in EXPORT_LEVELS:
+            raise ValueError(f"level is {level!r}; it must be one of {', '.join(EXPORT_LEVELS)}.")
+        return self._aligned_copy() if level == "aligned" else copy.deepcopy(self.upper)
+
     def export(
         self,
         directory: str | os.PathLike[str],
@@ -278,9 +318,10 @@ class BiSSLModel(PreTrainedModel):
         processing_class: Any = None,
         recalibrate_on: Iterable[dict[str, Any]] | None = None,
         adapter_only: bool = False,
+        level: str = "aligned",
     ) -> PreTrainedModel:
-        """Writes the aligned model as a checkpoint of the upper model's class, which needs this package no more. Files
-        are written aside first, so that a failure leaves what is in `directory` as it was.
+        """Writes the aligned model, or the upper one, as a checkpoint of the upper model's class, which needs this
+        package no more. Files are written aside first, so that a failure leaves what is in `directory` as it was.
 
         Args:
             directory (`str` or `os.PathLike`): created if need be.
@@ -290,20 +331,22 @@ class BiSSLModel(PreTrainedModel):
             adapter_only (`bool`, *optional*, defaults to `False`): whether to write the adapter and the head alone,
                 in the format of `peft` (`adapter_config.json`, `adapter_model.safetensors`), for
                 `PeftModel.from_pretrained(model, directory)` on the model that they were trained on.
+            level (`str`, *optional*, defaults to `"aligned"`): `"aligned"`, theta_P with phi_D, or `"upper"`, theta_D
+                with phi_D.
 
         Returns:
             `PreTrainedModel`: the model that was written, in evaluation mode, with adapters merged.
 
         Raises:
-            `ValueError`: if `adapter_only` is true and the model has no adapters.
+            `ValueError`: for another level, or if `adapter_only` is true and the model has no adapters.
         """
         if adapter_only:
-            write_adapter(self._aligned_copy(), directory, processing_class)
-            return self.aligned_model().eval()
-        model = self.aligned_model()
+            write_adapter(self._downstream_copy(level), directory, processing_class)
+            return merged(self._downstream_copy(level)).eval()
+        model = merged(self._downstream_copy(level))
         if recalibrate_on is not None:
             recalibrate_batch_norm(model, recalibrate_on)
-        elif has_batch_norm(model):
+        elif has_batch_norm(model) and level == "aligned":
             warnings.warn(
                 "The aligned model has batch norm and is exported with the statistics of pretext views; pass "
                 "recalibrate_on "

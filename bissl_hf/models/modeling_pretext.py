@@ -76,6 +76,11 @@ class PretextModel(PreTrainedModel):
         self.backbone = build_backbone(config.backbone_config)
         self.projection_head = ProjectionHead(config.feature_size, config.projection_dims)
 
+    @property
+    def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]
+        """Whether the backbone does."""
+        return bool(self.backbone.supports_gradient_checkpointing)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Only heads are initialised here; the layers of the backbone by the backbone itself. Both are torch's

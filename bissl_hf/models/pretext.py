@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTMAEForPreTraining
+from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTMAEConfig
 
 from .auto import PRETEXT_MODELS, pretext_class
 from .backbone import build_backbone
@@ -50,14 +50,14 @@ def new_pretext_model(task: str, backbone_config: PretrainedConfig, **settings: 
     if task in PRETEXT_MODELS:
         model_class: Any = pretext_class(task)
         return model_class(model_class.config_class(backbone_config=backbone_config, **settings))
-    # Random positions that stay fixed would hardly tell patches apart.
+    # Random positions that stay fixed would hardly distinguish patches.
     fixed = {"positions": "sincos"} if task == "mae" else {}
     return build_pretext_model(task, build_backbone(backbone_config), **fixed, **settings)
 
 
 def downstream_config(model: PreTrainedModel) -> PretrainedConfig:
     """Returns the configuration of the backbone of a pretext model, as downstream models on it take it."""
-    if isinstance(model, ViTMAEForPreTraining):
+    if isinstance(model.config, ViTMAEConfig):
         shared = {name: value for name, value in model.config.to_dict().items() if hasattr(ViTConfig(), name)}
         shared.pop("model_type", None)
         return ViTConfig(**shared)

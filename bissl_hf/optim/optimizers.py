@@ -104,7 +104,7 @@ def resolve_optimizer(name: str, *, field: str) -> type[Optimizer]:
     """Returns the optimizer class called `name`.
 
     Raises:
-        `ValueError`: for an unknown name; `field` tells which argument to change.
+        `ValueError`: for an unknown name; `field` names the argument to change.
     """
     known = torch_optimizers()
     if name.lower() not in known:
@@ -116,7 +116,7 @@ def parse_optimizer_options(text: str | None, *, field: str) -> dict[str, Any]:
     """Reads options such as `"nesterov=True,betas=(0.9,0.95)"`.
 
     Raises:
-        `ValueError`: if the text is not a list of `name=value`; `field` tells which argument to change.
+        `ValueError`: if the text is not a list of `name=value`; `field` names the argument to change.
     """
     if not text:
         return {}

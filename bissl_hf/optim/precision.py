@@ -63,7 +63,7 @@ class LossScale:
 
 class ScheduleFollowsSteps(TrainerCallback):
     """Moves the schedule on in a step that the loss scale skips, where Trainer leaves it behind: a schedule of two
-    levels tells them apart by the step."""
+    levels distinguishes them by the step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         if lr_scheduler is not None and lr_scheduler.last_epoch < state.global_step:

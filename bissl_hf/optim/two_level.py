@@ -136,7 +136,7 @@ class TwoLevelOptimizer(Optimizer):
 
 
 def own_step(global_step: int, level: str, *, lower_steps: int, upper_steps: int) -> int:
-    """Returns how many steps of a level lie before a global step: an alternation is its lower steps, then its
+    """Returns how many steps of a level precede a global step: an alternation is its lower steps, then its
     upper."""
     alternation, place = divmod(global_step, lower_steps + upper_steps)
     if level == "lower":

@@ -15,7 +15,9 @@ from ..cards.descriptions import describe
 from ..cards.record import Settings
 from ..checkpoints import write_text
 from ..evaluation.errors import confusion_matrix, most_confused
+from ..evaluation.metrics import MAIN_METRIC
 from ..evaluation.proportions import wilson_interval
+from ..optim.pull import GOOD_PULL, TYPICAL_PULL
 from ..text import for_html
 from .charts import draw_charts
 from .record import Evaluated, Report, history_of
@@ -29,8 +31,16 @@ _METRICS = {
     "top5_accuracy": "Top 5",
     "mean_class_accuracy": "Mean of classes",
     "macro_f1": "Macro F1",
+    "r2": "R2",
+    "mae": "MAE",
+    "rmse": "RMSE",
     "loss": "Loss",
 }
+_REMARKS = {
+    "levels/pull": f"{GOOD_PULL:g} to {TYPICAL_PULL:g} did well",
+    "knn_accuracy": "nearest neighbours, validation",
+}
+_NOT_SHARES = ("r2", "mae", "rmse", "loss")
 _MAX_MATRIX, _NUM_CONFUSIONS = 12, 12
 
 
@@ -63,7 +73,10 @@ def render_report(report: Report) -> str:
         classes=_classes(report),
         matrix=_matrix(report),
         seconds=_seconds(report.seconds),
-        usage=[(each.sentence, each.code.replace("{model}", report.folder).splitlines()) for each in usage],
+        usage=[
+            (each.sentence.replace("`", ""), each.code.replace("{model}", report.folder).splitlines())
+            for each in usage
+        ],
     )
 
 
@@ -71,16 +84,16 @@ def _headline(report: Report) -> list[tuple[str, str, str]]:
     """Name, value and remark of the figures at the top."""
     found = []
     for before, after in zip([*report.before, *[None] * len(report.after)], report.after, strict=False):
-        name = next((name for name in ("accuracy", "map") if name in after.metrics), None)
+        name = next((name for name in MAIN_METRIC.values() if name in after.metrics), None)
         if name:
-            was = f"before {_percent(before.metrics[name])}" if before and name in before.metrics else ""
+            was = f"before {_metric(name, before.metrics[name])}" if before and name in before.metrics else ""
             title = f"{_METRICS[name]}, {after.split} ({after.examples:,} images)"
-            found.append((title, _percent(after.metrics[name]), was))
+            found.append((title, _metric(name, after.metrics[name]), was))
     for name, title in (("levels/pull", "Pull over the run"), ("knn_accuracy", "kNN accuracy"), ("loss", "Last loss")):
         values = [row[name] for row in report.run.log_history if name in row]
         if values and not (name == "loss" and found):
             value = _percent(values[-1]) if name == "knn_accuracy" else f"{values[-1]:.3g}"
-            found.append((title, value, "3 to 10 did well" if name == "levels/pull" else ""))
+            found.append((title, value, _REMARKS.get(name, "")))
     if report.seconds:
         found.append(("Time", _duration(sum(report.seconds.values())), f"{report.run.steps:,} steps"))
     return found
@@ -120,32 +133,34 @@ def _shown(value: Any) -> str:
 
 def _outcomes(report: Report) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table of metrics."""
-    evaluated = [each for pair in zip(report.before, report.after, strict=False) for each in pair] or [*report.after]
+    columns = [part for part in (report.before, report.after, report.beside) if part]
+    evaluated = [each for row in zip(*columns, strict=True) for each in row]
     names = [name for name in _METRICS if any(name in each.metrics for each in evaluated)]
-    columns = ["Split", "Model", "Images", *(_METRICS[name] for name in names)]
+    titles = ["Split", "Model", "Images", *(_METRICS[name] for name in names)]
     if "accuracy" in names:
-        columns.insert(4, "95 % interval")
+        titles.insert(4, "95 % interval")
     rows = []
     for each in evaluated:
         cells = [_metric(name, each.metrics.get(name)) for name in names]
         if "accuracy" in names:
             cells.insert(1, interval_text(each))
         rows.append([each.split, each.model, f"{each.examples:,}", *cells])
-    return columns, rows
+    return titles, rows
 
 
 def interval_text(evaluated: Evaluated) -> str:
-    """Returns the 95 % interval of an accuracy (Wilson) in percent."""
-    if not len(evaluated.labels):
+    """Returns the 95 % interval of an accuracy (Wilson) in percent; a dash where there is none."""
+    accuracy = evaluated.metrics.get("accuracy", math.nan)
+    if not math.isfinite(accuracy) or not evaluated.examples:
         return "-"
-    right = int((evaluated.labels == evaluated.predicted).sum())
-    return " to ".join(f"{100 * bound:.1f}" for bound in wilson_interval(right, len(evaluated.labels)))
+    right = round(accuracy * evaluated.examples)
+    return " to ".join(f"{100 * bound:.1f}" for bound in wilson_interval(right, evaluated.examples))
 
 
 def _metric(name: str, value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.4f}" if name == "loss" else _percent(value)
+    return f"{value:.4g}" if name in _NOT_SHARES else _percent(value)
 
 
 def _percent(value: float) -> str:

@@ -57,7 +57,7 @@ def explain_difference(found: PairedDifference) -> str:
 
 
 def judge_difference(found: PairedDifference, pull: float | None) -> list[str]:
-    """Returns what may be concluded from a difference: nothing where it lies within its interval, and nothing on BiSSL
+    """Returns what may be concluded from a difference: nothing where it is within its interval, and nothing on BiSSL
     where the pull was too small to cause it."""
     sentences = []
     if not found.is_clear:

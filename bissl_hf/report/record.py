@@ -50,6 +50,7 @@ class Report:
         data (`Mapping[str, str]`): what was learned from, by what it was used for.
         settings (`Mapping[str, Settings]`): further arguments, beside those of the record, by the part of the run.
         before, after (`Sequence[Evaluated]`): of the same splits in the same order.
+        beside (`Sequence[Evaluated]`): another model on those splits.
         per_class (`Mapping[str, float]`): score of each class on the test split, after.
         per_class_before (`Mapping[str, float]`): likewise, before.
         class_names (`Sequence[str]`)
@@ -68,6 +69,7 @@ class Report:
     settings: Mapping[str, Settings] = field(default_factory=dict)
     before: Sequence[Evaluated] = ()
     after: Sequence[Evaluated] = ()
+    beside: Sequence[Evaluated] = ()
     per_class: Mapping[str, float] = field(default_factory=dict)
     per_class_before: Mapping[str, float] = field(default_factory=dict)
     class_names: Sequence[str] = ()

@@ -7,13 +7,14 @@ from typing import Any
 from transformers import set_seed
 
 from ..checkpoints import find_last_checkpoint
-from ..cli.images import LabelledImages, build_train_transform, build_view_transform
-from ..cli.models import new_classifier
+from ..cli.images import build_train_transform, build_view_transform
 from ..cli.parts import Stage
 from ..data.augment import image_processor
+from ..models.classifier import new_classifier
 from ..models.modeling_bissl import BiSSLModel
 from ..models.modeling_simclr import SimCLRForPreTraining
 from ..models.saving import save_model
+from ..tasks.labelled import LabelledImages
 from ..trainer.bissl_trainer import BiSSLTrainer
 from ..trainer.joint_trainer import JointTrainer
 from ..trainer.pretext_trainer import PretextTrainer

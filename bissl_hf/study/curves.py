@@ -1,4 +1,4 @@
-"""How the test score develops in fine-tuning, to tell how long it takes to settle."""
+"""How the test score develops in fine-tuning, to find how long it takes to settle."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class _Recorder(TrainerCallback):
 def train_with_curve(
     tuning: FineTuning, folder: Path, *, every: int, **chosen: Any
 ) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-    """Fine-tunes once, see [`FineTuning.train`], and records the test score every so many steps; not if 0.
+    """Fine-tunes once, see [`FineTuning.train`], and records the test score every few steps; not if 0.
 
     Returns:
         `tuple`: the result, and the steps with their scores.

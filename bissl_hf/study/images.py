@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 from datasets import Dataset
 
-from ..cli.images import DataArguments, LabelledImages, decode_labelled, decode_unlabelled, load_labelled
+from ..cli.images import DataArguments, load_labelled
 from ..data.decoded import DecodedImages
 from ..data.sources import load_image_dataset
 from ..data.subsets import take_examples
+from ..tasks.labelled import LabelledImages, decode_labelled, decode_unlabelled
 from .fields import naming
 from .plan import StudyArguments
 

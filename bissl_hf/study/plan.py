@@ -104,7 +104,7 @@ class StudyArguments:
         default_factory=lambda: [1e-4, 1.0], metadata={"help": "Range of learning rates, drawn log-uniformly."}
     )
     curve_every: int = field(
-        default=0, metadata={"help": "Record the test score in fine-tuning every so many steps; 0 for never."}
+        default=0, metadata={"help": "Record the test score in fine-tuning every this many steps; 0 for never."}
     )
     own_statistics: bool = field(
         default=True,
@@ -282,7 +282,7 @@ class Plan:
         )
 
     def arm_arguments(self, folder: str, seed: int, arm: Arm, steps: int) -> ResumableTrainingArguments:
-        """Returns the arguments of an arm that takes so many pretext steps after the common ones, if it does not say
+        """Returns the arguments of an arm with this number of pretext steps after the common ones, if it does not say
         how many by itself."""
         if arm.kind == "bissl":
             return self.bissl_arguments(folder, seed, arm)

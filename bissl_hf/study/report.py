@@ -165,7 +165,7 @@ def _score_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _short_names(datasets: Sequence[str]) -> dict[str, str]:
-    """The last part of each folder's path or Hub id; as many more as it takes to tell them apart."""
+    """The last part of each folder's path or Hub id; more of it where needed to distinguish them."""
     paths = {name: name.rstrip("/").split("/") for name in datasets}
 
     def short(path: list[str]) -> str:
@@ -186,19 +186,21 @@ def _list(notes: Sequence[str]) -> str:
 
 
 def _write_figures(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    label = f"Difference to {results['baseline']} (points)"
+    label = f"Difference to {results['baseline']}\n(points; above 0 is better)"
+    seeds = f"n = {len(rows[0]['seeds'])} seeds"
+    interval, spread = f"mean and {100 * CONFIDENCE:.0f} % t\ninterval, {seeds}", f"mean and range,\n{seeds}"
     scores = _panels(rows, {"score": ""})
     if scores:
-        plot_differences(scores, folder / "study.png", label=label, unit="Labelled images")
+        plot_differences(scores, folder / "study.png", label=label, unit="Labelled images", bars=interval)
     if features := _panels(rows, {"features/probe": ", linear probe", "features/knn": ", nearest neighbours"}):
-        plot_differences(features, folder / "alignment.png", label=label, unit="Labelled images")
+        plot_differences(features, folder / "alignment.png", label=label, unit="Labelled images", bars=interval)
     if curves := [run for run in results["runs"] if "curve" in run]:
         _plot_curves(curves, {row["dataset"]: row["set"] for row in rows}, folder / "curves.png")
     first = [row for row in rows if place(row) | {"arm": ""} == place(rows[0]) | {"arm": ""}]
     if factorial := factorial_panels(results["settings"], first):
-        plot_differences(factorial[1], folder / "factorial.png", label=label, unit=factorial[0])
+        plot_differences(factorial[1], folder / "factorial.png", label=label, unit=factorial[0], bars=interval)
     if panels := sensitivity_panels(results["settings"], first):
-        plot_differences(panels, folder / "sensitivity.png", label=label, unit="Value")
+        plot_differences(panels, folder / "sensitivity.png", label=label, unit="Value", bars=spread)
 
 
 def _panels(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> list[Panel]:

@@ -12,11 +12,13 @@ import numpy as np
 from accelerate.state import PartialState
 from transformers import EvalPrediction, PreTrainedModel
 
+from ..checkpoints import read_mapping
 from ..cli.finetuning import FineTuning
-from ..cli.images import LabelledImages
-from ..cli.models import StartArguments, classifier_builder, new_classifier
-from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Stage, read_mapping
+from ..cli.models import StartArguments, classifier_builder
+from ..cli.parts import RESULT_NAME, SETTINGS_NAME, Stage
 from ..evaluation.metrics import SINGLE_LABEL, classification_metrics
+from ..models.classifier import new_classifier
+from ..tasks.labelled import LabelledImages
 from ..trainer.bissl_trainer import BiSSLTrainer
 from .alignment import measure_alignment
 from .arms import Arm
@@ -296,7 +298,7 @@ class Study:
 
 
 def _cost(backbone: Stage) -> dict[str, Any]:
-    """What a backbone took after the common steps, and what is told of its solves."""
+    """What a backbone took after the common steps, and the figures of its solves."""
     learned = backbone.result or {}
     renamed = {"seconds": "backbone_seconds", "processor_seconds": "backbone_processor_seconds"}
     names = ("steps", "pretext_images", "labelled_rows", *renamed, "pull", *OF_SOLVES)

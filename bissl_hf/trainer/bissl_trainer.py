@@ -1,7 +1,6 @@
 """The trainer of the bilevel problem: alternations of lower and upper steps as epochs of a `transformers.Trainer`."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,10 +23,18 @@ from ..bilevel.linear_solve import SolveStatus, sufficient_damping
 from ..bilevel.upper_phase import Solve, SolveSettings, UpperPhase
 from ..cards.record import RunRecord
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
-from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
+from ..data.decoded import decoded_for
+from ..data.streams import (
+    Inputs,
+    Transform,
+    check_map_style,
+    check_pretext_batch,
+    labelled_batch_size,
+    model_randomness,
+)
 from ..distributed import average_flat
 from ..evaluation.monitors import EmbeddingMonitor
-from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
+from ..models.batch_norm import check_rows_for_batch_norm, has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
 from ..optim.pull import (
     ProximalWeight,
@@ -39,13 +46,21 @@ from ..optim.pull import (
     warn_about_pull,
 )
 from ..optim.two_level import LEVELS, TwoLevelOptimizer, own_step, two_level_scheduler
+from ..tasks.image_task import ImageTask
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, is_finite, norm, subtract
 from .divergence import check_first_batch
+from .export_level import better_level
+from .from_task import filled_from_task
+from .given import check_arguments, check_rows, refuse_loss_hooks
 from .resumable_trainer import ResumableTrainer
 from .run_record import record_run, size_of
+from .smoothing import check_smoothing, smoothed_loss
 from .training_args import BiSSLTrainingArguments
 
 logger = logging.get_logger(__name__)
+
+_HOOKS = "override compute_upper_loss(model, inputs) or compute_lower_loss(model, inputs) in its place"
+_NO_SEARCH = "Train once per setting in a loop, each into a folder of its own, or run `bissl-hf study`."
 
 
 class BiSSLTrainer(ResumableTrainer):
@@ -58,7 +73,10 @@ class BiSSLTrainer(ResumableTrainer):
     Args:
         model ([`BiSSLModel`]): both levels.
         args ([`BiSSLTrainingArguments`])
-        train_dataset, eval_dataset: labelled, map-style data sets of the upper level.
+        task ([`ImageTask`], *optional*): data, transforms, metrics and image processor; what is given beside it counts
+            in its place.
+        train_dataset, eval_dataset: labelled, map-style data sets of the upper level. A `datasets.Dataset` with a
+            column of images is decoded for its transform.
         lower_dataset: map-style data set of the lower level.
         data_collator, lower_data_collator (`Callable`, *optional*): stack rows into a dictionary of tensors.
         train_transform, eval_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`,
@@ -67,9 +85,10 @@ class BiSSLTrainer(ResumableTrainer):
         **trainer_kwargs: further arguments of `transformers.Trainer` (`processing_class`, `compute_metrics`, ...).
 
     Raises:
-        `TypeError`: if `model` is not a [`BiSSLModel`].
-        `ValueError`: for data sets that are missing, empty or smaller than a pretext batch, or a lower model that does
-            not fit `lower_gradient_cache`.
+        `TypeError`: for a model, arguments, data sets or rows of another kind, or a hook of `transformers.Trainer` in
+            the place of [`~BiSSLTrainer.compute_lower_loss`] and [`~BiSSLTrainer.compute_upper_loss`].
+        `ValueError`: for data sets that are missing, empty or smaller than a pretext batch, rows without labels or
+            with labels out of range, a frozen backbone, or a lower model that does not fit `lower_gradient_cache`.
 
     Example:
 
@@ -88,11 +107,13 @@ class BiSSLTrainer(ResumableTrainer):
     args: BiSSLTrainingArguments
     model: BiSSLModel
 
+    @filled_from_task(ImageTask.bilevel_arguments)
     def __init__(
         self,
-        model: BiSSLModel,
-        args: BiSSLTrainingArguments,
+        model: BiSSLModel | None = None,
+        args: BiSSLTrainingArguments | None = None,
         *,
+        task: ImageTask | None = None,
         train_dataset: Any = None,
         lower_dataset: Any = None,
         eval_dataset: Any = None,
@@ -104,18 +125,23 @@ class BiSSLTrainer(ResumableTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        if not isinstance(model, BiSSLModel):
-            raise TypeError(
-                f"model is a {type(model).__name__}; it must be a BiSSLModel (see BiSSLModel.from_models)."
+        model, args = self._checked(model, args, trainer_kwargs)
+        if eval_dataset is None and args.export_level == "best":
+            raise ValueError(
+                "export_level is 'best', and there is no eval_dataset to find the better level; pass one, or set "
+                "export_level to aligned or upper."
             )
         if eval_dataset is None and args.eval_strategy != "no":
             logger.info("No eval_dataset was given, so nothing is evaluated during training.")
             args.eval_strategy = type(args.eval_strategy)("no")
-        self.lower_dataset = lower_dataset
+        for name, dataset in (("train_dataset", train_dataset), ("lower_dataset", lower_dataset)):
+            if dataset is not None:
+                check_map_style(dataset, name=name)
+        self.lower_dataset = decoded_for(lower_dataset, lower_transform, labelled=False)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=decoded_for(train_dataset, train_transform),
             eval_dataset=eval_dataset,
             data_collator=data_collator,
             eval_transform=eval_transform,
@@ -124,13 +150,8 @@ class BiSSLTrainer(ResumableTrainer):
         )
         if args.label_names is None:
             self.label_names = find_labels(type(model.upper))
-        # Columns that the upper model takes; Trainer would look at the signature of BiSSLModel.
-        self._signature_columns = [  # type: ignore[assignment]
-            *inspect.signature(model.upper.forward).parameters,
-            "label",
-            "label_ids",
-        ]
         if train_dataset is not None or lower_dataset is not None:
+            args.remove_unused_columns = args.remove_unused_columns and not (train_transform or lower_transform)
             self._add_streams(lower_data_collator or default_data_collator, train_transform, lower_transform)
         self.losses = LevelLosses(
             model,
@@ -170,6 +191,42 @@ class BiSSLTrainer(ResumableTrainer):
         self._lowest_quotient, self._has_warned = torch.zeros((), dtype=torch.float64), False
         self._head_is_warm = False
 
+    def _checked(
+        self, model: Any, args: Any, trainer_kwargs: dict[str, Any]
+    ) -> tuple[BiSSLModel, BiSSLTrainingArguments]:
+        """Returns model and arguments once they are of the kind that this trainer takes."""
+        if trainer_kwargs.pop("model_init", None) is not None:
+            raise TypeError(f"model_init is not used by BiSSLTrainer; pass a model. {_NO_SEARCH}")
+        if not isinstance(model, BiSSLModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}; it must be a BiSSLModel (see BiSSLModel.from_models)."
+            )
+        check_arguments(args, BiSSLTrainingArguments, BiSSLTrainer)
+        refuse_loss_hooks(type(self), BiSSLTrainer, trainer_kwargs, _HOOKS)
+        frozen = [
+            f"{level}.{name}"
+            for level in LEVELS
+            for name, parameter in getattr(model, level).base_model.named_parameters()
+            if name in model.shared_parameter_names and not parameter.requires_grad
+        ]
+        if frozen:
+            raise ValueError(
+                f"{len(frozen)} parameters of the backbone are frozen, such as {frozen[0]}; theta_P and theta_D must "
+                "be trainable. Make them so (requires_grad_(True)), or freeze them in both models before "
+                "BiSSLModel.from_models, which leaves them out of the backbone."
+            )
+        if args.label_smoothing_factor:
+            check_smoothing(model.upper)
+        return model, args
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a trial would need a new pair of models and new streams.
+
+        Raises:
+            `NotImplementedError`: with what to do instead.
+        """
+        raise NotImplementedError(f"hyperparameter_search is not offered by BiSSLTrainer. {_NO_SEARCH}")
+
     # What to override for another pair of tasks
 
     def compute_lower_loss(self, model: LossModel, inputs: Inputs) -> Tensor:
@@ -190,7 +247,27 @@ class BiSSLTrainer(ResumableTrainer):
             model (`Callable`): takes the inputs as keyword arguments.
             inputs (`dict`): a batch of the labelled data set, on the device.
         """
-        return model(**inputs).loss
+        return smoothed_loss(model(**inputs), inputs, self.label_smoother, self.model.upper)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Has Trainer report the loss that is trained, that of `compute_upper_loss`, in evaluations. Predictions are
+        the outputs of its first call of the model."""
+        outputs: list[Any] = []
+
+        def recorded(**given: Any) -> Any:
+            outputs.append(model(**given))
+            return outputs[-1]
+
+        loss = self.compute_upper_loss(recorded, inputs)
+        if not return_outputs:
+            return loss
+        return loss, outputs[0] if outputs else model(**inputs)
 
     # Batches
 
@@ -203,14 +280,21 @@ class BiSSLTrainer(ResumableTrainer):
         """Adds the streams of both levels. An upper batch larger than the labelled set is cut to it, with a warning.
 
         Raises:
-            `ValueError`: for data sets that are missing, empty or smaller than a pretext batch.
+            `ValueError`: for data sets that are missing, empty or smaller than a pretext batch, and for parts of one
+                row with batch norm.
         """
         args, world = self.args, self.args.world_size
+        self.data_collator = self.dropping_columns(self.data_collator, self.model.upper)
+        lower_collator = self.dropping_columns(lower_collator, self.model.lower)
         upper_batch = labelled_batch_size(args.per_device_train_batch_size, world, self.train_dataset)
         lower_batch = args.per_device_lower_batch_size * world
         curvature_batch = args.curvature_batch_size or lower_batch
         for field, batch in (("per_device_lower_batch_size", lower_batch), ("curvature_batch_size", curvature_batch)):
             check_pretext_batch(batch, self.lower_dataset, name="lower_dataset", field=field)
+        check_rows(
+            self.train_dataset, name="train_dataset", transform="train_transform", labelled_for=self.model.upper
+        )
+        check_rows(self.lower_dataset, name="lower_dataset", transform="lower_transform")
         labelled = partial(KeyedSource, self.train_dataset, upper_batch, self.data_collator, world_size=world)
         unlabelled = partial(KeyedSource, self.lower_dataset, collator=lower_collator, world_size=world)
         lower = unlabelled(batch_size=lower_batch, steps_per_alternation=args.lower_steps)
@@ -220,6 +304,14 @@ class BiSSLTrainer(ResumableTrainer):
         self.streams.add(Stream.CURVATURE, curvature, lower_transform)
         self.streams.add(Stream.UPPER, labelled(steps_per_alternation=args.upper_steps), train_transform)
         self.streams.add(Stream.HEAD_WARMUP, warm_up, train_transform)
+        lower_part, upper_part = args.lower_micro_batch_size, args.upper_micro_batch_size
+        for level, batch, part, what in (
+            (self.model.lower, lower_batch, lower_part, "per_device_lower_batch_size and lower_micro_batch_size"),
+            (self.model.lower, curvature_batch, lower_part, "curvature_batch_size and lower_micro_batch_size"),
+            (self.model.upper, upper_batch, upper_part, "per_device_train_batch_size and upper_micro_batch_size"),
+        ):
+            check_rows_for_batch_norm(level, batch // world, part, what=what)
+        self.check_workers(Stream.LOWER, Stream.UPPER)
 
     def get_train_dataloader(self) -> AlternatingDataLoader:
         """Returns the loader of tagged batches of both levels."""
@@ -279,7 +371,8 @@ class BiSSLTrainer(ResumableTrainer):
 
         average_flat([], in_place=running_statistics(self.model.lower))
         proximal_weight = self.proximal_weight
-        theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
+        # One tensor per shared parameter in all vectors over theta: offset, gradients, force.
+        theta_p, theta_d = self.model.backbone_parameters("lower"), self.model.backbone_parameters("upper")
         offset = subtract([p.detach() for p in theta_p], [p.detach() for p in theta_d])
         gradients = fill_missing([p.grad for p in theta_p], [p.detach() for p in theta_p])
         if not self.upper_phase.takes_products and not (self.divergence.skips and not is_finite(gradients)):
@@ -309,16 +402,20 @@ class BiSSLTrainer(ResumableTrainer):
         phi_D), g_phi = grad_phi L_D(theta_P, phi_D) + gamma grad_phi L_D(theta_D, phi_D).
         """
         gamma = self.args.direct_weight
-        theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
-        phi_d = self.model.upper_head_parameters()
+        theta_p, theta_d = self.model.backbone_parameters("lower"), self.model.backbone_parameters("upper")
+        phi_d = self.model.head_parameters("upper")
+        # Losses have shape (); gradients are vectors over (theta, phi), still those of this process.
         aligned = self.model.without_side_effects("aligned")
         loss, at_theta_p = self.losses.upper_gradient(aligned, inputs, (*theta_p, *phi_d))
         direct_loss, at_theta_d = self.losses.upper_gradient(
             self.model.upper, inputs, (*theta_d, *phi_d), differentiate=gamma > 0
         )
+        # One all-reduce for both gradients and the running statistics: n_theta + n_phi entries each.
         reduced = average_flat([*at_theta_p, *at_theta_d], in_place=running_statistics(self.model.upper))
         at_theta_p, at_theta_d = reduced[: len(at_theta_p)], reduced[len(at_theta_p) :]
+        # rhs = grad_theta L_D(theta_P, phi_D), the right-hand side of the linear system
         rhs, at_phi_d = at_theta_p[: len(theta_p)], at_theta_p[len(theta_p) :]
+        # (x, grad_phi L_D(theta_P, phi_D)), then gamma times the direct term
         gradient: Vector = (*self._solve(key, rhs).solution, *at_phi_d)
         if at_theta_d:
             gradient = add_scaled(gradient, at_theta_d, gamma)
@@ -372,7 +469,7 @@ class BiSSLTrainer(ResumableTrainer):
 
     @torch.no_grad()
     def _begin_alternation(self, alternation: int) -> None:
-        """Corrects lambda where the run departs from `target_pull`, and moves theta_D towards theta_P every so many
+        """Corrects lambda where the run departs from `target_pull`, and moves theta_D towards theta_P every few
         alternations (off by default): theta_D <- (1 - s) theta_D + s theta_P."""
         if alternation and self.args.target_pull is not None:
             rates = self.args.level("lower").learning_rates_by(self.args.lower_steps)
@@ -380,7 +477,7 @@ class BiSSLTrainer(ResumableTrainer):
         self.pull.begin_alternation()
         every = self.args.upper_adaptation_every
         if every and alternation and alternation % every == 0:
-            theta_p, theta_d = self.model.lower_shared_parameters(), self.model.upper_shared_parameters()
+            theta_p, theta_d = self.model.backbone_parameters("lower"), self.model.backbone_parameters("upper")
             torch._foreach_lerp_(list(theta_d), list(theta_p), self.args.upper_adaptation_strength)
 
     # Optimization
@@ -388,8 +485,8 @@ class BiSSLTrainer(ResumableTrainer):
     def _level_parameters(self, level: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Returns theta and phi of a level."""
         if level == "lower":
-            return self.model.lower_shared_parameters(), self.model.lower_head_parameters()
-        return self.model.upper_shared_parameters(), self.model.upper_head_parameters()
+            return self.model.backbone_parameters("lower"), self.model.head_parameters("lower")
+        return self.model.backbone_parameters("upper"), self.model.head_parameters("upper")
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Returns one optimizer for both levels; weight decay applies to every parameter."""
@@ -436,7 +533,7 @@ class BiSSLTrainer(ResumableTrainer):
         if self._level == "lower":
             self.pull.count(
                 self.two_level_optimizer.lower,
-                self.model.lower_shared_parameters(),
+                self.model.backbone_parameters("lower"),
                 clip_factor(size, bound),
                 proximal_weight=self.proximal_weight,
             )
@@ -459,7 +556,7 @@ class BiSSLTrainer(ResumableTrainer):
     def remember_start(self) -> None:
         """Keeps theta_P as it is before the first alternation, for the figure of how far it has moved."""
         if self._start is None:
-            self._start = tuple(p.detach().clone() for p in self.model.lower_shared_parameters())
+            self._start = tuple(p.detach().clone() for p in self.model.backbone_parameters("lower"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A resumed run starts from the weights that the trainer was given, too, and its head is warmed up (a private
@@ -475,7 +572,7 @@ class BiSSLTrainer(ResumableTrainer):
         Args:
             max_steps (`int`, *optional*): fewer steps than `head_warmup_epochs` has.
         """
-        head = self.model.upper_head_parameters()
+        head = self.model.head_parameters("upper")
         steps = self.args.head_warmup_epochs * self.streams.sources[Stream.HEAD_WARMUP].steps_per_alternation
         steps = steps if max_steps is None else min(steps, max_steps)
         if self._head_is_warm or not steps or not head:
@@ -516,7 +613,7 @@ class BiSSLTrainer(ResumableTrainer):
         gradient = fill_missing(self.first_gradients(), list(chain(*self._level_parameters("lower"))))
         pull_at_one = estimate_pull(
             self.two_level_optimizer.lower,
-            self.model.lower_shared_parameters(),
+            self.model.backbone_parameters("lower"),
             average_flat(self.loss_scale.remove(gradient)),
             bound=settings.max_grad_norm,
             learning_rates=settings.total_learning_rate(),
@@ -554,7 +651,7 @@ class BiSSLTrainer(ResumableTrainer):
 
     def collect_logs(self) -> dict[str, float]:
         """Adds what is measured at the moment of the log."""
-        theta_p = [p.detach() for p in self.model.lower_shared_parameters()]
+        theta_p = [p.detach() for p in self.model.backbone_parameters("lower")]
         size = norm(theta_p)
         # The first group of a level is that of its backbone.
         rates = {group["level"]: group["lr"] for group in reversed(self.two_level_optimizer.param_groups)}
@@ -576,17 +673,32 @@ class BiSSLTrainer(ResumableTrainer):
             **({"levels/pull": float(self.pull.total)} if has_step_length(self.two_level_optimizer.lower) else {}),
             **({"levels/proximal_weight": self.proximal_weight} if self.args.target_pull is not None else {}),
             **({"solver/damping": self.damping} if self.args.damping == "auto" and self.upper_phase.damps else {}),
-            "levels/distance": float(norm(subtract(theta_p, self.model.upper_shared_parameters())).detach() / size),
+            "levels/distance": float(norm(subtract(theta_p, self.model.backbone_parameters("upper"))).detach() / size),
             "levels/moved": float(norm(subtract(theta_p, self._start or theta_p)) / size),
             "lower/learning_rate": rates["lower"],
             "upper/learning_rate": rates["upper"],
         }
 
     def write_final_model(self, folder: str) -> None:
-        """Writes the aligned model as a native checkpoint, and both levels in `bilevel/` for going on."""
-        batches = list(self.recalibration_batches()) if self.train_dataset is not None else []
-        self.model.export(folder, processing_class=self.processing_class, recalibrate_on=batches or None)
+        """Writes the model of `export_level` as a native checkpoint, and both levels in `bilevel/` for going on."""
+        level = self.exported_level()
+        batches = list(self.recalibration_batches()) if self.train_dataset is not None and level == "aligned" else []
+        self.model.export(folder, processing_class=self.processing_class, recalibrate_on=batches or None, level=level)
         self.model.save_pretrained(Path(folder) / "bilevel")
+
+    def exported_level(self) -> str:
+        """Returns the level that `save_model` writes, `"aligned"` or `"upper"`: `export_level`, and for `"best"` the
+        one that did better in the last evaluation (of the best checkpoint, if training ended by loading it); the
+        aligned model if they did equally well or none has taken place.
+        """
+        if self.args.export_level != "best":
+            return self.args.export_level
+        return better_level(
+            self.state.log_history,
+            self.args.metric_for_best_model,
+            greater_is_better=self.args.greater_is_better,
+            step=self.state.best_global_step if self.args.load_best_model_at_end else None,
+        )
 
     def record(self) -> RunRecord:
         """Returns what a card says of the run and the aligned model."""

@@ -1,91 +1,35 @@
-"""Callbacks of all trainers: the progress bar, the clock, the best checkpoint and the end of an epoch."""
+"""Callbacks of all trainers: the best checkpoint, the lock of the folder, the end of an epoch."""
 
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
+from transformers.utils import CONFIG_NAME
 
+from ..checkpoints import list_checkpoints
 from ..data.alternation import AlternatingDataLoader
-
-_SHOWN = {
-    "loss": "loss",
-    "lower/loss": "lower loss",
-    "upper/loss": "upper loss",
-    "solver/residual": "residual",
-    "levels/pull": "pull",
-    "eval_loss": "eval loss",
-    "eval_accuracy": "eval accuracy",
-    "knn_accuracy": "kNN accuracy",
-}
+from ..run_lock import hold_for_run, release_folder
 
 
-class ShortProgressCallback(ProgressCallback):
-    """Trainer's progress bar, with one short line per log in the place of all its figures (which trackers, the state
-    and `all_results.json` still get)."""
-
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        """Starts the bar again for the second model of an evaluation."""
-        bar = self.prediction_bar
-        if bar is not None and bar.total is not None and bar.n >= bar.total:
-            bar.reset()
-        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Writes the figures that a person wants to watch."""
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        shown = {title: logs[name] for name, title in _SHOWN.items() if name in logs}
-        if "lower/loss" in logs:
-            shown.pop("loss", None)  # the mean over steps of both levels, which says little
-        if shown:
-            figures = "  ".join(f"{title} {float(value):.4g}" for title, value in shown.items())
-            self.training_bar.write(f"epoch {logs.get('epoch', 0):.4g}/{state.num_train_epochs}  {figures}")
-
-
-class Seconds(NamedTuple):
-    """Seconds on the wall, and of CPU time of this process."""
-
-    wall: float
-    processor: float
-
-    @classmethod
-    def now(cls) -> "Seconds":
-        return cls(time.perf_counter(), time.process_time())
-
-
-class TrainingClock(TrainerCallback):
-    """Counts the seconds of training: those on the wall, and the CPU time of this process. A run that is resumed sets
-    `seconds` to what lies behind it."""
-
-    def __init__(self) -> None:
-        self.seconds = Seconds(0.0, 0.0)
-        self._since: Seconds | None = None
-
-    def read(self) -> Seconds:
-        """Returns the seconds so far."""
-        if self._since is None:
-            return self.seconds
-        now = Seconds.now()
-        return Seconds(*(s + n - b for s, n, b in zip(self.seconds, now, self._since, strict=True)))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the seconds so far."""
-        return self.read()._asdict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from the seconds of an interrupted run."""
-        self.seconds = Seconds(**state)
+class NewRun(TrainerCallback):
+    """Refuses to begin a run in a folder that holds another one, which it would write over."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.seconds = Seconds(0.0, 0.0)
-        self._since = Seconds.now()
+        """Looks into the output folder.
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds, self._since = self.read(), None
+        Raises:
+            `ValueError`: with what is there and the ways out.
+        """
+        if state.global_step or state.is_hyper_param_search:
+            return
+        folder = Path(str(args.output_dir))
+        found = [path.name for path in list_checkpoints(folder)]
+        found += [name for name in (CONFIG_NAME, "all_results.json") if (folder / name).is_file()]
+        if found:
+            raise ValueError(
+                f"output_dir {folder} holds a run ({', '.join(found[:3])}), which would be written over; go on with "
+                "it by train(resume_from_checkpoint=True), or choose another output_dir."
+            )
 
 
 class BestCheckpoint(TrainerCallback):
@@ -115,6 +59,23 @@ class BestCheckpoint(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._found is not None:
             state.best_model_checkpoint, self._found = str(self._found), None
+
+
+class OneRunInFolder(TrainerCallback):
+    """Holds the lock of the output folder while a run trains, unless this process holds it for longer. The trials of a
+    search may run at once: each has a folder of its own in it."""
+
+    def __init__(self) -> None:
+        self._taken = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_hyper_param_search:
+            self._taken |= hold_for_run(args.output_dir, writes=args.process_index == 0)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._taken:
+            release_folder(args.output_dir)
+            self._taken = False
 
 
 class EpochBoundary(TrainerCallback):

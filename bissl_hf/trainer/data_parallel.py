@@ -6,42 +6,39 @@ from typing import Any
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
+
+from .fields import SECOND_ORDER
 
 _WHOLE_MODELS = (
     "The hypergradient needs the whole backbone in each process: use plain data parallelism, as `accelerate launch "
     "--multi_gpu` starts it, with curvature_mode='recompute' and micro-batches to save memory"
 )
-_FIRST_ORDER = "a compiled graph has no second derivative"
-
-# Fields of TrainingArguments that may not be set, with the reason.
-_FIELDS: dict[str, str] = {
-    **dict.fromkeys(("fsdp", "deepspeed", "parallelism_config"), f"the model would be split up. {_WHOLE_MODELS}"),
-    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _FIRST_ORDER),
-}
 # What `accelerate launch`, or its configuration file, sets in the environment; with the line of that file.
 _VARIABLES: dict[str, tuple[str, str]] = {
     "ACCELERATE_USE_FSDP": ("distributed_type: FSDP", f"the model would be split up. {_WHOLE_MODELS}"),
     "ACCELERATE_USE_DEEPSPEED": ("distributed_type: DEEPSPEED", f"the model would be split up. {_WHOLE_MODELS}"),
     "ACCELERATE_USE_MEGATRON_LM": ("distributed_type: MEGATRON_LM", f"the model would be split up. {_WHOLE_MODELS}"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", f"the model would be split up. {_WHOLE_MODELS}"),
-    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_config", _FIRST_ORDER),
+    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_config", SECOND_ORDER),
 }
+# What sets the compiler, which only second derivatives forbid.
+COMPILER_VARIABLES = ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
 _OFF = ("", "false", "no", "none", "0")
 
 
-def refuse_other_parallelism(args: TrainingArguments) -> None:
-    """Refuses what splits the model up or compiles it, wherever it was asked for.
+def refuse_launcher_settings(*, second_order: bool) -> None:
+    """Refuses what splits the model up, or compiles one that is differentiated twice, where the launcher asks for it.
+
+    Args:
+        second_order (`bool`): whether a run takes second derivatives.
 
     Raises:
         `ValueError`: with the setting, the reason and what to use.
     """
-    for name, reason in _FIELDS.items():
-        if getattr(args, name, None):
-            raise ValueError(f"{name} is {getattr(args, name)!r}, which is not supported: {reason}. Leave it out.")
     for name, (line, reason) in _VARIABLES.items():
         value = os.environ.get(name, "")
-        if value.lower() not in _OFF:
+        if value.lower() not in _OFF and (second_order or name not in COMPILER_VARIABLES):
             raise ValueError(
                 f"{name} is {value!r}, which is not supported: {reason}. Leave `{line}` out of the configuration of "
                 "accelerate."
@@ -54,8 +51,12 @@ def refuse_other_parallelism(args: TrainingArguments) -> None:
         )
 
 
-def check_whole_model(model: nn.Module) -> None:
-    """Refuses a model that is spread over devices or compiled.
+def check_whole_model(model: nn.Module, *, second_order: bool) -> None:
+    """Refuses a model that is spread over devices, or compiled and to be differentiated twice.
+
+    Args:
+        model (`nn.Module`)
+        second_order (`bool`): whether a run takes second derivatives.
 
     Raises:
         `ValueError`: with what to change.
@@ -63,7 +64,7 @@ def check_whole_model(model: nn.Module) -> None:
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1:
         raise ValueError(
-            f"The parameters lie on {', '.join(sorted(devices))}. {_WHOLE_MODELS}. Load the models without device_map."
+            f"The parameters are on {', '.join(sorted(devices))}. {_WHOLE_MODELS}. Load the models without device_map."
         )
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and module.tp_size not in (None, 1):
@@ -71,8 +72,8 @@ def check_whole_model(model: nn.Module) -> None:
                 f"{name or 'The model'} is split by tensor parallelism over {module.tp_size} processes. "
                 f"{_WHOLE_MODELS}. Load the models without tp_plan."
             )
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"{name or 'The model'} is compiled, and {_FIRST_ORDER}. Leave `compile()` out.")
+        if second_order and getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"{name or 'The model'} is compiled, and {SECOND_ORDER}. Leave `compile()` out.")
 
 
 def reduce_gradients_of(model: nn.Module, part: nn.Module) -> None:
@@ -88,7 +89,7 @@ def reduce_gradients_of(model: nn.Module, part: nn.Module) -> None:
 def num_own_rows(accelerator: Any, rows: int) -> int:
     """Returns how many of the rows of a process's batch are its own. Accelerate fills the last batches of an
     evaluation with rows from the start, so that all processes have equal ones, and drops what comes of them when it
-    gathers: by their places, of which it has told us all we need."""
+    gathers: by their places; `gradient_state` has all that is needed to know them."""
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:
         return rows
@@ -96,7 +97,7 @@ def num_own_rows(accelerator: Any, rows: int) -> int:
 
 
 def pad_rows(results: Any, rows: int) -> Any:
-    """Repeats the last row of each tensor until there are so many."""
+    """Repeats the last row of each tensor until there are `rows`."""
 
     def pad(tensor: Tensor) -> Tensor:
         missing = rows - len(tensor)

@@ -7,9 +7,14 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.alternation import Stream
+from ..data.decoded import decoded_for
 from ..data.streams import labelled_batch_size
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
+from ..tasks.image_task import ImageTask
+from .from_task import filled_from_task
+from .given import check_arguments, check_rows
 from .single_level_trainer import SingleLevelTrainer
+from .smoothing import check_smoothing
 from .training_args import FineTuningArguments
 
 
@@ -22,6 +27,8 @@ class FineTuneTrainer(SingleLevelTrainer):
 
     Args:
         args ([`FineTuningArguments`])
+        task ([`ImageTask`], *optional*): data, transforms, metrics and image processor; what is given beside it counts
+            in its place.
         train_dataset: labelled, map-style data set.
         eval_dataset (*optional*): likewise; without one nothing is evaluated in training.
         **trainer_kwargs: further arguments of [`SingleLevelTrainer`] (`train_transform`, ...), [`ResumableTrainer`]
@@ -33,20 +40,32 @@ class FineTuneTrainer(SingleLevelTrainer):
 
     args: FineTuningArguments
 
+    @filled_from_task(ImageTask.downstream_arguments)
     def __init__(
-        self, *, args: FineTuningArguments, train_dataset: Any, eval_dataset: Any = None, **trainer_kwargs: Any
+        self,
+        *,
+        args: FineTuningArguments,
+        task: ImageTask | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        **trainer_kwargs: Any,
     ) -> None:
+        check_arguments(args, FineTuningArguments, FineTuneTrainer)
+        train_dataset = decoded_for(train_dataset, trainer_kwargs.get("train_transform"))
         if eval_dataset is None and args.eval_strategy != "no":
             args.eval_strategy = type(args.eval_strategy)("no")
         super().__init__(
             args=args,
-            task="downstream",
+            role="downstream",
             stream=Stream.UPPER,
             batch_size=labelled_batch_size(args.per_device_train_batch_size, args.world_size, train_dataset),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **trainer_kwargs,
         )
+        check_rows(train_dataset, name="train_dataset", transform="train_transform", labelled_for=self.model)
+        if args.label_smoothing_factor:
+            check_smoothing(self.model)
         self.add_callback(_StartBatchNorm(self))
 
     def final_model(self) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """Joint training of both tasks on one backbone: the rival of BiSSL that needs no linear solve."""
 
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +11,15 @@ from transformers.utils.generic import find_labels
 
 from ..cards.record import RunRecord
 from ..data.alternation import KeyedSource, StepKey, Stream
+from ..data.decoded import decoded_for
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
-from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm, running_statistics
+from ..models.batch_norm import check_rows_for_batch_norm, has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
+from ..tasks.image_task import ImageTask
 from .divergence import check_first_batch
+from .from_task import filled_from_task
+from .given import check_arguments, check_rows, refuse_loss_hooks
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
 from .target_update import TargetUpdate
@@ -32,48 +36,72 @@ class JointTrainer(SingleLevelTrainer):
     Args:
         model ([`BiSSLModel`]): theta_D is frozen in it.
         args ([`JointTrainingArguments`])
+        task ([`ImageTask`], *optional*): data, transforms, metrics and image processor; what is given beside it counts
+            in its place.
         train_dataset: labelled, map-style data set.
         lower_dataset: map-style data set of the pretext task, one pass over which is an epoch.
+        data_collator, lower_data_collator (`Callable`, *optional*): stack labelled rows and rows of the pretext task
+            into a dictionary of tensors.
         train_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the
             device and deterministic in the key.
         **trainer_kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
-        `ValueError`: if a data set is smaller than its task's batch can be.
+        `ValueError`: if a data set is smaller than its task's batch can be, or a process takes one row with batch
+            norm.
     """
 
     args: JointTrainingArguments
     model: BiSSLModel
 
+    @filled_from_task(ImageTask.bilevel_arguments)
     def __init__(
         self,
         model: BiSSLModel,
         args: JointTrainingArguments,
         *,
-        train_dataset: Any,
-        lower_dataset: Any,
+        task: ImageTask | None = None,
+        train_dataset: Any = None,
+        lower_dataset: Any = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        lower_data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_transform: Transform | None = None,
         lower_transform: Transform | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        for parameter in model.upper_shared_parameters():
+        check_arguments(args, JointTrainingArguments, JointTrainer)
+        refuse_loss_hooks(type(self), SingleLevelTrainer, trainer_kwargs, "override joint_loss(pretext, key)")
+        lower_dataset = decoded_for(lower_dataset, lower_transform, labelled=False)
+        train_dataset = decoded_for(train_dataset, train_transform)
+        for parameter in model.backbone_parameters("upper"):
             parameter.requires_grad_(False)
         batch = args.per_device_train_batch_size * args.world_size
         check_pretext_batch(batch, lower_dataset, name="lower_dataset", field="per_device_train_batch_size")
+        labelled_batch = labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset)
+        for level, rows, field in (
+            (model.lower, batch, "per_device_train_batch_size"),
+            (model.upper, labelled_batch, "per_device_labelled_batch_size"),
+        ):
+            check_rows_for_batch_norm(level, rows // args.world_size, what=field)
         super().__init__(
             model=model,
             args=args,
-            task="pretext",
+            role="pretext",
             stream=Stream.LOWER,
             batch_size=batch,
             train_dataset=lower_dataset,
             train_transform=lower_transform,
             **trainer_kwargs,
         )
+        # Not by the signature of BiSSLModel, which takes anything.
+        self.source.collator = self.dropping_columns(lower_data_collator or default_data_collator, model.lower)
+        self.data_collator = self.dropping_columns(data_collator or default_data_collator, model.upper)
+        labelled_batch = labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset)
+        check_rows(train_dataset, name="train_dataset", transform="train_transform", labelled_for=model.upper)
         labelled = KeyedSource(
             train_dataset,
-            labelled_batch_size(args.per_device_labelled_batch_size, args.world_size, train_dataset),
-            default_data_collator,
+            labelled_batch,
+            self.data_collator,
             steps_per_alternation=self.source.steps_per_alternation,
             world_size=args.world_size,
         )
@@ -82,12 +110,6 @@ class JointTrainer(SingleLevelTrainer):
             self.add_callback(TargetUpdate(model.lower))
         if args.label_names is None:
             self.label_names = find_labels(type(model.upper))
-        # Columns that the downstream model takes; Trainer would look at the signature of BiSSLModel.
-        self._signature_columns = [  # type: ignore[assignment]
-            *inspect.signature(model.upper.forward).parameters,
-            "label",
-            "label_ids",
-        ]
 
     def joint_loss(self, pretext: Inputs, key: StepKey) -> Tensor:
         """Returns the loss of a step, shape `()`.
@@ -105,8 +127,8 @@ class JointTrainer(SingleLevelTrainer):
 
     def backbone_and_heads(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns theta_P, and the heads of both tasks."""
-        heads: list[Tensor] = [*self.model.lower_head_parameters(), *self.model.upper_head_parameters()]
-        return list(self.model.lower_shared_parameters()), heads
+        heads: list[Tensor] = [*self.model.head_parameters("lower"), *self.model.head_parameters("upper")]
+        return list(self.model.backbone_parameters("lower")), heads
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

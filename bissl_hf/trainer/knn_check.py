@@ -1,6 +1,6 @@
 """A running check of pre-training: how well nearest neighbours classify labelled images by the backbone's features."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,9 @@ class KnnCheck(TrainerCallback):
         eval_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the device.
         every (`int`): epochs between two checks; the last epoch is always checked.
         neighbors (`int`): how many neighbours vote.
+        model (`Callable`, *optional*): returns the model whose backbone is checked; the trained one if not given.
+        feature_figures (`Mapping[str, Callable]`, *optional*): further figures of the held-out features, shape
+            `(rows, width)`, by the name under which they are logged.
 
     Raises:
         `ValueError`: if `every` or `neighbors` is below 1.
@@ -38,32 +41,39 @@ class KnnCheck(TrainerCallback):
         eval_transform: Transform | None = None,
         every: int = 1,
         neighbors: int = 20,
+        model: Callable[[], Any] | None = None,
+        feature_figures: Mapping[str, Callable[[np.ndarray], float]] | None = None,
     ) -> None:
         for name, value in (("every", every), ("neighbors", neighbors)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         self.trainer, self.reference, self.held_out = trainer, reference, held_out
-        self.eval_transform = eval_transform
+        self.eval_transform, self.model = eval_transform, model
+        self.feature_figures = dict(feature_figures or {})
         self.every, self.neighbors = every, neighbors
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Checks the model after every so many epochs, and after the last step."""
+        """Checks the model after every `every` epochs, and after the last step."""
         is_last = state.global_step >= state.max_steps
         if state.is_world_process_zero and (is_last or round(state.epoch) % self.every == 0):
             should_log = control.should_log
-            self.trainer.log({"knn_accuracy": self.measure()})
+            self.trainer.log(self.measure())
             control.should_log = should_log  # Trainer takes any log for that of the epoch
 
-    def measure(self) -> float:
-        """Returns the accuracy of the weighted vote of the nearest neighbours, between 0 and 1."""
-        transform = self.eval_transform
-        splits = [labelled_features(self.trainer, dataset, transform) for dataset in (self.reference, self.held_out)]
-        features, labels = zip(*splits, strict=True)
-        return knn_accuracy(features[0], labels[0], features[1], labels[1], neighbors=self.neighbors)
+    def measure(self) -> dict[str, float]:
+        """Returns `knn_accuracy`, that of the weighted vote of the nearest neighbours, between 0 and 1, and the other
+        figures."""
+        model = self.model() if self.model else None
+        reference, held_out = (
+            labelled_features(self.trainer, dataset, self.eval_transform, model)
+            for dataset in (self.reference, self.held_out)
+        )
+        others = {name: figure(held_out[0]) for name, figure in self.feature_figures.items()}
+        return {"knn_accuracy": knn_accuracy(*reference, *held_out, neighbors=self.neighbors), **others}
 
 
 def labelled_features(
-    trainer: ResumableTrainer, dataset: Any, eval_transform: Transform | None = None
+    trainer: ResumableTrainer, dataset: Any, eval_transform: Transform | None = None, model: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the features of the backbone that a trainer trains, shape `(rows, width)`, and the labels.
 
@@ -71,6 +81,7 @@ def labelled_features(
         trainer ([`ResumableTrainer`])
         dataset: labelled, map-style data set.
         eval_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`, run on the device.
+        model (*optional*): another model, on the device.
     """
 
     def batches() -> Iterator[dict[str, Any]]:
@@ -81,4 +92,4 @@ def labelled_features(
             inputs = send_to_device(default_data_collator(rows), trainer.args.device)
             yield eval_transform(inputs, tuple(key)) if eval_transform else inputs
 
-    return extract_features(trainer.model, batches())
+    return extract_features(trainer.model if model is None else model, batches())

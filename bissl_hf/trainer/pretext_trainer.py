@@ -7,8 +7,13 @@ from transformers import PreTrainedModel
 
 from ..cards.record import RunRecord
 from ..data.alternation import Stream
+from ..data.decoded import decoded_for
 from ..data.streams import check_pretext_batch
 from ..evaluation.monitors import EmbeddingMonitor
+from ..models.batch_norm import check_rows_for_batch_norm
+from ..tasks.image_task import ImageTask
+from .from_task import filled_from_task
+from .given import check_arguments, check_rows
 from .run_record import record_run, size_of
 from .single_level_trainer import SingleLevelTrainer
 from .target_update import TargetUpdate
@@ -22,25 +27,38 @@ class PretextTrainer(SingleLevelTrainer):
     Args:
         model (`PreTrainedModel`): `model(**inputs).loss` is the pretext loss.
         args ([`PretextTrainingArguments`])
+        task ([`ImageTask`], *optional*): data, transforms, metrics and image processor; what is given beside it counts
+            in its place.
         train_dataset: map-style data set.
         **trainer_kwargs: further arguments of [`SingleLevelTrainer`] (`data_collator`, `train_transform`) and of
             `transformers.Trainer`.
 
     Raises:
-        `ValueError`: if the data set is missing or smaller than a batch.
+        `ValueError`: if the data set is missing or smaller than a batch, or a process takes one row with batch norm.
     """
 
     args: PretextTrainingArguments
 
+    @filled_from_task(ImageTask.pretext_arguments)
     def __init__(
-        self, model: PreTrainedModel, args: PretextTrainingArguments, *, train_dataset: Any, **trainer_kwargs: Any
+        self,
+        model: PreTrainedModel,
+        args: PretextTrainingArguments,
+        *,
+        task: ImageTask | None = None,
+        train_dataset: Any = None,
+        **trainer_kwargs: Any,
     ) -> None:
+        check_arguments(args, PretextTrainingArguments, PretextTrainer)
+        train_dataset = decoded_for(train_dataset, trainer_kwargs.get("train_transform"), labelled=False)
         batch = args.per_device_train_batch_size * args.world_size
         check_pretext_batch(batch, train_dataset, name="train_dataset", field="per_device_train_batch_size")
+        check_rows_for_batch_norm(model, args.per_device_train_batch_size, what="per_device_train_batch_size")
+        check_rows(train_dataset, name="train_dataset", transform="train_transform")
         super().__init__(
             model=model,
             args=args,
-            task="pretext",
+            role="pretext",
             stream=Stream.LOWER,
             batch_size=batch,
             train_dataset=train_dataset,

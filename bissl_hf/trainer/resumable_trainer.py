@@ -1,6 +1,7 @@
 """What the trainers of this package share: batches and random numbers by key, whole checkpoints, figures without
 waiting."""
 
+import inspect
 import math
 import os
 import shutil
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, RemoveColumnsCollator
+from transformers.utils import logging
 
 from ..cards.card import build_model_card
 from ..cards.facts import ModelFacts
@@ -33,19 +36,28 @@ from ..checkpoints import (
 )
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream, keyed_random_state
 from ..data.batches import batch_rows, rows_between
+from ..data.decoded import decoded_for
+from ..data.shared_memory import check_shared_memory, processes_here
 from ..data.streams import Streams, Transform
 from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
 from ..models.finite import check_finite_weights
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
-from .callbacks import BestCheckpoint, EpochBoundary, ShortProgressCallback, TrainingClock
+from .callbacks import BestCheckpoint, EpochBoundary, NewRun, OneRunInFolder
+from .clocks import StepClock, TrainingClock
+from .console import ShortPrinterCallback, ShortProgressCallback
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 from .divergence import DivergenceGuard
+from .given import check_arguments
 from .metrics_buffer import MetricsBuffer
 from .run_record import record_run, size_of
-from .state_files import find_refused_file
+from .same_arguments import check_same_arguments
+from .signals import StopSignals, leave_signals_to_the_run
+from .state_files import find_refused_file, read_trainer_state
 from .training_args import ResumableTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 
 class ResumableTrainer(Trainer):
@@ -65,6 +77,7 @@ class ResumableTrainer(Trainer):
         checkpoints ([`CheckpointStore`]): what a resume needs registers with it.
         facts ([`ModelFacts`]): what the model card should say and the trainer cannot know.
         publisher ([`Publisher`]): what pushes to the Hub.
+        step_clock ([`StepClock`]): what the steps of each level take.
 
     Raises:
         `ValueError`: if several GPUs would be driven by one process, or optimizers are passed in.
@@ -79,6 +92,7 @@ class ResumableTrainer(Trainer):
     def __init__(
         self, *, args: ResumableTrainingArguments, eval_transform: Transform | None = None, **trainer_kwargs: Any
     ) -> None:
+        check_arguments(args, ResumableTrainingArguments, type(self))
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs and would split batches by DataParallel, which is not supported. "
@@ -101,23 +115,28 @@ class ResumableTrainer(Trainer):
             always_push=args.hub_always_push,
         )
         self.metrics_buffer = MetricsBuffer(average_flat)
-        self._clock, self._best = TrainingClock(), BestCheckpoint()
+        self._clock, self._best, self.step_clock = TrainingClock(), BestCheckpoint(), StepClock(args)
         self._staging: Path | None = None
         self._resumed_step = 0
         self._evaluated: nn.Module | None = None
         self._samples, self._samples_since = 0, time.perf_counter()
-        self.divergence = DivergenceGuard(self)
-        callbacks = [self._clock, self._best, *(trainer_kwargs.pop("callbacks", None) or [])]
-        callbacks += [EpochBoundary(), self.divergence]
+        self.divergence, self._stop_signals = DivergenceGuard(self), StopSignals()
+        observers = trainer_kwargs.pop("callbacks", None) or []
+        callbacks = [NewRun(), OneRunInFolder(), self._clock, self.step_clock, self._best, *observers]
+        callbacks += [self._stop_signals, EpochBoundary(), self.divergence]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())
-        super().__init__(args=args, callbacks=callbacks, **trainer_kwargs)
-        if not args.disable_tqdm:
-            self.pop_callback(ProgressCallback)
-            self.add_callback(ShortProgressCallback)
+        eval_dataset = trainer_kwargs.pop("eval_dataset", None)
+        self._eval_transform = eval_transform
+        super().__init__(args=args, callbacks=callbacks, eval_dataset=self._decoded(eval_dataset), **trainer_kwargs)
+        self.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(ShortPrinterCallback() if args.disable_tqdm else ShortProgressCallback(self.step_clock))
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # of which torch warns in each evaluation
         # Losses are means over the rows of one process; Trainer would scale them by the number of processes.
         self.model_accepts_loss_kwargs = False
-        check_whole_model(self.model)
+        check_same_arguments(args)
+        check_whole_model(self.model, second_order=args.takes_second_derivatives)
         copy_from_first([*self.model.parameters(), *self.model.buffers()], args.device)
         self.streams = Streams(device=args.device, seed=args.key_seed, rank=args.process_index)
         self.streams.add(Stream.EVALUATION, None, eval_transform)
@@ -126,9 +145,14 @@ class ResumableTrainer(Trainer):
             args.remove_unused_columns = False
         self.loss_scale = LossScale(lambda: self.accelerator.scaler)
         self.checkpoints = CheckpointStore()
-        for name, owner in (("metrics", self.metrics_buffer), ("seconds", self._clock), ("best", self._best)):
+        for name, owner in (
+            ("metrics", self.metrics_buffer),
+            ("seconds", self._clock),
+            ("step_seconds", self.step_clock),
+            ("best", self._best),
+            ("divergence", self.divergence),
+        ):
             self.checkpoints.register(name, owner)
-        self.checkpoints.register("divergence", self.divergence)
 
     # Several processes
 
@@ -166,7 +190,7 @@ class ResumableTrainer(Trainer):
     # Divergence
 
     def inputs_of_step(self, key: StepKey) -> list[dict[str, Any]]:
-        """Returns the batches of a step anew, to tell whether they were finite."""
+        """Returns the batches of a step again, to check whether they were finite."""
         return [self.streams.read(key)]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
@@ -191,7 +215,64 @@ class ResumableTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=leave_signals_to_the_run,
+            multiprocessing_context=(
+                self.args.dataloader_multiprocessing_context if self.args.dataloader_num_workers else None
+            ),
         )
+
+    def check_workers(self, *streams: Stream) -> None:
+        """Refuses loader workers whose batches, of some streams or of the evaluation, shared memory has no room for.
+
+        Raises:
+            `ValueError`: with the room that is needed and that there is.
+        """
+        args, sources = self.args, [self.streams.sources[stream] for stream in streams]
+        given: Any = self.eval_dataset
+        evaluated = given.values() if isinstance(given, dict) else [given]
+        batches = [(source.dataset, source.batch_size // args.world_size) for source in sources]
+        batches += [(d, min(args.per_device_eval_batch_size, len(d))) for d in evaluated if hasattr(d, "__len__")]
+        check_shared_memory(
+            batches,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            num_processes=processes_here(),
+        )
+
+    def dropping_columns(
+        self, collator: Callable[[list[Any]], dict[str, Any]], model: PreTrainedModel
+    ) -> Callable[[list[Any]], dict[str, Any]]:
+        """Returns a collator without the columns that a model's forward pass does not take, as `remove_unused_columns`
+        says; the same in training and in evaluation, where Trainer would take them out of the data set (and out of
+        what a `with_transform` reads)."""
+        if not self.args.remove_unused_columns:
+            return collator
+        columns = [*inspect.signature(model.forward).parameters, "label", "label_ids"]
+        return RemoveColumnsCollator(collator, columns, logger=logger, model_name=type(model).__name__)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """Leaves data sets whole: see `dropping_columns` (a private hook of transformers 5.23, 2026-11)."""
+        return dataset
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Callable[..., Any], description: str | None = None
+    ) -> Callable[..., Any]:
+        """Likewise."""
+        return data_collator
+
+    def _decoded(self, dataset: Any) -> Any:
+        """Returns evaluation data whose images are decoded; of a dictionary of data sets each."""
+        if isinstance(dataset, dict):
+            return {name: decoded_for(part, self._eval_transform, crops=False) for name, part in dataset.items()}
+        return decoded_for(dataset, self._eval_transform, crops=False)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Takes a `datasets.Dataset` with a column of images, too."""
+        return super().get_eval_dataloader(self._decoded(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Takes a `datasets.Dataset` with a column of images, too."""
+        return super().get_test_dataloader(self._decoded(test_dataset))
 
     def set_initial_training_values(
         self, args: Any, dataloader: Any
@@ -199,8 +280,9 @@ class ResumableTrainer(Trainer):
         """Leaves no epoch to a run that is resumed after its last step: Trainer (2026-11, transformers 5.23) takes one
         more step where that was inside an epoch."""
         epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
-        if self._resumed_step >= max_steps:
-            epochs = self._resumed_step // steps_per_epoch
+        resumed_step, self._resumed_step = self._resumed_step, 0  # a later call may start anew
+        if resumed_step >= max_steps:
+            epochs = resumed_step // steps_per_epoch
         return epochs, steps_per_epoch, *others, max_steps  # type: ignore[return-value]
 
     # Logs
@@ -226,9 +308,14 @@ class ResumableTrainer(Trainer):
     # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Keeps the random state: a run with and one without evaluation are the same run."""
+        """Keeps the random state: a run with and one without evaluation are the same run. Leaves out the time that
+        Trainer took to place the model, which says nothing of it."""
         with keyed_random_state((self.args.key_seed, int(Stream.EVALUATION))):
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+        metrics = output.metrics or {}
+        for name in [name for name in metrics if name.endswith("_model_preparation_time")]:
+            del metrics[name]
+        return output
 
     def prediction_step(
         self,
@@ -322,8 +409,10 @@ class ResumableTrainer(Trainer):
         """Trainer calls this before the checkpoint is whole, and would push its files as the model."""
 
     def _finish_current_push(self) -> None:
-        """Ends the training with everything at the Hub that is to be there, or a message on what is not."""
+        """Ends the training with everything at the Hub that is to be there, or a message on what is not; and the
+        process, if a signal has ended the training."""
         self.publisher.finish()
+        self._stop_signals.exit_if_stopped(self.state, speaks=self.is_world_process_zero())
 
     def push_checkpoint(self, checkpoint: Path) -> None:
         """Starts to push a whole checkpoint that was saved, as `hub_strategy` says."""
@@ -416,9 +505,15 @@ class ResumableTrainer(Trainer):
         return self._clock.read().processor
 
     def resume_settings(self) -> dict[str, Any]:
-        """Returns the settings that a resumed run must share: those that decide which examples a step reads, and the
-        shape of what a checkpoint holds. Subclasses add to it."""
+        """Returns the settings that a resumed run must share: those that decide which examples a step reads, what
+        these are where the data can tell, and the shape of what a checkpoint holds. Subclasses add to it."""
+        data = {
+            f"checksum of the {stream.name.lower()} data": source.dataset.checksum()
+            for stream, source in self.streams.sources.items()
+            if stream in (Stream.LOWER, Stream.UPPER) and hasattr(source.dataset, "checksum")
+        }
         return {
+            **data,
             "seed": self.args.key_seed,
             "number of processes": self.args.world_size,
             "number of parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -438,12 +533,13 @@ class ResumableTrainer(Trainer):
             raise ValueError(f"The checkpoint {checkpoint} is not whole: {defect}; {advice}.")
         if refused := find_refused_file(checkpoint):
             raise ValueError(f"The checkpoint {checkpoint} cannot be resumed: {refused}. Resume from one of your own.")
-        content = read_run_state(checkpoint)
+        content = read_run_state(checkpoint, owners=self.checkpoints.owners)
+        read_trainer_state(checkpoint)
         then = content["settings"]
         changed = [
             f"{name} was {then.get(name)} and is {now}"
             for name, now in self.resume_settings().items()
-            if then.get(name) != now
+            if name in then and then[name] != now
         ]
         if changed:
             raise ValueError(
@@ -504,8 +600,7 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that is not whole, and reads what Trainer does not know."""
         self.check_checkpoint(resume_from_checkpoint)
-        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-        self._resumed_step = state.global_step
+        self._resumed_step = read_trainer_state(Path(resume_from_checkpoint)).global_step
         self._restore_weights(resume_from_checkpoint)
         self.checkpoints.load(Path(resume_from_checkpoint), self.args.device)
         self._best.find_beside(Path(resume_from_checkpoint))

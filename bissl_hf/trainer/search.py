@@ -8,17 +8,20 @@ import importlib.util
 import json
 import logging
 import math
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
+from ..checkpoints import DamagedFileError
 from ..distributed import from_first_process
 from .divergence import DivergenceError
 from .resumable_trainer import ResumableTrainer
@@ -152,12 +155,18 @@ def _search_with_optuna(
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _check_database(folder / "search.db")
     storage = f"sqlite:///{folder / 'search.db'}"
     options: dict[str, Any] = {"study_name": STUDY_NAME, "storage": storage, "load_if_exists": True}
 
     def finished(study: optuna.Study) -> Found:
         done = study.get_trials(states=(TrialState.COMPLETE,))
-        return {_key(trial.params): trial.user_attrs["figures"] for trial in done}
+        kept = [(_key(trial.params), trial.user_attrs) for trial in done]
+        return {
+            key: attributes["figures"]
+            for key, attributes in kept
+            if attributes.get("checksum") in (None, _checksum(key, attributes["figures"]))
+        }
 
     missing = 0
     if trainer.is_world_process_zero():
@@ -182,6 +191,7 @@ def _search_with_optuna(
         figures = _figures({**metrics, "eval_loss": math.nan} if diverged else metrics)
         trial: Any = trainer._trial
         trial.set_user_attr("figures", figures)
+        trial.set_user_attr("checksum", _checksum(_key(trial.params), figures))
         return figures[objective]
 
     if missing:
@@ -190,6 +200,23 @@ def _search_with_optuna(
                 suggest, compute_objective, n_trials=missing, direction="maximize", backend="optuna", **options
             )
     return from_first_process(finished(optuna.load_study(study_name=STUDY_NAME, storage=storage)))
+
+
+def _checksum(key: tuple[float, ...], figures: dict[str, float]) -> str:
+    return xxhash.xxh3_64(json.dumps([key, figures], sort_keys=True).encode()).hexdigest()
+
+
+def _check_database(path: Path) -> None:
+    """Refuses a damaged file of SQLite."""
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            found = str(connection.execute("PRAGMA integrity_check").fetchone()[0])
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        raise DamagedFileError(f"{path} is damaged ({found}). Move it away: what it held is tried anew.")
 
 
 @contextmanager
@@ -231,7 +258,7 @@ def _search_with_ray(
     storage = folder / "ray"
 
     def finished() -> Found:
-        rows = [json.loads(file.read_text().splitlines()[-1]) for file in _results_of_ray(storage)]
+        rows = [_last_row(file) for file in _results_of_ray(storage)]
         return {_key(row["config"]): _figures(row) for row in rows if "objective" in row}
 
     done = finished()
@@ -264,6 +291,13 @@ def _search_with_ray(
 def _results_of_ray(storage: Path) -> list[Path]:
     """The files, one per trial, in which Ray keeps what a trial reports."""
     return [file for file in sorted(storage.glob("search-*/*/result.json")) if file.stat().st_size > 0]
+
+
+def _last_row(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8").splitlines()[-1]))
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(f"{file} is damaged ({error}). Move it away: its trial is tried anew.") from error
 
 
 def _same(ranges: dict[str, Any], _: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class SingleLevelTrainer(ResumableTrainer):
 
     Args:
         args ([`ResumableTrainingArguments`])
-        task (`str`): what the data are for, in messages: `"pretext"` or `"downstream"`.
+        role (`str`): what the data are for, in messages: `"pretext"` or `"downstream"`.
         stream ([`Stream`]): which sequence of batches to read.
         batch_size (`int`): of all processes together, at most the number of examples.
         train_dataset: map-style data set.
@@ -41,7 +41,7 @@ class SingleLevelTrainer(ResumableTrainer):
         self,
         *,
         args: ResumableTrainingArguments,
-        task: str,
+        role: str,
         stream: Stream,
         batch_size: int,
         train_dataset: Any,
@@ -49,7 +49,7 @@ class SingleLevelTrainer(ResumableTrainer):
         train_transform: Transform | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        self.task, self.stream = task, stream
+        self.role, self.stream = role, stream
         data_collator = data_collator or default_data_collator
         self.source = KeyedSource(
             train_dataset,
@@ -59,7 +59,11 @@ class SingleLevelTrainer(ResumableTrainer):
             world_size=args.world_size,
         )
         super().__init__(args=args, train_dataset=train_dataset, data_collator=data_collator, **trainer_kwargs)
+        if train_transform is not None:
+            args.remove_unused_columns = False
+        self.source.collator = self.data_collator = self.dropping_columns(data_collator, self.model)
         self.streams.add(stream, self.source, train_transform)
+        self.check_workers(stream)
 
     def get_train_dataloader(self) -> AlternatingDataLoader:
         """Returns the loader of tagged batches."""
@@ -101,7 +105,7 @@ class SingleLevelTrainer(ResumableTrainer):
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what the stream of batches reads."""
-        return {**super().resume_settings(), self.task: self.source.describe()}
+        return {**super().resume_settings(), self.role: self.source.describe()}
 
     def first_gradients(self) -> list[Tensor | None]:
         """Returns the gradients of the loss on the first batch; in evaluation mode, so that no running statistics

@@ -1,10 +1,14 @@
-"""Files of a checkpoint that Trainer writes by `torch.save`: read as tensors and numbers only."""
+"""Files of a checkpoint that Trainer writes: those of `torch.save` are read as tensors and numbers only."""
 
 import pickle
 from pathlib import Path
 
 import torch
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
+
+from ..checkpoints import DamagedFileError
 
 _SUFFIXES = (".pt", ".pth", ".bin")
 
@@ -27,3 +31,20 @@ def find_refused_file(checkpoint: Path) -> str | None:
         except (RuntimeError, EOFError, OSError, ValueError):
             return f"{path.name} is not a file as torch.save writes it"
     return None
+
+
+def read_trainer_state(checkpoint: Path) -> TrainerState:
+    """Returns the state that Trainer has written into a checkpoint.
+
+    Raises:
+        [`DamagedFileError`]: if the file was changed into something else.
+    """
+    path = checkpoint / TRAINER_STATE_NAME
+    try:
+        state = TrainerState.load_from_json(str(path))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFileError(f"{path} cannot be read ({error}). Resume from another checkpoint.") from error
+    steps = (state.global_step, state.max_steps)
+    if not all(isinstance(step, int) and step >= 0 for step in steps) or not isinstance(state.log_history, list):
+        raise DamagedFileError(f"{path} does not hold the state of a run. Resume from another checkpoint.")
+    return state

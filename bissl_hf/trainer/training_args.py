@@ -2,21 +2,35 @@
 level's."""
 
 import copy
+import inspect
 import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..bilevel.curvature import CURVATURE_MODES as FIXED_CURVATURE_MODES
 from ..bilevel.hypergradient import SOLVERS
+from ..models.modeling_bissl import EXPORT_LEVELS
 from ..optim.optimizers import parse_optimizer_options, resolve_optimizer, takes_momentum
 from ..optim.pull import TYPICAL_PULL
 from ..optim.schedule import level_schedule
 from ..optim.two_level import LevelSettings
-from .data_parallel import refuse_other_parallelism
+from .data_parallel import COMPILER_VARIABLES, refuse_launcher_settings
+from .fields import (
+    REFUSED,
+    REFUSED_BY_ALTERNATIONS,
+    REFUSED_IN_JOINT_TRAINING,
+    REFUSED_IN_PRETRAINING,
+    REFUSED_IN_SECOND_ORDER,
+    refuse_fields,
+)
 
 PAPER_DAMPING = 10.0
 CURVATURE_KINDS = ("hessian", "gauss_newton")
@@ -36,6 +50,24 @@ _BISSL_AT_LEAST = {
     **dict.fromkeys(("head_warmup_epochs", "bn_recalibration_images", "upper_adaptation_every"), 0),
     **dict.fromkeys(("lower_warmup_steps", "lower_max_grad_norm"), 0),
 }
+
+
+@contextmanager
+def _environment_kept(*names: str) -> Iterator[None]:
+    """Undoes what is done to environment variables: transformers 5.23 sets those of the compiler for the whole process
+    (2026-11), where later runs would find them; the trainer hands the compiler to Accelerate itself."""
+    kept = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+_ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
 
 def check_at_least(args: Any, **bounds: float) -> None:
@@ -60,6 +92,9 @@ def _checked_options(schedule: str, options: dict[str, Any] | str | None, *, fie
         options = _parse_dict(options, field=f"{field.removesuffix('_type')}_kwargs")
     if options is None:
         options = default_schedule_options(schedule)
+    for name, value in (options or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.removesuffix('_type')}_kwargs has {name} = {value}; it must be a finite number.")
     level_schedule(schedule, num_steps=1, options=options, field=field)
     return options
 
@@ -79,6 +114,8 @@ class ResumableTrainingArguments(TrainingArguments):
     takes batches of 128.
     """
 
+    refused_fields: ClassVar[dict[str, str]] = REFUSED
+
     optim: str = field(default="sgd", metadata={"help": "Optimizer: lars or one of torch.optim by name."})
     lr_scheduler_type: str = field(
         default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule of transformers, by name."}
@@ -97,9 +134,7 @@ class ResumableTrainingArguments(TrainingArguments):
             "gradients are not finite and waits for the device in each step to know."
         },
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave losses that are not finite out of logs."}
-    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Losses that are not finite are shown."})
 
     def __post_init__(self) -> None:
         check_at_least(self, **_AT_LEAST)
@@ -108,46 +143,63 @@ class ResumableTrainingArguments(TrainingArguments):
         self._refuse_unsupported()
         optim = getattr(self.optim, "value", self.optim)
         resolve_optimizer(optim, field="optim")
-        options = parse_optimizer_options(self.optim_args, field="optim_args")
+        self.optim = optim
+        options = {**parse_optimizer_options(self.optim_args, field="optim_args"), **self._adam_options()}
         if takes_momentum(optim, field="optim") and "momentum" not in options:
             options["momentum"] = 0.9
         self.optimizer_options = options
         self.lr_scheduler_kwargs = _checked_options(
             self.lr_scheduler_type, self.lr_scheduler_kwargs, field="lr_scheduler_type"
         )
+        # The trainers do what it asks for with any signal, and whether it is set or not.
+        self.enable_jit_checkpoint = False
         # The base class knows fewer names.
         self.optim = OptimizerNames.SGD
-        super().__post_init__()
+        with _environment_kept(*COMPILER_VARIABLES):
+            super().__post_init__()
         self.optim = optim
 
+    @property
+    def takes_second_derivatives(self) -> bool:
+        """Whether a run takes second derivatives: BiSSL with most solvers."""
+        return False
+
     def _refuse_unsupported(self) -> None:
-        refuse_other_parallelism(self)
-        if self.hub_token is not None:
+        refuse_launcher_settings(second_order=self.takes_second_derivatives)
+        refuse_fields(self, self.refused_fields)
+        if self.takes_second_derivatives:
+            refuse_fields(self, REFUSED_IN_SECOND_ORDER)
+        if self.do_eval and self.eval_strategy == "no":
+            raise ValueError("do_eval is True and eval_strategy 'no'; set eval_strategy to 'epoch' or 'steps'.")
+        if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(
-                "hub_token would be written in clear beside the checkpoints; set the environment variable HF_TOKEN "
-                "instead."
+                f"label_smoothing_factor is {self.label_smoothing_factor}; it must be at least 0 and below 1."
             )
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; it must be 1. To save memory set "
-                "a smaller batch, or for BiSSL lower_micro_batch_size and upper_micro_batch_size, which split a batch "
-                "inside its step."
-            )
-        for name in (
-            "auto_find_batch_size",
-            "neftune_noise_alpha",
-            "label_smoothing_factor",
-            "gradient_checkpointing",
-            "activation_checkpointing",
-            "save_only_model",  # a resume needs the rest
-            "dataloader_drop_last",  # evaluations would leave rows out
-            "prediction_loss_only",
-            "label_names",
-        ):
-            if getattr(self, name, None):
-                raise ValueError(f"{name} is not supported: leave it out.")
-        if not self.eval_do_concat_batches:
-            raise ValueError("eval_do_concat_batches is False, which is not supported: leave it out.")
+
+    def _adam_options(self) -> dict[str, Any]:
+        """Returns what the fields of Adam add to the options of an optimizer with moments (Adam's relatives).
+
+        Raises:
+            `ValueError`: for such fields with another optimizer, or given twice.
+        """
+        given = {
+            name: getattr(self, name) for name, default in _ADAM_DEFAULTS.items() if getattr(self, name) != default
+        }
+        accepted = inspect.signature(resolve_optimizer(str(self.optim), field="optim")).parameters
+        options = parse_optimizer_options(self.optim_args, field="optim_args")
+        for name in given:
+            option = "eps" if name == "adam_epsilon" else "betas"
+            if "betas" not in accepted or option not in accepted:
+                raise ValueError(
+                    f"{name} is {given[name]}, and optim {self.optim!r} has no such number; leave it out, or set "
+                    "optim to adamw."
+                )
+            if option in options:
+                raise ValueError(f"{name} is {given[name]} and optim_args sets {option} too; leave one of them out.")
+        found: dict[str, Any] = {"eps": self.adam_epsilon} if "adam_epsilon" in given else {}
+        if given.keys() & {"adam_beta1", "adam_beta2"}:
+            found["betas"] = (self.adam_beta1, self.adam_beta2)
+        return found
 
     def level(self, name: str = "upper", *, num_steps: int) -> LevelSettings:
         """Returns how a level is optimized; trainers of one level call theirs the upper one.
@@ -184,6 +236,8 @@ class ResumableTrainingArguments(TrainingArguments):
 class PretextTrainingArguments(ResumableTrainingArguments):
     """Arguments of self-supervised pre-training, with the paper's values (section 4) as defaults."""
 
+    refused_fields: ClassVar[dict[str, str]] = {**REFUSED, **REFUSED_IN_PRETRAINING}
+
     learning_rate: float = field(default=4.8, metadata={"help": "Learning rate, not scaled by the batch."})
     weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay, on all parameters."})
     optim: str = field(default="lars", metadata={"help": "Optimizer: lars or one of torch.optim by name."})
@@ -209,6 +263,11 @@ class PretextTrainingArguments(ResumableTrainingArguments):
 @dataclass
 class JointTrainingArguments(PretextTrainingArguments):
     """Arguments of joint training: those of pre-training, and what the labelled examples add."""
+
+    refused_fields: ClassVar[dict[str, str]] = {
+        **PretextTrainingArguments.refused_fields,
+        **REFUSED_IN_JOINT_TRAINING,
+    }
 
     downstream_weight: float = field(default=1.0, metadata={"help": "Weight of the downstream loss."})
     per_device_labelled_batch_size: int = field(
@@ -248,7 +307,7 @@ BATCH_NORM_TREATMENTS = ("running", "recalibrated")
 @dataclass
 class FineTuningArguments(ResumableTrainingArguments):
     """Arguments of supervised fine-tuning, with the paper's values (section 4) as defaults. The paper searches for the
-    learning rate and the weight decay; the defaults lie in the middle of its ranges.
+    learning rate and the weight decay; the defaults are in the middle of its ranges.
 
     Batch-norm statistics get the same treatment whatever the model starts from: they are estimated on training images
     before the first step, and what they are in the end depends on the fine-tuning alone; unless
@@ -286,8 +345,11 @@ class FineTuningArguments(ResumableTrainingArguments):
 
 
 def _parse_dict(text: str, *, field: str) -> dict[str, Any]:
+    def refuse_constant(name: str) -> Any:
+        raise ValueError(f"{field} is {text!r}; {name} is no number of JSON.")
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"{field} is {text!r}; it must be a JSON object.") from error
     if not isinstance(value, dict):
@@ -332,7 +394,10 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             alone.
         bn_recalibration_images (`int`, *optional*, defaults to 1024): training images for the batch-norm statistics of
             the aligned model in evaluation and export; 0 keeps the pretext statistics.
-        upper_adaptation_every (`int`, *optional*, defaults to 0): every so many alternations
+        export_level (`str`, *optional*, defaults to `"aligned"`): which model `save_model`, pushes and fine-tuning
+            take: `"aligned"`, theta_P with phi_D, the paper's; `"upper"`, theta_D with phi_D; or `"best"`, that of the
+            two which did better in the last evaluation, by `metric_for_best_model` or else by accuracy or the loss.
+        upper_adaptation_every (`int`, *optional*, defaults to 0): after each such number of alternations
             theta_D <- (1 - s) theta_D + s theta_P; 0 for never.
         upper_adaptation_strength (`float`, *optional*, defaults to 0.1): s.
         lower_learning_rate (`float`, *optional*, defaults to 1.0)
@@ -394,6 +459,9 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
     bn_recalibration_images: int = field(
         default=1024, metadata={"help": "Training images for the aligned model's batch-norm statistics; 0 for none."}
     )
+    export_level: str = field(
+        default="aligned", metadata={"help": "Model to save: aligned (the paper's), upper, or best on validation."}
+    )
     upper_adaptation_every: int = field(
         default=0, metadata={"help": "Alternations between moves of theta_D towards theta_P; 0 for none."}
     )
@@ -451,11 +519,12 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             )
         for name in ("lower_momentum", "upper_adaptation_strength"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
         for name, allowed in (
             ("solver", SOLVERS),
             ("curvature_mode", CURVATURE_MODES),
             ("curvature_kind", CURVATURE_KINDS),
+            ("export_level", (*EXPORT_LEVELS, "best")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
@@ -488,17 +557,19 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
         if self.damping != "auto":
             check_at_least(self, damping=0)
 
+    @property
+    def takes_second_derivatives(self) -> bool:
+        """Whether the solver takes products with the curvature."""
+        return SOLVERS[self.solver].second_order
+
     def _set_epochs(self) -> None:
         if self.num_train_epochs is not None and self.num_train_epochs != self.num_alternations:
             raise ValueError(
-                f"num_train_epochs is {self.num_train_epochs} and num_alternations {self.num_alternations}; one epoch "
-                "is one alternation. Leave num_train_epochs out."
+                f"num_train_epochs is {self.num_train_epochs} and num_alternations {self.num_alternations}; "
+                f"{REFUSED_BY_ALTERNATIONS['num_train_epochs']}."
             )
         if self.max_steps > 0:
-            raise ValueError(
-                f"max_steps is {self.max_steps}; the length of a run is num_alternations x (lower_steps + "
-                "upper_steps). Leave max_steps out."
-            )
+            raise ValueError(f"max_steps is {self.max_steps}; {REFUSED_BY_ALTERNATIONS['max_steps']}.")
         self.num_train_epochs = float(self.num_alternations)
 
     def _check_lower_optimization(self) -> None:

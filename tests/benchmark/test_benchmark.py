@@ -81,7 +81,7 @@ def test_the_recipe_writes_json(report, tmp_path, monkeypatch, capsys):
     [
         ([], "figures.json exists already"),
         (["--growth", "--quick"], "quick and growth are measurements of their own"),
-        (["--memory", "--repeats", "3"], "repeats is 3, and memory takes no medians"),
+        (["--memory", "--repeats", "3"], "repeats is 3, and memory is measured only once"),
     ],
 )
 def test_what_the_recipe_refuses(arguments, message, tmp_path, capsys):

@@ -118,7 +118,7 @@ def test_running_statistics_stay_bit_identical_through_a_models_pure_forward(lev
     inputs = {"pixel_values": TinyImages(6, pairs=level == "lower", dtype=torch.float64).images}
     if level == "upper":
         inputs["labels"] = torch.tensor([0, 1, 2, 0, 1, 2])
-    parameters = getattr(model, f"{level}_shared_parameters")()
+    parameters = model.backbone_parameters(level)
     before = copies(model)
     curvature = Curvature(lambda: model.without_side_effects(level)(**inputs).loss, parameters)
     curvature(random_like(parameters))
@@ -207,7 +207,7 @@ def test_transformers_with_their_default_attention_and_tied_weights(build):
 def test_cached_and_recomputed_products_agree():
     model = tiny_model().double().train()
     images = TinyImages(8, pairs=True, dtype=torch.float64).images
-    parameters = model.lower_shared_parameters()
+    parameters = model.backbone_parameters("lower")
     products = []
     vector = random_like(parameters)
     for mode in ("cached", "recompute"):
@@ -250,7 +250,7 @@ def test_the_gradient_and_the_reduction():
 def test_the_gradient_is_that_of_plain_autograd(mode):
     model = tiny_model().double().train()
     images = TinyImages(8, pairs=True, dtype=torch.float64).images
-    parameters = model.lower_shared_parameters()
+    parameters = model.backbone_parameters("lower")
     curvature = Curvature(lambda: model.without_side_effects("lower")(pixel_values=images).loss, parameters, mode=mode)
     model.lower(pixel_values=images).loss.backward()
     expected = flat([parameter.grad for parameter in parameters])

@@ -39,7 +39,7 @@ def damping_dropped(patch):
 def gamma_dropped(patch):
     def gradient(losses, model, inputs, parameters, **settings):
         loss, found = upper_gradient(losses, model, inputs, parameters, **settings)
-        is_direct = model is losses.model.upper and len(parameters) > len(losses.model.upper_head_parameters())
+        is_direct = model is losses.model.upper and len(parameters) > len(losses.model.head_parameters("upper"))
         return loss, tuple(torch.zeros_like(part) for part in found) if is_direct else found
 
     patch.setattr(LevelLosses, "upper_gradient", gradient)
@@ -50,7 +50,7 @@ def theta_d_for_theta_p_in_the_right_hand_side(patch):
         if model is not losses.model.upper:
             own = losses.model
             model = own.without_side_effects("upper")
-            parameters = (*own.upper_shared_parameters(), *own.upper_head_parameters())
+            parameters = (*own.backbone_parameters("upper"), *own.head_parameters("upper"))
         return upper_gradient(losses, model, inputs, parameters, **settings)
 
     patch.setattr(LevelLosses, "upper_gradient", gradient)
@@ -77,7 +77,7 @@ def directions_of_another_phase(patch):
 
 def phi_p_live_in_the_derivative(patch):
     def solve(phase, alternation, rhs, proximal_weight, damping):
-        curvature, heads = phase.curvature(alternation), phase.losses.model.lower_head_parameters()
+        curvature, heads = phase.curvature(alternation), phase.losses.model.head_parameters("lower")
         joint = Curvature(curvature._terms, (*curvature.parameters, *heads), mode="recompute")
         solution, info = implicit_gradient(
             joint,

@@ -27,7 +27,7 @@ from bissl_hf.models.convex_outputs import convex_outputs
 from bissl_hf.trainer import bissl_trainer
 
 from ..conftest import vit_model
-from ..trainer.test_bissl_trainer import make_trainer, same_tensors
+from ..trainer.trainers import make_trainer, same_tensors
 
 ROWS = 32
 
@@ -216,7 +216,7 @@ class RunsTwice(BiSSLTrainer):
 
 class Penalised(BiSSLTrainer):
     def compute_lower_loss(self, model, inputs):
-        weights = self.model.lower_shared_parameters()
+        weights = self.model.backbone_parameters("lower")
         return super().compute_lower_loss(model, inputs) + 0.01 * sum((w**2).sum() for w in weights)
 
 

@@ -11,6 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bissl_hf.checkpoints import DamagedFileError
+from bissl_hf.cli import arguments as cli_arguments
 from bissl_hf.cli.arguments import parse_arguments, refuse, refusing_bad_input
 
 
@@ -202,13 +204,39 @@ def test_refuses_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.Capture
 # Refusals
 
 
-def test_only_the_first_process_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for rank, expected in (("0", "error: two lines\n"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
+def test_any_process_says_why_the_first_of_a_machine_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(cli_arguments.time, "sleep", waits.append)
+    for number in ("0", "1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        monkeypatch.setenv("LOCAL_RANK", number)
+        monkeypatch.setenv("RANK", number)
         with pytest.raises(SystemExit) as stop:
             refuse("two\n  lines")
         assert stop.value.code == 2
-        assert capsys.readouterr() == ("", expected)
+        assert capsys.readouterr() == ("", "error: two lines\n")
+    assert waits == [2.0, 2.5], "by then the launcher has ended the others"
+
+
+def test_a_process_that_has_lost_another_speaks_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(cli_arguments.time, "sleep", waits.append)
+    for error in (RuntimeError("[gloo] Connection closed by peer"), ValueError("of its own")):
+        with pytest.raises(SystemExit), cli_arguments.refusing_bad_input():
+            raise error
+    assert waits == [5.0]
+    assert capsys.readouterr().err.splitlines()[1] == "error: of its own"
+
+
+def test_a_damaged_file_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, cli_arguments.stopping_at_divergence():
+        raise DamagedFileError("result.json is damaged.")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: result.json is damaged.\n"
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, RuntimeError])

@@ -8,10 +8,10 @@ import torch
 from transformers import ResNetForImageClassification
 
 from bissl_hf.cli.finetuning import FineTuning, summarise, without_times
-from bissl_hf.cli.images import LabelledImages
-from bissl_hf.cli.models import new_classifier
 from bissl_hf.data.augment import EvalTransform, TrainTransform
 from bissl_hf.data.decoded import DecodedImages
+from bissl_hf.models.classifier import new_classifier
+from bissl_hf.tasks.labelled import LabelledImages
 from bissl_hf.trainer.search import SearchSpace
 from bissl_hf.trainer.training_args import FineTuningArguments
 

@@ -14,11 +14,10 @@ from bissl_hf.cli.images import (
     ViewArguments,
     build_train_transform,
     build_view_transform,
-    decode_labelled,
-    decode_unlabelled,
     load_labelled,
 )
 from bissl_hf.data.augment import TrainTransform, TwoViewTransform
+from bissl_hf.tasks.labelled import decode_labelled, decode_unlabelled
 
 VIEWS = ViewArguments(crop_scale=[0.5, 0.9], crop_ratio=[0.8, 1.2], horizontal_flip=0.3, blur=[0.5, 0.0])
 
@@ -45,7 +44,7 @@ def test_a_single_class_is_refused(tmp_path) -> None:
         folder.mkdir(parents=True)
         for number in range(3):
             Image.new("L", (8, 8), number).save(folder / f"{number}.png")
-    with pytest.raises(ValueError, match="has a single class, 'cat'; there is nothing to tell apart"):
+    with pytest.raises(ValueError, match="has a single class, 'cat'; a classifier needs at least two"):
         load_labelled(DataArguments(dataset=str(tmp_path)), seed=0)
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from bissl_hf import SimCLRConfig, SimCLRForPreTraining
-from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier, new_classifier
+from bissl_hf.cli.models import PretextModelArguments, build_pretext_model, load_classifier
+from bissl_hf.models.classifier import new_classifier
 from bissl_hf.models.pretext import downstream_config
 
 from ..conftest import tiny_resnet_config
@@ -70,7 +71,7 @@ def test_a_new_classifier_names_its_classes() -> None:
 
 def test_a_classifier_must_tell_as_many_classes_apart(classifier: Path) -> None:
     assert load_classifier(str(classifier), ["a", "b", "c"], field="upper_model").config.num_labels == 3
-    with pytest.raises(ValueError, match=r"upper_model .* tells 3 classes apart and the data set has 2; leave upper"):
+    with pytest.raises(ValueError, match=r"upper_model .* has 3 classes and the data set has 2; leave upper"):
         load_classifier(str(classifier), ["a", "b"], field="upper_model")
 
 

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from bissl_hf.checkpoints import write_manifest
 from bissl_hf.cli import outputs
+from bissl_hf.run_lock import LOCK_NAME, release_folder
 from bissl_hf.text import format_table
 
 from ..hub_stand_in import HubStandIn
@@ -86,6 +87,43 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(outputs.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OSError, match=r"cannot be written to \(Permission denied\)"):
         outputs.open_output_dir(str(tmp_path / "new"), None)
+
+
+# What comes after a run
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no\n  memory \x1b[2J"), MemoryError(), UnicodeEncodeError("ascii", "é", 0, 1, "-")]
+)
+def test_what_comes_after_a_run_fails_with_a_warning(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with outputs.afterwards("The figure"):
+        raise error
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: The figure failed, and the run's results are whole without it: ")
+    assert line.isascii()
+    assert "\x1b" not in line
+
+
+def test_what_stops_a_run_is_no_warning() -> None:
+    with pytest.raises(KeyboardInterrupt), outputs.afterwards("The figure"):
+        raise KeyboardInterrupt
+
+
+# Locks
+
+
+def test_a_run_holds_its_folder(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    try:
+        outputs.open_run(args, leaves=())
+        assert (tmp_path / LOCK_NAME).is_file()
+        assert outputs.open_output_dir(str(tmp_path), None) is None, "a lock is no sign of a run"
+    finally:
+        release_folder(tmp_path)
+    elsewhere = {"pid": 1, "host": "elsewhere", "started": "now"}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(elsewhere))
+    with pytest.raises(ValueError, match="is in use by process 1 on elsewhere"):
+        outputs.open_run(args, leaves=())
 
 
 # Tables

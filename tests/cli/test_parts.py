@@ -2,7 +2,10 @@
 
 import pytest
 
+from bissl_hf.checkpoints import DamagedFileError
 from bissl_hf.cli.parts import Stage
+
+from ..conftest import flip_a_bit
 
 SETTINGS = {"rate": 0.1, "dims": (3, 4), "name": None}
 
@@ -54,6 +57,14 @@ def test_damaged_files_are_named(tmp_path, name, content):
     with pytest.raises(ValueError, match=f"{tmp_path / name} is empty or damaged. Put a whole copy"):
         Stage(tmp_path, SETTINGS).result  # noqa: B018
     assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize("at", [0.0, 0.3, 0.5, 0.8, 1.0])
+def test_a_flipped_bit_in_a_result_is_found(tmp_path, at):
+    Stage(tmp_path, SETTINGS).finish({"accuracy": 0.512345, "rows": [1, 2, 3], "name": "ours"})
+    flip_a_bit(tmp_path / "result.json", at)
+    with pytest.raises(DamagedFileError, match=r"result.json is empty or damaged"):
+        Stage(tmp_path, SETTINGS).result  # noqa: B018
 
 
 def test_only_one_process_writes(tmp_path):

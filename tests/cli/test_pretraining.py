@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from bissl_hf.checkpoints import find_defect
 from bissl_hf.cli.pretraining import pretrain
 from bissl_hf.trainer.pretext_trainer import PretextTrainer
 from bissl_hf.trainer.training_args import PretextTrainingArguments
 
-from ..conftest import TinyImages, tiny_model
+from ..conftest import TinyImages, flip_a_bit, tiny_model
 
 
 def trainer_in(folder, max_steps: int, seed: int = 0) -> PretextTrainer:
@@ -56,6 +57,16 @@ def test_an_unfinished_one_goes_on(tmp_path) -> None:
     pretrain(resumed)
     assert resumed.state.global_step == 4
     assert equal(weights(resumed), weights(whole))
+
+
+def test_a_damaged_model_is_made_anew_from_the_last_checkpoint(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = trainer_in(tmp_path, 3), trainer_in(tmp_path, 3)
+    pretrain(first)
+    flip_a_bit(tmp_path / "model" / "model.safetensors")
+    pretrain(second)
+    assert "model, which is not whole: model.safetensors is damaged" in capsys.readouterr().err
+    assert equal(weights(second), weights(first))
+    assert find_defect(tmp_path / "model") is None
 
 
 def test_no_steps_leave_the_model_as_it_is(tmp_path) -> None:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import default_data_collator
 
 from bissl_hf.data.alternation import (
@@ -148,3 +150,50 @@ def test_workers_and_skipping_change_nothing():
         skipped.batch_sampler.batch_sampler.set_epoch(alternation)
         assert read(skipped) == expected[2:]
     assert len(seeds) == 2, "the workers must live through all alternations"
+
+
+@st.composite
+def sources(draw):
+    """Any sizes that fit: a source for one process and its copies for several."""
+    world, share = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    count, steps = draw(st.integers(world * share, 40)), draw(st.integers(1, 6))
+    return [KeyedSource(Rows(count), world * share, default_data_collator, steps, world_size=w) for w in (1, world)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(sources(), st.integers(0, 2**32), st.sampled_from(list(Stream)), st.integers(0, 5))
+def test_each_rank_reads_its_part_of_the_batch_of_one_process(pair, seed, stream, alternation):
+    one, several = pair
+    seen: list[int] = []
+    for step in range(one.steps_per_alternation):
+        key = StepKey(seed, int(stream), alternation, step, 0)
+        batch = one.read(key)["row"].tolist()
+        parts = [several.read(key._replace(rank=rank))["row"].tolist() for rank in range(several.world_size)]
+        assert [row for part in parts for row in part] == batch
+        assert len(set(batch)) == one.batch_size
+        seen += batch
+    batches = len(one.dataset) // one.batch_size
+    first = alternation * one.steps_per_alternation
+    for epoch in range(first // batches, (first + one.steps_per_alternation) // batches + 1):
+        own = range(max(first, epoch * batches), min(first + one.steps_per_alternation, (epoch + 1) * batches))
+        rows = [row for n in own for row in seen[(n - first) * one.batch_size : (n - first + 1) * one.batch_size]]
+        assert len(set(rows)) == len(rows), "no example twice in a pass over the data"
+
+
+@settings(max_examples=50, deadline=None)
+@given(sources(), sources(), st.integers(0, 2**32), st.integers(0, 2), st.data())
+def test_a_loader_goes_on_from_any_step_as_one_that_was_not_interrupted(lower, upper, seed, alternation, data):
+    rank = data.draw(st.integers(0, min(lower[1].world_size, upper[1].world_size) - 1))
+    phases = [(Stream.LOWER, lower[1].steps_per_alternation), (Stream.UPPER, upper[1].steps_per_alternation)]
+    streams = KeyedDataset({Stream.LOWER: lower[1], Stream.UPPER: upper[1]}, 1)
+
+    def batches(skip: int) -> list:
+        fresh = AlternatingDataLoader(streams, AlternationSampler(phases, seed=seed, rank=rank))
+        skipped = skip_first_batches(fresh, skip) if skip else fresh
+        sampler = skipped.batch_sampler
+        (sampler.batch_sampler if skip else sampler).set_epoch(alternation)
+        return read(skipped)
+
+    whole = batches(0)
+    resumed_at = data.draw(st.integers(0, len(whole) - 1))
+    assert batches(resumed_at) == whole[resumed_at:]

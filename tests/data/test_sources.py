@@ -223,7 +223,7 @@ class TestParquet:
     def test_unknown_split(self, tmp_path):
         for name in ("train", "other"):
             make_split([0, 1], ClassLabel(names=["a", "b"])).to_parquet(tmp_path / f"{name}.parquet")
-        with pytest.raises(ValueError, match=r"The split of .*other\.parquet' is not told by its name"):
+        with pytest.raises(ValueError, match=r"The split of .*other\.parquet' is not in its name"):
             load_image_dataset(tmp_path)
 
     def test_other_file(self, tmp_path):

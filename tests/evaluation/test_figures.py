@@ -1,5 +1,6 @@
 """Figures are files with something in them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_run_has_a_panel_per_series(residuals: bool, tmp_path: Path) -> None:
     pixels = read(path)
     panels = 3 if residuals else 2
     height, width = pixels.shape[:2]
-    assert (height, width) == (450, panels * 510)
+    assert (height, width) == (495, panels * 510)
     for panel in range(panels):
         part = pixels[:, panel * width // panels : (panel + 1) * width // panels]
         assert has_color(part, BLUE)
@@ -76,6 +77,18 @@ def test_layouts_show_every_class(classes: int, tmp_path: Path) -> None:
     left, right = pixels[:, :600], pixels[:, 600:1200]
     assert has_color(left, BLUE)
     assert has_color(right, BLUE)
+
+
+def test_figures_are_files_whatever_mplbackend_says_and_names_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["$\\alpha", "a_b^c$", r"\frac{", "cat\x1b[2J"]
+    monkeypatch.setenv("MPLBACKEND", "module://no_such_backend")
+    plot_layouts(
+        [("Before: $ 1", np.random.default_rng(0).normal(size=(8, 2)), np.arange(8) % 4)], names, tmp_path / "a.png"
+    )
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert os.environ["MPLBACKEND"] == "module://no_such_backend"
 
 
 def test_one_layout(tmp_path: Path) -> None:

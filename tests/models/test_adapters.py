@@ -88,13 +88,13 @@ def test_the_adapters_are_shared_and_heads_are_trained(way):
     model = adapted(way)
     assert len(model.shared_parameter_names) == 2 * 2 * 2
     assert all("lora_" in name for name in model.shared_parameter_names)
-    for theta_p, theta_d in zip(model.lower_shared_parameters(), model.upper_shared_parameters(), strict=True):
+    for theta_p, theta_d in zip(model.backbone_parameters("lower"), model.backbone_parameters("upper"), strict=True):
         assert theta_p is not theta_d
         assert torch.equal(theta_p, theta_d)
     heads = {name for name, _ in model.lower.named_parameters() if not name.startswith("backbone.")}
-    own = {id(parameter) for parameter in model.lower_head_parameters()}
+    own = {id(parameter) for parameter in model.head_parameters("lower")}
     assert {name for name, p in model.lower.named_parameters() if id(p) in own} == heads
-    assert [p.shape for p in model.upper_head_parameters()] == [(3, 8), (3,)]
+    assert [p.shape for p in model.head_parameters("upper")] == [(3, 8), (3,)]
 
 
 def test_the_models_given_are_not_changed():
@@ -207,7 +207,7 @@ def test_modules_to_save_are_heads_too(tmp_path):
     peft_model = get_peft_model(upper, lora(modules_to_save=["classifier"]))
     model = disturb(BiSSLModel.from_models(lower, peft_model)).eval()
     expected = model(pixel_values=images()).logits
-    assert [p.shape for p in model.upper_head_parameters()] == [(3, 8), (3,)]
+    assert [p.shape for p in model.head_parameters("upper")] == [(3, 8), (3,)]
     model.export(tmp_path)
     exported = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(exported(pixel_values=images()).logits, expected, rtol=0, atol=1e-6)
@@ -218,7 +218,7 @@ def test_adapters_keep_a_format_of_their_own(tmp_path):
     for model in (lower, upper):
         model.to(torch.bfloat16).add_adapter(lora())
     joined = BiSSLModel.from_models(lower, upper)
-    assert {p.dtype for p in joined.lower_shared_parameters()} == {
+    assert {p.dtype for p in joined.backbone_parameters("lower")} == {
         p.dtype for n, p in lower.named_parameters() if "lora_" in n
     }
     assert joined.upper.classifier.weight.dtype == torch.bfloat16

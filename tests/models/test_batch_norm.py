@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bissl_hf.models.batch_norm import has_batch_norm, recalibrate_batch_norm
+from bissl_hf.data.batches import split_rows
+from bissl_hf.models.batch_norm import check_rows_for_batch_norm, has_batch_norm, recalibrate_batch_norm
 
 
 class Network(nn.Module):
@@ -70,3 +71,18 @@ def test_refuses_no_batch() -> None:
 
 def test_leaves_a_model_without_batch_norm_alone() -> None:
     recalibrate_batch_norm(nn.Linear(2, 2), [{"pixel_values": torch.ones(1)}])  # would not accept this input
+
+
+@pytest.mark.parametrize(("rows", "part"), [(1, None), (1, 4), (2, 1), (3, 2), (5, 2)])
+def test_passes_over_one_row_are_refused_with_batch_norm(rows, part):
+    with pytest.raises(ValueError, match=f"upper_size: batch norm would have no statistics.*batch of {rows} row"):
+        check_rows_for_batch_norm(nn.Sequential(nn.BatchNorm1d(2)), rows, part, what="upper_size")
+    check_rows_for_batch_norm(nn.Sequential(nn.LayerNorm(2)), rows, part, what="upper_size")
+
+
+@pytest.mark.parametrize(("rows", "part"), [(2, None), (9, 4), (7, 3), (4, 2), (5, 9), (5, 3)])
+def test_even_parts_leave_two_rows_to_each(rows, part):
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    check_rows_for_batch_norm(model, rows, part, what="upper_size")
+    for inputs, _ in split_rows({"x": torch.rand(rows, 2)}, part):
+        model(inputs["x"])

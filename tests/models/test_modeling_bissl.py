@@ -155,7 +155,10 @@ def test_everything_below_the_base_models_is_shared_but_the_pooler(name: str) ->
     assert {k for k, _ in upper.base_model.named_parameters()} - set(below) == (
         {"pooler.dense.weight", "pooler.dense.bias"} if name == "bert" else set()
     )
-    for parameters, level in ((model.lower_shared_parameters(), "lower"), (model.upper_shared_parameters(), "upper")):
+    for parameters, level in (
+        (model.backbone_parameters("lower"), "lower"),
+        (model.backbone_parameters("upper"), "upper"),
+    ):
         named = dict(getattr(model, level).base_model.named_parameters())
         assert all(p is named[key] for p, key in zip(parameters, model.shared_parameter_names, strict=True))
 
@@ -163,8 +166,8 @@ def test_everything_below_the_base_models_is_shared_but_the_pooler(name: str) ->
 def test_heads_are_the_complement(name: str) -> None:
     model = joined(name)
     for level in ("lower", "upper"):
-        backbone = getattr(model, f"{level}_shared_parameters")()
-        head = getattr(model, f"{level}_head_parameters")()
+        backbone = model.backbone_parameters(level)
+        head = model.head_parameters(level)
         assert {id(p) for p in head}.isdisjoint({id(p) for p in backbone})
         assert {id(p) for p in (*head, *backbone)} == {id(p) for p in getattr(model, level).parameters()}
         assert len(head) > 0
@@ -174,8 +177,8 @@ def test_a_tied_tensor_belongs_to_the_backbone() -> None:
     model = joined("bert")
     tied = model.lower.cls.predictions.decoder.weight
     assert tied is model.lower.bert.embeddings.word_embeddings.weight
-    assert not any(p is tied for p in model.lower_head_parameters())
-    assert any(p is model.upper.bert.pooler.dense.weight for p in model.upper_head_parameters())
+    assert not any(p is tied for p in model.head_parameters("lower"))
+    assert any(p is model.upper.bert.pooler.dense.weight for p in model.head_parameters("upper"))
 
 
 def test_theta_d_starts_from_theta_p(name: str) -> None:
@@ -208,7 +211,7 @@ def test_frozen_common_parameters_are_copied_but_not_shared() -> None:
             model.upper.resnet.embedder.parameters(), model.lower.backbone.embedder.parameters(), strict=True
         )
     )
-    heads = {id(p) for p in (*model.lower_head_parameters(), *model.upper_head_parameters())}
+    heads = {id(p) for p in (*model.head_parameters("lower"), *model.head_parameters("upper"))}
     assert heads.isdisjoint({id(p) for p in model.lower.base_model.embedder.parameters()})
 
 
@@ -241,7 +244,7 @@ def test_unshared_parameters_permit_a_difference(pattern: str, tmp_path: Path) -
         simclr(vit_config()), ViTForImageClassification(other), unshared_parameters=("pooler.", pattern)
     )
     assert "embeddings.position_embeddings" not in model.shared_parameter_names
-    assert any(p is model.upper.vit.embeddings.position_embeddings for p in model.upper_head_parameters())
+    assert any(p is model.upper.vit.embeddings.position_embeddings for p in model.head_parameters("upper"))
     model.save_pretrained(tmp_path)
     assert BiSSLModel.from_pretrained(tmp_path).shared_parameter_names == model.shared_parameter_names
 
@@ -307,12 +310,12 @@ def test_aligned_equals_a_model_put_together_by_hand(name: str, training: bool) 
     outputs.loss.backward()
     expected.loss.backward()
     wanted = {id(p): q for p, q in zip(model.upper.parameters(), reference.parameters(), strict=True)}
-    shared = zip(model.lower_shared_parameters(), model.upper_shared_parameters(), strict=True)
+    shared = zip(model.backbone_parameters("lower"), model.backbone_parameters("upper"), strict=True)
     pairs = [(below, wanted[id(above)]) for below, above in shared]
-    pairs += [(p, wanted[id(p)]) for p in model.upper_head_parameters()]
+    pairs += [(p, wanted[id(p)]) for p in model.head_parameters("upper")]
     for own, other in pairs:  # theta_P itself, and phi_D
         torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=1e-12)
-    assert all(p.grad is None for p in (*model.upper_shared_parameters(), *model.lower_head_parameters()))
+    assert all(p.grad is None for p in (*model.backbone_parameters("upper"), *model.head_parameters("lower")))
 
 
 @pytest.mark.parametrize("level", ["lower", "upper", "aligned"])

@@ -169,11 +169,11 @@ def test_from_backbone_and_as_lower_model(task: str, backbone: str, tmp_path: Pa
     for pair in (model, loaded):
         assert pair.lower.base_model is pair.lower.backbone
         assert set(pair.shared_parameter_names) == {name for name, _ in classifier.base_model.named_parameters()}
-        heads = {id(parameter) for parameter in pair.lower_head_parameters()}
+        heads = {id(parameter) for parameter in pair.head_parameters("lower")}
         names = {name.split(".")[0] for name, p in pair.lower.named_parameters() if id(p) in heads}
         assert names == {"projection_head"} | ({"predictor"} if task == "byol" else set())
     loss = model(level="lower", pixel_values=two_views()).loss
-    gradients = torch.autograd.grad(loss, model.lower_shared_parameters(), create_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(loss, model.backbone_parameters("lower"), create_graph=True, allow_unused=True)
     assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
     loaded.aligned_model().save_pretrained(tmp_path / "aligned")
     assert same_weights(classifier_class.from_pretrained(tmp_path / "aligned").base_model, classifier.base_model)

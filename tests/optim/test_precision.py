@@ -12,7 +12,7 @@ from bissl_hf.optim.precision import LossScale
 
 from ..conftest import tiny_model, vit_model
 from ..trainer.restatement import rate
-from ..trainer.test_bissl_trainer import all_equal, everything_of_both_levels, make_trainer, snapshot, training_logs
+from ..trainer.trainers import all_equal, everything_of_both_levels, make_trainer, snapshot, training_logs
 
 HALF = [{"bf16": True}, {"fp16": True}]
 on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

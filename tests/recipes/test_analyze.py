@@ -133,7 +133,10 @@ def test_figures_that_are_not_defined_are_null() -> None:
         ({"tsne_classes": 0}, "tsne_classes is 0; it must be at least 1"),
         ({"knn_neighbors": 0}, "knn_neighbors is 0; it must be at least 1"),
         ({"names": ["a", "b"]}, "names has 2 entries for 1 checkpoints; give one for each"),
-        ({"checkpoints": ["simclr", "simclr"]}, "Two checkpoints are called 'simclr'; tell them apart with --names"),
+        (
+            {"checkpoints": ["simclr", "simclr"]},
+            "Two checkpoints are called 'simclr'; give them different names",
+        ),
         ({"checkpoints": ["no/such/folder"]}, "checkpoints is 'no/such/folder'; there is no such folder"),
         ({"dataset": "digitz"}, "There is no data set 'digitz'.*Did you mean 'digits'"),
         ({"checkpoints": None}, "the following arguments are required: --checkpoints; see --help"),

@@ -68,7 +68,7 @@ def test_a_run_leaves_a_model_its_curves_and_a_summary(finished: tuple[Path, str
     assert [row["epoch"] for row in results["log_history"] if "loss" in row] == [1, 2, 3]
     assert re.search(rf"pretext loss +[\d.]+ +{results['train_loss']:.4f}\n", printed)
     assert re.search(rf"kNN accuracy +[\d.]+% +{results['knn_accuracy']:.2%}\n", printed)
-    assert f"recipes/bissl.py --lower_model {output}" in printed
+    assert f"bissl-hf align --lower_model {output}" in printed
 
 
 def test_the_model_card_says_what_the_run_has_shown(finished: tuple[Path, str], images: Path) -> None:

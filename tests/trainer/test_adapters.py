@@ -10,7 +10,7 @@ from bissl_hf.data.alternation import Stream
 
 from ..conftest import TinyImages
 from ..models.test_adapters import adapted, disturb
-from .test_bissl_trainer import make_trainer, same_tensors
+from .trainers import make_trainer, same_tensors
 
 SMALL = {"lower_steps": 2, "upper_steps": 2, "per_device_lower_batch_size": 4, "head_warmup_epochs": 0}
 
@@ -19,7 +19,7 @@ def dense_hypergradient(trainer) -> tuple[torch.Tensor, torch.Tensor]:
     """(I + H / (lambda + delta))^-1 of the upper gradient at theta_P, plus gamma times that at theta_D, by a matrix
     that is built row by row from gradients; and the same with H = 0."""
     model, args = trainer.model, trainer.args
-    theta = model.lower_shared_parameters()
+    theta = model.backbone_parameters("lower")
     inputs = trainer.streams.read(trainer.streams.key(Stream.CURVATURE))
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
         loss = model.lower(**inputs).loss
@@ -28,7 +28,7 @@ def dense_hypergradient(trainer) -> tuple[torch.Tensor, torch.Tensor]:
     hessian = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
     labelled = trainer.streams.read(trainer.streams.key(Stream.UPPER))
     rhs = torch.autograd.grad(model(level="aligned", **labelled).loss, theta)
-    direct = torch.autograd.grad(model.upper(**labelled).loss, model.upper_shared_parameters())
+    direct = torch.autograd.grad(model.upper(**labelled).loss, model.backbone_parameters("upper"))
     flat = torch.cat([part.reshape(-1) for part in rhs])
     system = torch.eye(len(flat), dtype=flat.dtype) + hessian / (args.proximal_weight + args.damping)
     solved = torch.linalg.solve(system, flat)
@@ -45,7 +45,7 @@ def test_hypergradient_against_a_dense_solve(tmp_path):
     key = trainer.streams.key(Stream.UPPER)
     trainer.create_optimizer()
     trainer.training_step(trainer.model, {"key": key, "inputs": trainer.streams.sources[Stream.UPPER].read(key)})
-    found = torch.cat([p.grad.reshape(-1) for p in model.upper_shared_parameters()])
+    found = torch.cat([p.grad.reshape(-1) for p in model.backbone_parameters("upper")])
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
     assert (expected - without_curvature).norm() > 1e-3 * expected.norm()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)

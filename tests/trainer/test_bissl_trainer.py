@@ -8,118 +8,34 @@ import pytest
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
     EarlyStoppingCallback,
     TrainerCallback,
 )
 
-from bissl_hf import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
-from bissl_hf.data.alternation import keyed_random_state
+from bissl_hf import BiSSLModel, BiSSLTrainer
 from bissl_hf.evaluation.metrics import classification_metrics
 from bissl_hf.trainer.divergence import DivergenceError
 
 from ..conftest import TinyImages, tiny_model
 from .restatement import CURVATURE, LOWER, UPPER, backbone_of, rate, read, with_copied_buffers
-
-DEFAULTS = {
-    "num_alternations": 2, "lower_steps": 3, "upper_steps": 2, "head_warmup_epochs": 1, "seed": 7,
-    "per_device_lower_batch_size": 8, "per_device_train_batch_size": 5, "per_device_eval_batch_size": 4,
-    "lower_optim": "sgd", "lower_learning_rate": 0.05, "learning_rate": 0.02, "proximal_weight": 20.0,
-    "damping": 600.0, "lower_warmup_steps": 0, "warmup_steps": 0, "save_strategy": "no", "direct_weight": 0.5,
-    "solver_max_iterations": 2,
-}  # fmt: skip
-
-
-def make_args(output_dir, **overrides) -> BiSSLTrainingArguments:
-    fixed = {"output_dir": str(output_dir), "use_cpu": True, "disable_tqdm": True, "report_to": "none"}
-    return BiSSLTrainingArguments(**{**fixed, **DEFAULTS, **overrides})
-
-
-def make_trainer(
-    output_dir, *, model=None, cls=BiSSLTrainer, train_rows=12, lower_rows=24, eval_rows=0, dtype=torch.float32,
-    callbacks=None, keywords=None, **overrides,
-) -> BiSSLTrainer:  # fmt: skip
-    """A trainer of a tiny ResNet pair; `keywords` are those of the trainer, `overrides` those of its arguments."""
-    return cls(
-        model or tiny_model().to(dtype),
-        make_args(output_dir, **overrides),
-        train_dataset=TinyImages(train_rows, dtype=dtype) if train_rows is not None else None,
-        lower_dataset=TinyImages(lower_rows, pairs=True, dtype=dtype) if lower_rows is not None else None,
-        eval_dataset=TinyImages(eval_rows, dtype=dtype, seed=5) if eval_rows else None,
-        callbacks=callbacks,
-        **(keywords or {}),
-    )
-
-
-def same_tensors(first: dict, second: dict) -> bool:
-    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def snapshot(tensors) -> list[torch.Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def all_equal(first, second) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def flat_norm(tensors) -> float:
-    return math.sqrt(sum(float((tensor.detach().double() ** 2).sum()) for tensor in tensors))
-
-
-def minus(first, second) -> list[torch.Tensor]:
-    return [one.detach() - other.detach() for one, other in zip(first, second, strict=True)]
-
-
-def training_logs(trainer) -> list[dict]:
-    return [log for log in trainer.state.log_history if "lower/loss" in log or "upper/loss" in log]
-
-
-class Record(TrainerCallback):
-    """Keeps what the trainer holds before and after each step, with the level of the step."""
-
-    def __init__(self, look) -> None:
-        self.look, self.trainer, self.steps, self._before = look, None, [], None
-
-    def attach(self, trainer):
-        self.trainer = trainer
-        trainer.add_callback(self)
-        return trainer
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._before = self.look(self.trainer)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        place = (state.global_step - 1) % (args.lower_steps + args.upper_steps)
-        level = "lower" if place < args.lower_steps else "upper"
-        self.steps.append((level, self._before, self.look(self.trainer)))
-
-
-def recorded(look, output_dir, **settings):
-    record = Record(look)
-    trainer = record.attach(make_trainer(output_dir, **settings))
-    trainer.train()
-    return trainer, record.steps
-
+from .trainers import (
+    TinyText,
+    all_equal,
+    everything_of_both_levels,
+    flat_norm,
+    make_args,
+    make_text_trainer,
+    make_trainer,
+    minus,
+    pad,
+    recorded,
+    same_tensors,
+    snapshot,
+    training_logs,
+)
 
 # What a step may move
-
-
-def momenta(optimizer) -> list[torch.Tensor]:
-    return snapshot(state["momentum_buffer"] for state in optimizer.state.values())
-
-
-def everything_of_both_levels(trainer):
-    return {
-        level: (
-            snapshot(getattr(trainer.model, level).parameters()),
-            momenta(getattr(trainer.two_level_optimizer, level)),
-            snapshot(getattr(trainer.model, level).buffers()),
-        )
-        for level in ("lower", "upper")
-    }
 
 
 @pytest.mark.parametrize(
@@ -170,16 +86,16 @@ def test_the_head_warm_up_trains_the_head_alone_and_once(tmp_path):
     trainer.train()
     (warm,) = seen
     assert same_tensors(start.lower.state_dict(), warm.lower.state_dict())
-    assert all_equal(start.upper_shared_parameters(), warm.upper_shared_parameters())
-    heads = zip(start.upper_head_parameters(), warm.upper_head_parameters(), strict=True)
+    assert all_equal(start.backbone_parameters("upper"), warm.backbone_parameters("upper"))
+    heads = zip(start.head_parameters("upper"), warm.head_parameters("upper"), strict=True)
     assert not any(torch.equal(*pair) for pair in heads)
     counts = [int(b) for b in warm.upper.buffers() if b.dtype == torch.long]
     assert counts
     assert set(counts) == {3 * 2}, "the backbone stays in train mode: 3 passes of 12 // 5 batches"
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
-    head = snapshot(trainer.model.upper_head_parameters())
+    head = snapshot(trainer.model.head_parameters("upper"))
     trainer.warm_up_head()
-    assert all_equal(head, trainer.model.upper_head_parameters())
+    assert all_equal(head, trainer.model.head_parameters("upper"))
 
 
 def test_without_head_warm_up_the_first_step_finds_the_model_as_given(tmp_path):
@@ -191,7 +107,9 @@ def test_without_head_warm_up_the_first_step_finds_the_model_as_given(tmp_path):
 
 def test_upper_adaptation_moves_theta_d_at_the_start_of_every_so_many_alternations(tmp_path):
     def backbones(trainer):
-        return snapshot(trainer.model.lower_shared_parameters()), snapshot(trainer.model.upper_shared_parameters())
+        return snapshot(trainer.model.backbone_parameters("lower")), snapshot(
+            trainer.model.backbone_parameters("upper")
+        )
 
     _, steps = recorded(
         backbones, tmp_path, num_alternations=5, upper_adaptation_every=2, upper_adaptation_strength=0.25
@@ -329,7 +247,7 @@ def test_solves_that_end_badly_are_counted(tmp_path):
 
     class Concave(BiSSLTrainer):
         def compute_lower_loss(self, model, inputs):
-            return -1e4 * sum((parameter**2).sum() for parameter in self.model.lower_shared_parameters())
+            return -1e4 * sum((parameter**2).sum() for parameter in self.model.backbone_parameters("lower"))
 
     trainer = make_trainer(tmp_path, cls=Concave, lower_learning_rate=1e-9, proximal_weight=0.1, damping=0.1)
     trainer.train()
@@ -511,69 +429,12 @@ def test_lower_micro_batches_add_up_for_a_mean_over_rows(tmp_path):
         assert split_log[name] == pytest.approx(whole_log[name], rel=1e-6, abs=1e-12), name
 
 
-VOCABULARY, MASK = 40, 3
-
-
-class TinyText(torch.utils.data.Dataset):
-    """Sentences of different lengths, with labels or without."""
-
-    def __init__(self, rows: int, *, labels: bool, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed + rows)
-        lengths = torch.randint(5, 10, (rows,), generator=generator)
-        self.rows = [torch.randint(4, VOCABULARY, (int(n),), generator=generator) for n in lengths]
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        words = self.rows[index]
-        return {"input_ids": words, **({"labels": int(words[0]) % 2} if self.labels else {})}
-
-
-def pad(rows):
-    words = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
-    batch = {"input_ids": words, "attention_mask": (words != 0).long()}
-    return {**batch, "labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else batch
-
-
-def mask_words(inputs, key):
-    """Masks words at random, as decided by the key alone, and the first word always."""
-    words = inputs["input_ids"]
-    with keyed_random_state(key):
-        chosen = (torch.rand(words.shape) < 0.3) & (words != 0)
-    chosen[:, 0] = True
-    return {**inputs, "input_ids": words.masked_fill(chosen, MASK), "labels": words.masked_fill(~chosen, -100)}
-
-
-def text_model() -> BiSSLModel:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
-        max_position_embeddings=16, num_labels=2, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2,
-    )  # fmt: skip
-    return BiSSLModel.from_models(BertForMaskedLM(config), BertForSequenceClassification(config))
-
-
-def make_text_trainer(output_dir, *, evaluate=False, **overrides) -> BiSSLTrainer:
-    return BiSSLTrainer(
-        text_model(),
-        make_args(output_dir, **overrides),
-        train_dataset=TinyText(12, labels=True),
-        lower_dataset=TinyText(24, labels=False),
-        eval_dataset=TinyText(7, labels=True) if evaluate else None,
-        data_collator=pad,
-        lower_data_collator=pad,
-        lower_transform=mask_words,
-    )
-
-
 def test_a_pair_of_language_models_goes_through_the_same_trainer(tmp_path):
     trainer = make_text_trainer(tmp_path / "run", evaluate=True)
     model = trainer.model
     tied = model.lower.get_output_embeddings().weight
     assert tied is model.lower.get_input_embeddings().weight
-    assert not any(parameter is tied for parameter in model.lower_head_parameters())
+    assert not any(parameter is tied for parameter in model.head_parameters("lower"))
     assert model.upper.config._attn_implementation == "sdpa"
     start = {name: value.clone() for name, value in model.state_dict().items()}
     trainer.train()

@@ -14,17 +14,21 @@ from bissl_hf.checkpoints import (
     MANIFEST_NAME,
     RUN_TENSORS_NAME,
     STAGING_FOLDER,
+    DamagedFileError,
     find_defect,
     find_last_checkpoint,
     list_checkpoints,
     publish,
+    read_mapping,
     read_run_state,
     rotate_checkpoints,
     write_json,
     write_manifest,
+    write_mapping,
 )
+from bissl_hf.trainer.state_files import read_trainer_state
 
-from .test_bissl_trainer import make_text_trainer, make_trainer, same_tensors
+from .trainers import make_text_trainer, make_trainer, same_tensors
 
 
 def whole_checkpoint(folder: Path) -> Path:
@@ -69,6 +73,41 @@ def test_rotation_goes_by_step_whatever_the_clock_says(tmp_path, limit):
     left = {path.name for path in tmp_path.iterdir()}
     expected = {1: {2, 100}, 2: {2, 100}, 3: {2, 10, 100}}.get(limit or 9, {2, 9, 10, 100})
     assert left == {f"checkpoint-{step}" for step in expected}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", "null", '{"no_such_field": 1}', '{"global_step": "3"}', '{"global_step": -1}', "[" * 100_000],
+)
+def test_an_edited_state_of_trainer_is_one_sentence(tmp_path, content):
+    (tmp_path / "trainer_state.json").write_text(content)
+    if content == "{}":
+        assert read_trainer_state(tmp_path).global_step == 0
+        return
+    with pytest.raises(DamagedFileError, match=r"trainer_state.json .*Resume from another checkpoint"):
+        read_trainer_state(tmp_path)
+
+
+def test_a_state_without_that_of_an_owner_is_refused(tmp_path):
+    for state in ("{}", '{"metrics": 3}'):
+        (tmp_path / "run_state.json").write_text(f'{{"settings": {{}}, "state": {state}}}')
+        assert read_run_state(tmp_path)["settings"] == {}
+        with pytest.raises(DamagedFileError, match=r"run_state.json .*Resume from another checkpoint"):
+            read_run_state(tmp_path, owners=["metrics"])
+
+
+def test_a_mapping_is_known_by_its_checksum(tmp_path):
+    path = tmp_path / "figures.json"
+    write_mapping(path, {"loss": 0.1, "rows": (1, 2), "nan": float("inf")})
+    assert read_mapping(path) == {"loss": 0.1, "rows": [1, 2], "nan": float("inf")}
+    path.write_text(path.read_text().replace("0.1", "0.3"))
+    with pytest.raises(DamagedFileError, match=r"figures.json is empty or damaged. Put a whole copy"):
+        read_mapping(path)
+    write_mapping(path, {"loss": 0.1, "rows": [{"eval_runtime": 2.0, "train_seconds": 1.0}]})
+    path.write_text(path.read_text().replace("2.0", "3.0"))
+    assert read_mapping(path)["rows"][0]["eval_runtime"] == 3.0, "two equal runs have the same checksum"
+    path.write_text('{"loss": 0.3}')
+    assert read_mapping(path) == {"loss": 0.3}, "of an earlier version, or of somebody's hand"
 
 
 def test_an_edited_state_is_one_sentence(tmp_path):

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bissl_hf.trainer.data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
 
 from ..conftest import tiny_model
-from .test_bissl_trainer import make_args, make_trainer
+from .trainers import make_args, make_trainer
 
 VARIABLES = [
     ("ACCELERATE_USE_FSDP", "true", "use plain data parallelism.*Leave `distributed_type: FSDP` out"),
@@ -44,15 +44,15 @@ def test_a_compiler_that_is_only_named_is_refused(tmp_path, field):
 def test_a_model_that_is_not_whole_is_refused(tmp_path):
     model = tiny_model()
     model.upper.classifier.to("meta")
-    with pytest.raises(ValueError, match=r"The parameters lie on cpu, meta.*Load the models without device_map"):
-        check_whole_model(model)
+    with pytest.raises(ValueError, match=r"The parameters are on cpu, meta.*Load the models without device_map"):
+        check_whole_model(model, second_order=True)
 
 
 def test_a_model_under_tensor_parallelism_is_refused(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(type(model.lower), "tp_size", 2)
     with pytest.raises(ValueError, match=r"lower is split by tensor parallelism over 2 processes.*without tp_plan"):
-        check_whole_model(model)
+        check_whole_model(model, second_order=True)
 
 
 def test_a_compiled_part_is_refused(tmp_path):

@@ -6,24 +6,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bissl_hf.data.alternation import Stream
 from bissl_hf.models.finite import not_finite_weights, with_finite_weights
 from bissl_hf.models.saving import save_model
 from bissl_hf.trainer.divergence import DivergenceError, check_first_batch, check_metrics
 
 from ..conftest import tiny_model
+from ..processes import run_in_processes
+from .test_joint_trainer import make_trainer as make_joint_trainer
 from .test_pretext_trainer import make_trainer
+from .trainers import make_trainer as make_bissl_trainer
 
 
 class Spoiled:
-    """A transform that makes the pixels of one step NaN."""
+    """A transform that makes the pixels of one step NaN, on one process if asked for."""
 
-    def __init__(self, at: tuple[int, int]) -> None:
-        self.at = at
+    def __init__(self, at: tuple[int, int], rank: int | None = None, stream: int | None = None) -> None:
+        self.at, self.rank, self.stream = at, rank, stream
 
     def __call__(self, inputs, key):
-        if tuple(key[2:4]) != self.at:
+        _, stream, alternation, step, rank = key
+        if (alternation, step) != self.at or self.rank not in (None, rank) or self.stream not in (None, stream):
             return inputs
-        return {"pixel_values": inputs["pixel_values"] * math.nan}
+        return {**inputs, "pixel_values": inputs["pixel_values"] * math.nan}
 
 
 def test_a_run_that_diverges_stops_with_its_last_finite_checkpoint(tmp_path):
@@ -57,6 +62,62 @@ def test_a_step_left_out_leaves_nothing_behind(tmp_path):
     assert trainer.divergence.skipped == 1
     assert not_finite_weights(trainer.model) == []
     assert all(math.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
+
+
+@pytest.mark.parametrize("level", ["lower", "upper"])
+def test_bissl_leaves_out_a_step_of_either_level(tmp_path, level):
+    transform = Spoiled((1, 1), stream=int(Stream.LOWER if level == "lower" else Stream.UPPER))
+    name = "lower_transform" if level == "lower" else "train_transform"
+    trainer = make_bissl_trainer(
+        tmp_path, num_alternations=3, lower_steps=2, upper_steps=2, on_divergence="skip", keywords={name: transform}
+    )
+    trainer.train()
+    assert trainer.divergence.skipped == 1
+    assert trainer.state.global_step == 12
+    assert not_finite_weights(trainer.model) == []
+    figures = [row[f"{level}/loss"] for row in trainer.state.log_history if f"{level}/loss" in row]
+    assert len(figures) == 3
+    assert all(map(math.isfinite, figures))
+
+
+def test_a_spoiled_curvature_batch_is_told_and_costs_one_solve(tmp_path):
+    transform = Spoiled((1, 0), stream=int(Stream.CURVATURE))
+    trainer = make_bissl_trainer(
+        tmp_path, num_alternations=3, lower_steps=2, upper_steps=2, keywords={"lower_transform": transform}
+    )
+    trainer.train()
+    assert [row["solver/non_finite"] for row in trainer.state.log_history if "solver/non_finite" in row] == [0, 1, 0]
+    assert not_finite_weights(trainer.model) == []
+
+
+def test_joint_training_leaves_out_a_step(tmp_path):
+    trainer = make_joint_trainer(tmp_path, transform=Spoiled((0, 1)), on_divergence="skip")
+    trainer.train()
+    assert trainer.divergence.skipped == 1
+    assert not_finite_weights(trainer.model) == []
+
+
+def test_joint_training_names_the_step(tmp_path):
+    trainer = make_joint_trainer(tmp_path, transform=Spoiled((1, 0)))
+    with pytest.raises(DivergenceError, match=r"step 3 of epoch 2: the input \(pixel_values of the batch\)"):
+        trainer.train()
+
+
+def diverge_on_the_second_process(folder: str, way: str) -> None:
+    trainer = make_trainer(folder, transform=Spoiled((1, 0), rank=1), per_device_train_batch_size=4, on_divergence=way)
+    if way == "stop":
+        with pytest.raises(DivergenceError, match=r"step 3 of epoch 2: the input \((pixel|of another)"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert trainer.divergence.skipped == 1
+        assert not_finite_weights(trainer.model) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", ["stop", "skip"])
+def test_what_diverges_on_one_process_ends_all(tmp_path, way):
+    run_in_processes(diverge_on_the_second_process, 2, str(tmp_path), way)
 
 
 def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path):

@@ -11,11 +11,13 @@ from bissl_hf.trainer.training_args import JointTrainingArguments
 from ..conftest import TinyImages, tiny_model
 from ..processes import run_in_processes
 from .restatement import UPPER, Momentum, rate, read
-from .test_bissl_trainer import same_tensors
 from .test_processes import layer_norm_model
+from .trainers import same_tensors
 
 
-def make_trainer(output_dir, *, model=None, rows: int = 20, labelled: int = 12, **overrides) -> JointTrainer:
+def make_trainer(
+    output_dir, *, model=None, rows: int = 20, labelled: int = 12, transform=None, **overrides
+) -> JointTrainer:
     settings = {
         "num_train_epochs": 2, "per_device_train_batch_size": 8, "per_device_labelled_batch_size": 4, "seed": 7,
         "save_strategy": "no", "optim": "sgd", "learning_rate": 0.05, "weight_decay": 0.02, "warmup_steps": 2,
@@ -28,6 +30,7 @@ def make_trainer(output_dir, *, model=None, rows: int = 20, labelled: int = 12, 
         args,
         train_dataset=TinyImages(labelled, dtype=torch.float64),
         lower_dataset=TinyImages(rows, pairs=True, dtype=torch.float64),
+        lower_transform=transform,
     )
 
 
@@ -55,7 +58,9 @@ def test_it_follows_plain_loops_in_float64(tmp_path):
         assert float((value - expected).detach().abs().max()) < 1e-9, name
     for value, expected in zip(trainer.model.lower.buffers(), lower.buffers(), strict=True):
         assert torch.allclose(value, expected), "running statistics are those of the pretext views alone"
-    for value, old in zip(trainer.model.upper_shared_parameters(), before.upper_shared_parameters(), strict=True):
+    for value, old in zip(
+        trainer.model.backbone_parameters("upper"), before.backbone_parameters("upper"), strict=True
+    ):
         assert torch.equal(value, old), "theta_D is not used"
 
 

@@ -34,7 +34,7 @@ def test_it_measures_the_backbone_by_nearest_neighbours(tmp_path):
     trainer = make_trainer(tmp_path)
     for neighbors in (1, 5):
         check = KnnCheck(trainer, REFERENCE, HELD_OUT, neighbors=neighbors)
-        assert check.measure() == pytest.approx(accuracy_by_loops(trainer.model, neighbors))
+        assert check.measure() == {"knn_accuracy": pytest.approx(accuracy_by_loops(trainer.model, neighbors))}
 
 
 def test_it_logs_every_so_many_epochs_and_at_the_end_and_changes_nothing(tmp_path):
@@ -52,3 +52,14 @@ def test_it_logs_every_so_many_epochs_and_at_the_end_and_changes_nothing(tmp_pat
 def test_it_refuses_counts_below_one(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
         KnnCheck(make_trainer(tmp_path), REFERENCE, HELD_OUT, **{name: 0})
+
+
+def test_it_measures_another_model_and_other_figures_of_the_held_out_features(tmp_path):
+    trainer, other = make_trainer(tmp_path / "one"), make_trainer(tmp_path / "other")
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.mul_(1.5)
+    check = KnnCheck(
+        trainer, REFERENCE, HELD_OUT, neighbors=3, model=lambda: other.model, feature_figures={"rows": len}
+    )
+    assert check.measure() == {"knn_accuracy": pytest.approx(accuracy_by_loops(other.model, 3)), "rows": 9}

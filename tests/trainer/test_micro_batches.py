@@ -11,7 +11,7 @@ from bissl_hf.data.alternation import StepKey
 from bissl_hf.data.streams import model_randomness
 
 from ..conftest import TinyImages, vit_model
-from .test_bissl_trainer import all_equal, make_trainer, recorded, snapshot
+from .trainers import all_equal, make_trainer, recorded, snapshot
 
 CACHED = {"lower_micro_batch_size": 3, "lower_gradient_cache": True}
 # A batch of 8 in parts of 3, 3 and 2.
@@ -142,7 +142,9 @@ def test_the_parts_resume_to_the_bit(tmp_path):
 
 
 def test_the_cache_needs_a_loss_of_embeddings(tmp_path):
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )
     model = BiSSLModel.from_models(BertForMaskedLM(config), BertForSequenceClassification(config))
     with pytest.raises(ValueError, match="needs a lower model with `loss_from_embeddings`, which BertForMaskedLM"):
         make_trainer(tmp_path, model=model, **CACHED)
@@ -178,7 +180,7 @@ def test_a_loss_that_the_cache_cannot_take_is_refused(tmp_path):
 
     class Penalised(BiSSLTrainer):
         def compute_lower_loss(self, model, inputs):
-            return model(**inputs).loss + sum((p**2).sum() for p in self.model.lower_shared_parameters())
+            return model(**inputs).loss + sum((p**2).sum() for p in self.model.backbone_parameters("lower"))
 
     for cls, message in ((RunsTwice, "runs the model on other inputs"), (Penalised, "uses parameters beside")):
         with pytest.raises(ValueError, match=message):

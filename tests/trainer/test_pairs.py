@@ -31,7 +31,7 @@ from bissl_hf import BiSSLModel, BiSSLTrainer, SimCLRConfig, SimCLRForPreTrainin
 from bissl_hf.data.alternation import Stream
 from bissl_hf.data.streams import model_randomness
 
-from .test_bissl_trainer import make_args
+from .trainers import make_args
 
 ROWS, LENGTH = 12, 6
 VIT = {
@@ -179,7 +179,7 @@ def dense_hypergradient(trainer: BiSSLTrainer) -> tuple[torch.Tensor, torch.Tens
     row from gradients; and the same with H = 0. delta is set so that the system is definite: models with new weights
     embed all images alike, where the pretext loss is steep and bent both ways."""
     model, args = trainer.model.train(), trainer.args
-    theta = model.lower_shared_parameters()
+    theta = model.backbone_parameters("lower")
     key = trainer.streams.key(Stream.CURVATURE)
     with sdpa_kernel(SDPBackend.MATH), model_randomness(key):  # the other kernels have no second derivative
         loss = model.without_side_effects("lower")(**trainer.streams.read(key)).loss
@@ -200,7 +200,7 @@ def dense_hypergradient(trainer: BiSSLTrainer) -> tuple[torch.Tensor, torch.Tens
         return torch.cat([part.reshape(-1) for part in parts])
 
     rhs = gradient_at("aligned", theta)
-    direct = args.direct_weight * gradient_at("upper", model.upper_shared_parameters())
+    direct = args.direct_weight * gradient_at("upper", model.backbone_parameters("upper"))
     hessian = torch.stack(rows)
     args.damping = 2 * float(torch.linalg.matrix_norm(hessian, 2))
     system = torch.eye(len(rhs), dtype=rhs.dtype) + hessian / (args.proximal_weight + args.damping)
@@ -216,7 +216,7 @@ def test_hypergradient_against_a_dense_solve(name: str, tmp_path: Any) -> None:
     key = trainer.streams.key(Stream.UPPER)
     trainer.create_optimizer()
     trainer.training_step(trainer.model, {"key": key, "inputs": trainer.streams.sources[Stream.UPPER].read(key)})
-    found = torch.cat([p.grad.reshape(-1) for p in trainer.model.upper_shared_parameters()])
+    found = torch.cat([p.grad.reshape(-1) for p in trainer.model.backbone_parameters("upper")])
     by_curvature = (expected - without_curvature).norm()
     assert by_curvature > 1e-7 * expected.norm()
     assert (found - expected).norm() < 1e-5 * by_curvature
@@ -226,9 +226,9 @@ def test_hypergradient_against_a_dense_solve(name: str, tmp_path: Any) -> None:
 @pytest.mark.parametrize("name", PAIRS)
 def test_two_alternations_and_the_export(name: str, tmp_path: Any) -> None:
     trainer = build(name, tmp_path)
-    before = [p.detach().clone() for p in trainer.model.lower_shared_parameters()]
+    before = [p.detach().clone() for p in trainer.model.backbone_parameters("lower")]
     trainer.train()
-    moved = zip(before, trainer.model.lower_shared_parameters(), strict=True)
+    moved = zip(before, trainer.model.backbone_parameters("lower"), strict=True)
     assert any(not torch.equal(one, other) for one, other in moved)
     trainer.save_model(tmp_path / "final")
     opened = PAIRS[name].opened_by.from_pretrained(tmp_path / "final", dtype=torch.float64)

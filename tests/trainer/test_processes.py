@@ -18,7 +18,7 @@ from bissl_hf.models.batch_norm import batch_norm_modules, running_statistics
 from ..conftest import NUM_LABELS, TinyImages, tiny_model
 from ..processes import run_in_processes
 from .restatement import LOWER, UPPER, read
-from .test_bissl_trainer import make_trainer, same_tensors
+from .trainers import make_trainer, same_tensors
 
 LOWER_STEPS, UPPER_STEPS, PRODUCTS = 3, 2, 2
 LOWER_BATCH, UPPER_BATCH, EMBEDDING = 8, 4, 5
@@ -261,8 +261,8 @@ def test_what_processes_exchange_in_a_step(two: list[dict[str, Any]]) -> None:
     """One flat all-reduce per product and one per upper gradient, beside those of the gather inside the loss, and the
     average of the pretext gradient once per alternation. The lower step adds the reducer of DDP."""
     model = layer_norm_model(0)
-    theta = sum(parameter.numel() for parameter in model.upper_shared_parameters())
-    phi = sum(parameter.numel() for parameter in model.upper_head_parameters())
+    theta = sum(parameter.numel() for parameter in model.backbone_parameters("upper"))
+    phi = sum(parameter.numel() for parameter in model.head_parameters("upper"))
     gathered, upper_gradient = LOWER_BATCH * 2 * EMBEDDING, 2 * (theta + phi)
 
     lower, first, second = two[0]["exact"]["exchanges"]

@@ -9,8 +9,8 @@ import torch
 from bissl_hf.distributed import rank, world_size
 
 from ..processes import run_in_processes
-from .test_bissl_trainer import same_tensors
 from .test_processes import build, layer_norm_model, logged
+from .trainers import same_tensors
 
 RECYCLED = {
     "solver": "recycled",

@@ -7,7 +7,7 @@ from transformers import default_data_collator
 from bissl_hf import BiSSLModel
 
 from ..conftest import tiny_model, vit_model
-from .test_bissl_trainer import make_trainer, same_tensors
+from .trainers import make_trainer, same_tensors
 
 SETTINGS = {"num_alternations": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 

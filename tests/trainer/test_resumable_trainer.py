@@ -1,16 +1,20 @@
 """What the trainers share: the buffer of figures, parts of a batch, and what is refused."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from transformers import TrainingArguments
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainingArguments
 
 from bissl_hf.data.alternation import StepKey, Stream, keyed_random_state
 from bissl_hf.data.streams import model_randomness
+from bissl_hf.run_lock import LOCK_NAME
 from bissl_hf.trainer.metrics_buffer import MetricsBuffer
 from bissl_hf.trainer.resumable_trainer import ResumableTrainer
 from bissl_hf.trainer.training_args import ResumableTrainingArguments
+
+from ..conftest import TinyImages
+from ..processes import run_in_processes
+from .test_pretext_trainer import make_trainer
 
 
 def test_the_buffer_averages_by_name_and_forgets():
@@ -64,9 +68,11 @@ def keyed_args(tmp_path, **overrides) -> ResumableTrainingArguments:
     return ResumableTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **overrides)
 
 
-def test_several_gpus_in_one_process_are_refused():
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ResumableTrainingArguments, "n_gpu", 2)
+    args = keyed_args(tmp_path)
     with pytest.raises(ValueError, match=r"One process sees 2 GPUs .*--num_processes 2.*CUDA_VISIBLE_DEVICES"):
-        ResumableTrainer(args=SimpleNamespace(n_gpu=2), model=torch.nn.Linear(1, 1))
+        ResumableTrainer(args=args, model=torch.nn.Linear(1, 1))
 
 
 def test_optimizers_are_refused(tmp_path):
@@ -112,3 +118,55 @@ def test_a_transform_gets_the_key_as_plain_numbers(tmp_path):
     assert type(seen[0]) is tuple
     trainer.streams.add(Stream.LOWER, None, None)
     assert torch.equal(trainer.streams.prepare({"x": torch.zeros(2)}, key)["x"], torch.zeros(2))
+
+
+def test_a_run_holds_its_folder_while_it_trains(tmp_path):
+    held = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            held.append((tmp_path / LOCK_NAME).is_file())
+
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert held == [True]
+    assert not (tmp_path / LOCK_NAME).exists()
+    (tmp_path / LOCK_NAME).write_text('{"pid": 1, "host": "elsewhere", "started": "now"}')
+    with pytest.raises(ValueError, match="is in use by process 1 on elsewhere"):
+        make_trainer(tmp_path, max_steps=1).train()
+
+
+class Told(TinyImages):
+    """Images that say what they are."""
+
+    def __init__(self, rows, name, **keywords):
+        super().__init__(rows, **keywords)
+        self.name = name
+
+    def checksum(self):
+        return self.name
+
+
+def test_a_resume_on_other_data_of_the_same_size_is_refused(tmp_path):
+    trainers = []
+    for name in ("first", "second"):
+        trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+        trainer.source.dataset = Told(20, name, pairs=True)
+        trainers.append(trainer)
+    trainers[0].train()
+    trainers[0].check_checkpoint(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match="checksum of the lower data was first and is second"):
+        trainers[1].check_checkpoint(tmp_path / "checkpoint-1")
+
+
+def train_with(folder: str, name: str) -> None:
+    differing = {name: 7 + dist.get_rank()}
+    with pytest.raises(ValueError, match=rf"different arguments: .*{name} is 7 on process 0 and 8 on process 1"):
+        make_trainer(folder, **differing)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["seed", "max_steps"])
+def test_processes_with_different_arguments_are_refused(tmp_path, name):
+    run_in_processes(train_with, 2, str(tmp_path), name)

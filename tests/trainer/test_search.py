@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import optuna
@@ -9,9 +11,11 @@ import pytest
 import torch
 from transformers import ResNetForImageClassification, TrainerCallback
 
+from bissl_hf.checkpoints import DamagedFileError
 from bissl_hf.evaluation.metrics import classification_metrics
+from bissl_hf.trainer.divergence import DivergenceError
 from bissl_hf.trainer.finetune_trainer import FineTuneTrainer
-from bissl_hf.trainer.search import SearchSpace, _figures, check_backend, search
+from bissl_hf.trainer.search import SearchSpace, _figures, _last_row, check_backend, search
 from bissl_hf.trainer.training_args import FineTuningArguments
 
 from ..conftest import TinyImages, tiny_resnet_config
@@ -106,6 +110,42 @@ def test_an_interrupted_search_runs_the_missing_trials_only(tmp_path):
 def test_a_diverged_model_is_the_worst():
     metrics = {"eval_loss": math.nan, "eval_accuracy": 0.3, "eval_map": math.nan, "eval_runtime": 2.0, "epoch": 1}
     assert _figures(metrics) == {"eval_loss": math.inf, "eval_accuracy": 0.0, "eval_map": 0.0}
+
+
+def test_a_search_in_which_every_trial_diverges_has_no_best(tmp_path):
+    trainer = make_trainer(tmp_path, learning_rate=1e38, optim="sgd", warmup_steps=0)
+    space = SearchSpace(learning_rate=(1e37, 1e38), weight_decay=(1e2, 1e3))
+    with pytest.raises(DivergenceError, match="All 2 trials of the search diverged; search lower learning rates"):
+        search(trainer, space, num_trials=2, folder=tmp_path, metric="accuracy")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:5000], lambda content: b"SQLite" + content[6:20]])
+def test_a_damaged_database_is_named(tmp_path, damage):
+    run(tmp_path, 1)
+    database = tmp_path / "search.db"
+    database.write_bytes(damage(database.read_bytes()))
+    with pytest.raises(DamagedFileError, match=r"search.db is damaged \(.*\). Move it away"):
+        run(tmp_path, 1)
+    database.unlink()
+    assert len(run(tmp_path, 1).trials) == 1
+
+
+def test_a_trial_whose_figures_were_changed_is_tried_again(tmp_path):
+    first = run(tmp_path, 2)
+    with closing(sqlite3.connect(tmp_path / "search.db")) as connection:
+        query = "UPDATE trial_user_attributes SET value_json = ? WHERE key = 'figures' AND trial_id = 1"
+        connection.execute(query, ('{"eval_accuracy": 1.0, "eval_loss": 0.0}',))
+        connection.commit()
+    again = Tried()
+    assert run(tmp_path, 2, again) == first
+    assert again.pairs == pairs(first.trials)[:1]
+
+
+def test_damaged_results_of_ray_are_named(tmp_path):
+    (tmp_path / "result.json").write_text('{"objective": 0.5}\n{"obj')
+    with pytest.raises(DamagedFileError, match=r"result.json is damaged \(.*\). Move it away"):
+        _last_row(tmp_path / "result.json")
 
 
 @pytest.mark.parametrize("values", [(0.1,), (0.2, 0.1), (0.0, 1.0), (0.1, math.inf)])

@@ -156,7 +156,7 @@ def test_values_that_must_be_positive(name, value):
 @pytest.mark.parametrize("name", ["lower_momentum", "upper_adaptation_strength"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_values_between_0_and_1(name, value):
-    with pytest.raises(ValueError, match=rf"{name} is {value}; it must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=rf"{name} is {value}; it must be between 0 and 1"):
         make_args(**{name: value})
 
 
@@ -168,14 +168,17 @@ REFUSED = [
     ({"max_steps": 5}, "max_steps is 5; the length of a run is num_alternations x"),
     ({"num_alternations": 2, "lower_steps": 3, "lower_warmup_steps": 7}, "lower_warmup_steps is 7; a run has 6"),
     ({"lower_gradient_cache": True}, "lower_gradient_cache is on, and lower_micro_batch_size is not set"),
-    ({"hub_token": "secret"}, "hub_token would be written in clear"),
-    ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2; it must be 1.* lower_micro_batch_size"),
+    ({"hub_token": "secret"}, "hub_token is set, which is not supported: it would be written in clear"),
+    (
+        {"gradient_accumulation_steps": 2},
+        "gradient_accumulation_steps is 2, which is not supported: it must be 1.* lower_micro_batch_size",
+    ),
     ({"torch_compile": True}, "torch_compile is True, which is not supported: a compiled graph has no second deriv"),
-    ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
-    ({"save_only_model": True}, "save_only_model is not supported"),
-    ({"dataloader_drop_last": True}, "dataloader_drop_last is not supported"),
-    ({"prediction_loss_only": True}, "prediction_loss_only is not supported"),
-    ({"label_names": ["y"]}, "label_names is not supported"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size is True, which is not supported: .*; "),
+    ({"save_only_model": True}, "save_only_model is True, which is not supported: .*; "),
+    ({"dataloader_drop_last": True}, "dataloader_drop_last is True, which is not supported: .*; "),
+    ({"prediction_loss_only": True}, "prediction_loss_only is True, which is not supported: .*; "),
+    ({"label_names": ["y"]}, r"label_names is \['y'\], which is not supported: .*rename the column"),
     ({"eval_do_concat_batches": False}, "eval_do_concat_batches is False, which is not supported"),
     ({"fsdp": "full_shard"}, "fsdp is 'full_shard', which is not supported: .* use plain data parallelism"),
     ({"deepspeed": "zero.json"}, "deepspeed is 'zero.json', .* use plain data parallelism"),
@@ -188,6 +191,11 @@ REFUSED = [
     ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type is 'reduce_lr_on_plateau', which follows a"),
     ({"lower_lr_scheduler_kwargs": "{"}, r"lower_lr_scheduler_kwargs is '\{'; it must be a JSON object"),
     ({"lower_lr_scheduler_kwargs": "[1]"}, r"lower_lr_scheduler_kwargs is '\[1\]'; it must be a JSON object"),
+    (
+        {"lower_lr_scheduler_kwargs": '{"min_lr_rate": NaN}'},
+        "lower_lr_scheduler_kwargs has min_lr_rate = nan; it must",
+    ),
+    ({"lr_scheduler_kwargs": {"min_lr_rate": float("inf")}}, "lr_scheduler_kwargs has min_lr_rate = inf; it must"),
     ({"lower_lr_scheduler_kwargs": {"bend": 1}}, "lower_lr_scheduler_type is 'cosine_with_min_lr' with the options"),
 ]
 

@@ -11,7 +11,7 @@ from bissl_hf.data.alternation import StepKey, Stream
 from bissl_hf.data.augment import TrainTransform
 from bissl_hf.trainer.training_args import BiSSLTrainingArguments
 
-from .test_bissl_trainer import make_trainer
+from .trainers import make_trainer
 
 META = torch.device("meta")
 

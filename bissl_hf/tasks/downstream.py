@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel
+from transformers import BitImageProcessorPil, EvalPrediction
 
 from ..data.augment import EvalTransform, TrainTransform, image_processor
 from ..evaluation.metrics import (
@@ -16,8 +16,7 @@ from ..evaluation.metrics import (
     per_class_scores,
     regression_metrics,
 )
-from .images import CropArguments, LabelledImages, build_train_transform
-from .models import load_classifier, new_classifier
+from .labelled import LabelledImages
 
 _NUM_CLASSES_SHOWN = 10
 
@@ -40,9 +39,9 @@ class DownstreamTask:
     train_transform: TrainTransform
 
     @classmethod
-    def from_images(cls, images: LabelledImages, image_size: int, crops: CropArguments) -> "DownstreamTask":
+    def from_images(cls, images: LabelledImages, image_size: int, train_transform: TrainTransform) -> "DownstreamTask":
         """Returns the task that labelled images pose."""
-        return cls(images.problem_type, images.class_names, image_size, build_train_transform(image_size, crops))
+        return cls(images.problem_type, images.class_names, image_size, train_transform)
 
     @property
     def metric(self) -> str:
@@ -56,22 +55,19 @@ class DownstreamTask:
             return regression_metrics
         return classification_metrics(self.problem_type, num_labels=len(self.class_names))
 
+    @property
+    def image_processor(self) -> BitImageProcessorPil:
+        """What brings an image of any size into the form that the model takes, for `pipeline` and other users."""
+        return image_processor(self.image_size)
+
     def trainer_arguments(self) -> dict[str, Any]:
         """Returns what any trainer of this package takes from the task."""
         return {
             "train_transform": self.train_transform,
             "eval_transform": EvalTransform(self.image_size),
-            "processing_class": image_processor(self.image_size),
+            "processing_class": self.image_processor,
             "compute_metrics": self.compute_metrics,
         }
-
-    def new_model(self, backbone_config: PretrainedConfig) -> PreTrainedModel:
-        """Returns a model for the task with random weights."""
-        return new_classifier(backbone_config, self.class_names, problem_type=self.problem_type)
-
-    def load_model(self, source: str, *, field: str) -> PreTrainedModel:
-        """Loads a model for the task; an error names the argument `field`."""
-        return load_classifier(source, self.class_names, field=field, problem_type=self.problem_type)
 
     def per_class(self, predictions: Any, labels: Any) -> dict[str, float]:
         """Returns the accuracy of each class, or with several labels its average precision; nothing for a regression.
@@ -94,17 +90,17 @@ class DownstreamTask:
         return f"An image has {each} of {len(self.class_names)} classes: {shown}{more}."
 
     def describe_splits(self, images: LabelledImages) -> str:
-        """Returns the sizes of the splits and the balance of the classes in training, as two lines."""
-        sizes = ", ".join(f"{len(getattr(images, split))} {split}" for split in ("train", "validation", "test"))
+        """Returns the sizes of the splits and the balance of the classes in training, in lines."""
+        sizes = ", ".join(f"{len(getattr(images, split)):,} {split}" for split in ("train", "validation", "test"))
         labels = images.train.labels
         if labels is None or self.problem_type == REGRESSION:
-            return f"Labelled images: {sizes}. {self.describe()}"
+            return f"Labelled images: {sizes}.\n{self.describe()}"
         counts = labels.sum(axis=0) if labels.ndim > 1 else np.bincount(labels, minlength=len(self.class_names))
         rarest, commonest = int(counts.argmin()), int(counts.argmax())
         if counts[rarest] == counts[commonest]:
-            return f"Labelled images: {sizes}. {self.describe()}\nIn training {int(counts[rarest])} of each class."
+            return f"Labelled images: {sizes}.\n{self.describe()}\nIn training {int(counts[rarest])} of each class."
         return (
-            f"Labelled images: {sizes}. {self.describe()}\n"
+            f"Labelled images: {sizes}.\n{self.describe()}\n"
             f"In training {int(counts[rarest])} of the rarest ({self.class_names[rarest]}) and "
             f"{int(counts[commonest])} of the commonest ({self.class_names[commonest]})."
         )

@@ -1,0 +1,1 @@
+"""Downstream tasks: what is asked of an image, with the data, transforms and metrics for it."""

@@ -1,0 +1,173 @@
+"""Signals to a run in a process of its own: it finishes its step, saves, says how to go on, and is the same run after
+a resume."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from bissl_hf.run_lock import release_folder
+from bissl_hf.trainer.signals import STOP_SIGNALS, ending_at_signals
+
+from .test_pretext_trainer import make_trainer
+
+SETTINGS = {"max_steps": 9, "save_strategy": "no"}
+RUN = """
+import sys, time
+from pathlib import Path
+from transformers import TrainerCallback
+sys.path.insert(0, {root!r})
+from tests.trainer.test_pretext_trainer import make_trainer
+
+class Slowly(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        Path(sys.argv[1], "step").write_text(str(state.global_step))
+        time.sleep(0.3)
+
+trainer = make_trainer(sys.argv[1], max_steps=9, save_strategy="no", dataloader_num_workers=int(sys.argv[2]),
+                       dataloader_prefetch_factor=2 if int(sys.argv[2]) else None)
+trainer.add_callback(Slowly())
+trainer.train()
+Path(sys.argv[1], "finished").touch()
+"""
+
+
+def start(folder: Path, workers: int) -> subprocess.Popen:
+    root = str(Path(__file__).parents[2])
+    run = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", RUN.format(root=root), str(folder), str(workers)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "step").is_file() or (folder / "step").read_text() in ("", "0"):
+        assert run.poll() is None, run.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return run
+
+
+def members_of(group: int) -> list[str]:
+    """Processes of a group that are alive."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(status.parent.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "workers", "to_group"),
+    [
+        (signal.SIGTERM, 0, False),
+        (signal.SIGTERM, 2, True),
+        (signal.SIGINT, 2, True),
+        (signal.SIGHUP, 0, False),
+        (signal.SIGUSR1, 0, False),
+    ],
+)
+def test_a_signal_saves_and_ends_the_run(tmp_path, number, workers, to_group):
+    run = start(tmp_path / "run", workers)
+    if to_group:
+        os.killpg(run.pid, number)
+    else:
+        run.send_signal(number)
+    errors = run.communicate(timeout=60)[1]
+    assert run.returncode == 128 + number, errors
+    assert f"Interrupted by {number.name} after step" in errors
+    assert "Go on with --resume_from_checkpoint true" in errors
+    assert not (tmp_path / "run" / "finished").exists()
+    deadline = time.monotonic() + 15
+    while members_of(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert members_of(run.pid) == [], "a worker is left"
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    resumed = make_trainer(tmp_path / "run", **SETTINGS)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    whole = make_trainer(tmp_path / "whole", **SETTINGS)
+    whole.train()
+    pairs = zip(resumed.model.state_dict().values(), whole.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    losses = [[row["loss"] for row in trainer.state.log_history if "loss" in row] for trainer in (resumed, whole)]
+    assert losses[0] == losses[1], "an interrupted epoch is logged once, whole"
+    assert load_file(checkpoint / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_run_at_once(tmp_path):
+    run = start(tmp_path / "run", 0)
+    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)
+    assert run.returncode in (-signal.SIGTERM, -signal.SIGINT)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_handlers_are_those_of_before_after_training(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    make_trainer(tmp_path, max_steps=1).train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+class _Interrupting:
+    """A transform that sends this process a signal at its second call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, inputs, key):
+        self.calls += 1
+        if self.calls == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inputs
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_outside_of_training_is_one_sentence(number, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, ending_at_signals():
+        signal.raise_signal(number)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err == (
+        f"Interrupted by {signal.Signals(number).name}. Go on with --resume_from_checkpoint true.\n"
+    )
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_after_a_training_that_failed_is_left_to_others(tmp_path):
+    """The handlers of a training that ended by an error pass on what comes later."""
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyError
+
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.add_callback(Fails())
+    with pytest.raises(KeyError):
+        trainer.train()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    release_folder(tmp_path)
+
+
+def test_a_signal_in_a_step_lets_the_step_end(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, max_steps=5, save_strategy="no", transform=_Interrupting())
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "Interrupted by SIGTERM after step 2 of 5" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

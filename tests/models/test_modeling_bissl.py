@@ -344,6 +344,7 @@ def test_refuses_an_unknown_level() -> None:
             call("middle")
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")  # the older name, 2026-11
 def test_layers_computed_again_see_the_weights_of_the_aligned_pass() -> None:
     """Activation checkpointing computes layers again in the backward pass: with theta_P, not with the live theta_D."""
     gradients = []

@@ -32,7 +32,7 @@ test: env ## Run the tests (no network, no GPU)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: env ## Run the tests, the slow ones included
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu and not network' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not soak and not gpu and not network' $(ARGS)
 
 test-soak: env ## Run the chains of faults: kills at random moments and disks that fail
 	$(BIN)/python -m pytest -n 2 -m soak $(ARGS)

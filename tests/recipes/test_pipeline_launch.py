@@ -79,7 +79,7 @@ def test_pre_training_and_fine_tuning_with_a_search_on_two_processes(tmp_path: P
     options = {**COMMON, "dataset": images, "model": simclr, "output_dir": tuned, "search_trials": 2, "seed": 5}
     arguments = [str(tmp_path / "found"), *as_arguments(options)]
     printed = launch(tmp_path / "noting.py", arguments, processes=2, **watched(tuned, tmp_path / "second"))
-    assert printed.count("Fine-tuning with seed 5") == printed.count("best on the validation split") == 1
+    assert printed.count("Fine-tuning with seed 5") == printed.count("The model is in") == 1
     assert written_twice(tmp_path / "second") == []
     assert "6 steps were taken on 2 processes" in (tuned / "README.md").read_text()
     results = json.loads((tuned / "all_results.json").read_text())

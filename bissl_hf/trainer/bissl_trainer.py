@@ -428,6 +428,8 @@ class BiSSLTrainer(ResumableTrainer):
         info, add = solve.info, self.metrics_buffer.add
         if solve.alignment is not None:
             add("alignment/cosine", solve.alignment)
+        if solve.pretext_norm is not None:
+            self.divergence.note_loss(solve.pretext_norm)  # not finite where the loss of the curvature is not
         if self.args.solver == "mfac":
             add("solver/cosine", cosine(solve.solution, rhs))
         if info is not None and self.upper_phase.takes_products:

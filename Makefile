@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo study test test-all test-gpu test-oldest test-timm check fields docs dist format clean
+.PHONY: help env demo study test test-all test-soak test-gpu test-oldest test-timm check fields docs dist format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -32,7 +32,10 @@ test: env ## Run the tests (no network, no GPU)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: env ## Run the tests, the slow ones included
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu and not network and not timm' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not soak and not gpu and not network and not timm' $(ARGS)
+
+test-soak: env ## Run the chains of faults: kills at random moments and disks that fail
+	$(BIN)/python -m pytest -n 2 -m soak $(ARGS)
 
 test-gpu: ## Run the tests that need a GPU, in the environment of $(PYTHON), whose torch has CUDA
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(PYTHON) -m pytest -m gpu $(ARGS)

@@ -18,7 +18,7 @@ from ..data.batches import batch_rows, split_rows
 from ..data.streams import Inputs, Streams, model_randomness
 from ..distributed import average_flat, world_size
 from ..models.convex_outputs import convex_outputs
-from ..tensors import Vector, cosine
+from ..tensors import Vector, cosine, norm
 from .curvature import Curvature
 from .empirical_fisher import EmpiricalFisher
 from .gauss_newton import GaussNewton
@@ -64,11 +64,14 @@ class Solve:
         solution (`tuple[torch.Tensor, ...]`): x.
         info ([`SolveInfo`], *optional*): of the solve; `None` if there was none.
         alignment (`torch.Tensor`, *optional*): cosine between the pretext gradient and the right-hand side, `()`.
+        pretext_norm (`torch.Tensor`, *optional*): norm of the pretext gradient on the curvature batch, `()`, with
+            solvers that take products.
     """
 
     solution: Vector
     info: SolveInfo | None = None
     alignment: Tensor | None = None
+    pretext_norm: Tensor | None = None
 
 
 class UpperPhase:
@@ -172,7 +175,8 @@ class UpperPhase:
         )
         # solution and rhs: one tensor per shared parameter; the pretext gradient, too
         pretext = self._lower_gradient if curvature is None else curvature.gradient
-        return Solve(solution, info, None if pretext is None else cosine(pretext, rhs))
+        size = None if curvature is None else norm(curvature.gradient)
+        return Solve(solution, info, None if pretext is None else cosine(pretext, rhs), size)
 
     def leave(self) -> None:
         """Forgets what belongs to the lower model as it was."""

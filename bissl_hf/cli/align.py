@@ -284,6 +284,31 @@ def preview(
     write_preview(load_images(data, lower_data, args.seed).lower, transform, str(args.output_dir), seed=args.seed)
 
 
+def run_stages(
+    trainer: BiSSLTrainer, pretrainer: PretextTrainer, task: DownstreamTask, images: Images, checkpoint: Path | None
+) -> None:
+    """Pre-trains, warms the head up, solves the bilevel problem, and writes what came of it."""
+    if trainer.is_world_process_zero():
+        print(for_console(task.describe_splits(images)))
+    pretrain(pretrainer)
+    trainer.model.start_upper_from_lower()
+    before = evaluate_before(trainer, task, images, pretrainer.training_seconds, is_new=checkpoint is None)
+    output = Path(str(trainer.args.output_dir))
+    if checkpoint and (output / RUN_RESULTS).is_file() and trainer.is_world_process_zero():
+        print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
+    if checkpoint is None:
+        print_pull(trainer)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    after = evaluate_stage(trainer, task, images, AFTER_PREFIXES)
+    check_metrics(after["metrics"], of="the aligned model")
+    if trainer.is_world_process_zero():
+        run = AlignedRun(trainer, task, images, before, after)
+        run.write_outputs()
+        with afterwards("The summary"):
+            run.print_summary()
+    trainer.push_outputs()
+
+
 @as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     data, lower_data, views, models, loss, card, look_ahead, watch, args = parse_arguments(
@@ -343,26 +368,7 @@ def main(arguments: list[str] | None = None) -> None:
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
         keep_pretraining_settings(pretrainer, models, views, images, data.image_size)
-
-    if trainer.is_world_process_zero():
-        print(for_console(task.describe_splits(images)))
-    pretrain(pretrainer)
-    trainer.model.start_upper_from_lower()
-    before = evaluate_before(trainer, task, images, pretrainer.training_seconds, is_new=checkpoint is None)
-    output = Path(str(args.output_dir))
-    if checkpoint and (output / RUN_RESULTS).is_file() and trainer.is_world_process_zero():
-        print("This run is finished already: unless num_alternations has grown, nothing is trained again.")
-    if checkpoint is None:
-        print_pull(trainer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = evaluate_stage(trainer, task, images, AFTER_PREFIXES)
-    check_metrics(after["metrics"], of="the aligned model")
-    if trainer.is_world_process_zero():
-        run = AlignedRun(trainer, task, images, before, after)
-        run.write_outputs()
-        with afterwards("The summary"):
-            run.print_summary()
-    trainer.push_outputs()
+    run_stages(trainer, pretrainer, task, images, checkpoint)
 
 
 if __name__ == "__main__":

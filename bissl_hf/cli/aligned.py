@@ -214,7 +214,7 @@ class AlignedRun:
         print(f"\n{format_outcomes([each for pair in zip(*outcomes.values(), strict=True) for each in pair])}\n")
         for sentence in self.conclusions():
             print(for_console(sentence))
-        print(f"\nThe aligned model is in {output}, both levels in {output}/bilevel,")
+        print(f"\nThe aligned model is in {output},\nboth levels in {output}/bilevel,")
         print(f"a report with all figures in {output}/report.html.")
         print("It is a plain transformers checkpoint, ready for fine-tuning:\n")
         print("    from transformers import AutoModelForImageClassification, pipeline")

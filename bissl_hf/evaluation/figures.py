@@ -19,7 +19,8 @@ Panel = tuple[str, Sequence[str], Sequence[tuple[str, Sequence[tuple[float, floa
 RESIDUAL_TITLE = "Residual of the linear solve\n(lower is better)"
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """Returns an empty figure of this size in inches."""
     # Half a second that no run should wait for before it trains. MPLBACKEND may name the backend of a notebook that is
     # not installed here; these figures are files and have no use for it.
     backend = os.environ.pop("MPLBACKEND", None)
@@ -95,7 +96,7 @@ def plot_curves(
     shown = [(title, lines) for title, lines in shown if lines] or shown
     rows_of_panels = math.ceil(len(shown) / 4)
     columns = math.ceil(len(shown) / rows_of_panels)
-    figure = _new_figure(3.4 * columns, 3.0 * rows_of_panels + (0.3 if caption else 0.0))
+    figure = new_figure(3.4 * columns, 3.0 * rows_of_panels + (0.3 if caption else 0.0))
     grid = figure.subplots(rows_of_panels, columns, squeeze=False).flatten()
     for axes in grid[len(shown) :]:
         axes.remove()
@@ -132,7 +133,7 @@ def plot_layouts(
 
     columns = min(len(layouts), 4)
     rows = math.ceil(len(layouts) / columns)
-    figure = _new_figure(4.2 * columns + 1.2, 4.2 * rows)
+    figure = new_figure(4.2 * columns + 1.2, 4.2 * rows)
     palette = colormaps["tab10" if len(class_names) <= 10 else "tab20"]
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels[len(layouts) :]:
@@ -158,7 +159,7 @@ def plot_views(samples: Sequence[Sequence[np.ndarray]], path: str | Path) -> Non
         path (`str` or `Path`): the PNG file.
     """
     rows = len(samples[0])
-    figure = _new_figure(1.25 * len(samples) + 0.6, 1.25 * rows)
+    figure = new_figure(1.25 * len(samples) + 0.6, 1.25 * rows)
     grid = figure.subplots(rows, len(samples), squeeze=False)
     for row, column in np.ndindex(*grid.shape):
         axes: Any = grid[row, column]
@@ -180,7 +181,7 @@ def plot_similarity(values: np.ndarray, names: Sequence[str], path: str | Path, 
         title (`str`): above the map.
     """
     side = 1.9 + 0.75 * len(names)
-    figure = _new_figure(side + 1.0, side)
+    figure = new_figure(side + 1.0, side)
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis")
     axes.set_xticks(
@@ -215,7 +216,7 @@ def plot_differences(panels: Sequence[Panel], path: str | Path, *, label: str, u
     width = max(3.2, max(len(groups) for _, groups, _ in panels) * (0.3 + 0.2 * most))
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
-    figure = _new_figure(width * columns + 2.0, 3.6 * rows)
+    figure = new_figure(width * columns + 2.0, 3.6 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in grid.flatten()[len(panels) :]:
         axes.remove()
@@ -255,7 +256,7 @@ def plot_lines(
         label (`str`): of the vertical axis.
         unit (`str`): of the places.
     """
-    figure = _new_figure(4.2 * len(panels), 3.4)
+    figure = new_figure(4.2 * len(panels), 3.4)
     for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         for name, places, values in lines:
             axes.plot(places, values, marker="o", markersize=3, label=_plain(name))
@@ -276,7 +277,7 @@ def plot_search(trials: Sequence[dict[str, float]], best: dict[str, float], metr
         metric (`str`): name of the metric.
         path (`str` or `Path`): the PNG file.
     """
-    figure = _new_figure(5.2, 3.8)
+    figure = new_figure(5.2, 3.8)
     axes = figure.subplots()
     names = ("learning_rate", "weight_decay", metric)
     rates, decays, values = ([trial[name] for trial in trials] for name in names)

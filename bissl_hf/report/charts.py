@@ -5,10 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
+from ..evaluation.figures import new_figure
 from ..optim.pull import GOOD_PULL
 from .pictures import data_uri
 
@@ -166,7 +163,10 @@ def draw_charts(history: Sequence[Mapping[str, Any]], *, unit: str, curves: Sequ
 
 
 def _draw(curve: Curve, lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], unit: str) -> str:
-    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    figure = new_figure(4.6, 2.9)
+    from matplotlib import rc_context
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots()
     for label, points in lines:
         places, values = zip(*points, strict=True)

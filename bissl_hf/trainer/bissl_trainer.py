@@ -20,7 +20,7 @@ from transformers.utils.generic import find_labels
 from ..bilevel.head_warmup import warm_up_head
 from ..bilevel.level_losses import LevelLosses, LossModel
 from ..bilevel.linear_solve import SolveStatus, sufficient_damping
-from ..bilevel.upper_phase import Solve, SolveSettings, UpperPhase
+from ..bilevel.upper_phase import Solve, UpperPhase
 from ..cards.record import RunRecord
 from ..class_weights import DownstreamLoss
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
@@ -52,7 +52,7 @@ from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, is_finite, 
 from .divergence import check_first_batch
 from .export_level import better_level
 from .from_task import filled_from_task
-from .given import check_arguments, check_rows, refuse_loss_hooks
+from .given import check_arguments, check_rows, evaluate_nothing_without_data, refuse_loss_hooks
 from .resumable_trainer import ResumableTrainer
 from .run_record import record_run, size_of
 from .smoothing import check_smoothing, smoothed_loss
@@ -129,15 +129,13 @@ class BiSSLTrainer(ResumableTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        model, args = self._checked(model, args, trainer_kwargs)
+        model, args = self._checked(model, args, class_weights, trainer_kwargs)
         if eval_dataset is None and args.export_level == "best":
             raise ValueError(
                 "export_level is 'best', and there is no eval_dataset to find the better level; pass one, or set "
                 "export_level to aligned or upper."
             )
-        if eval_dataset is None and args.eval_strategy != "no":
-            logger.info("No eval_dataset was given, so nothing is evaluated during training.")
-            args.eval_strategy = type(args.eval_strategy)("no")
+        evaluate_nothing_without_data(args, eval_dataset)
         for name, dataset in (("train_dataset", train_dataset), ("lower_dataset", lower_dataset)):
             if dataset is not None:
                 check_map_style(dataset, name=name)
@@ -157,40 +155,18 @@ class BiSSLTrainer(ResumableTrainer):
         if train_dataset is not None or lower_dataset is not None:
             args.remove_unused_columns = args.remove_unused_columns and not (train_transform or lower_transform)
             self._add_streams(lower_data_collator or default_data_collator, train_transform, lower_transform)
-        if args.label_smoothing_factor:
-            check_smoothing(model.upper, class_weights)
         self.downstream_loss = DownstreamLoss(class_weights, config=model.upper.config, dataset=train_dataset)
-        self.losses = LevelLosses(
-            model,
-            # Looked up at each call, so that a hook may be replaced on the object, too.
-            lower_loss=lambda level_model, inputs: self.compute_lower_loss(level_model, inputs),
-            upper_loss=lambda level_model, inputs: self.compute_upper_loss(level_model, inputs),
-            autocast=self.accelerator.autocast,
-            loss_scale=self.loss_scale,
-            lower_micro_batch_size=args.lower_micro_batch_size,
-            upper_micro_batch_size=args.upper_micro_batch_size,
-            gradient_cache=args.lower_gradient_cache,
-        )
-        self.upper_phase = UpperPhase(
-            self.losses,
-            self.streams,
-            SolveSettings(
-                solver=args.solver,
-                max_iterations=args.solver_max_iterations,
-                tolerance=args.solver_tolerance,
-                curvature_mode=args.curvature_mode,
-                curvature_kind=args.curvature_kind,
-                memory_size=args.solver_memory,
-                per_tensor=args.solver_per_tensor,
-                full_precision=args.fp16,
-            ),
-        )
+        self.losses = self._build_losses()
+        self.upper_phase = UpperPhase(self.losses, self.streams, args.solve_settings())
         self.pull, self.weight = Pull(), ProximalWeight(args.proximal_weight, args.target_pull)
-        self.checkpoints.register("pull", self.pull)
-        self.checkpoints.register("proximal_weight", self.weight)
-        self.checkpoints.register("upper_phase", self.upper_phase)
         self.monitor = EmbeddingMonitor()
-        self.checkpoints.register("embeddings", self.monitor)
+        for name, owner in (
+            ("pull", self.pull),
+            ("proximal_weight", self.weight),
+            ("upper_phase", self.upper_phase),
+            ("embeddings", self.monitor),
+        ):
+            self.checkpoints.register(name, owner)
         self._level = "lower"
         self._damping: float | None = None
         self._start: Vector | None = None
@@ -198,8 +174,21 @@ class BiSSLTrainer(ResumableTrainer):
         self._lowest_quotient, self._has_warned = torch.zeros((), dtype=torch.float64), False
         self._head_is_warm = False
 
+    def _build_losses(self) -> LevelLosses:
+        return LevelLosses(
+            self.model,
+            # Looked up at each call, so that a hook may be replaced on the object, too.
+            lower_loss=lambda level_model, inputs: self.compute_lower_loss(level_model, inputs),
+            upper_loss=lambda level_model, inputs: self.compute_upper_loss(level_model, inputs),
+            autocast=self.accelerator.autocast,
+            loss_scale=self.loss_scale,
+            lower_micro_batch_size=self.args.lower_micro_batch_size,
+            upper_micro_batch_size=self.args.upper_micro_batch_size,
+            gradient_cache=self.args.lower_gradient_cache,
+        )
+
     def _checked(
-        self, model: Any, args: Any, trainer_kwargs: dict[str, Any]
+        self, model: Any, args: Any, class_weights: Any, trainer_kwargs: dict[str, Any]
     ) -> tuple[BiSSLModel, BiSSLTrainingArguments]:
         """Returns model and arguments once they are of the kind that this trainer takes."""
         if trainer_kwargs.pop("model_init", None) is not None:
@@ -223,7 +212,7 @@ class BiSSLTrainer(ResumableTrainer):
                 "BiSSLModel.from_models, which leaves them out of the backbone."
             )
         if args.label_smoothing_factor:
-            check_smoothing(model.upper)
+            check_smoothing(model.upper, class_weights)
         return model, args
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
@@ -446,6 +435,8 @@ class BiSSLTrainer(ResumableTrainer):
         info, add = solve.info, self.metrics_buffer.add
         if solve.alignment is not None:
             add("alignment/cosine", solve.alignment)
+        if solve.pretext_norm is not None:
+            self.divergence.note_loss(solve.pretext_norm)  # not finite where the loss of the curvature is not
         if self.args.solver == "mfac":
             add("solver/cosine", cosine(solve.solution, rhs))
         if info is not None and self.upper_phase.takes_products:

@@ -11,27 +11,6 @@ from ..data.alternation import AlternatingDataLoader
 from ..run_lock import hold_for_run, release_folder
 
 
-class NewRun(TrainerCallback):
-    """Refuses to begin a run in a folder that holds another one, which it would write over."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks into the output folder.
-
-        Raises:
-            `ValueError`: with what is there and the ways out.
-        """
-        if state.global_step or state.is_hyper_param_search:
-            return
-        folder = Path(str(args.output_dir))
-        found = [path.name for path in list_checkpoints(folder)]
-        found += [name for name in (CONFIG_NAME, "all_results.json") if (folder / name).is_file()]
-        if found:
-            raise ValueError(
-                f"output_dir {folder} holds a run ({', '.join(found[:3])}), which would be written over; go on with "
-                "it by train(resume_from_checkpoint=True), or choose another output_dir."
-            )
-
-
 class BestCheckpoint(TrainerCallback):
     """Knows which checkpoint is the best so far, by name.
 
@@ -62,20 +41,44 @@ class BestCheckpoint(TrainerCallback):
 
 
 class OneRunInFolder(TrainerCallback):
-    """Holds the lock of the output folder while a run trains, unless this process holds it for longer. The trials of a
-    search may run at once: each has a folder of its own in it."""
+    """Holds the lock of the output folder while a run trains, unless this process holds it for longer, and refuses to
+    begin a run in a folder that holds another one, which it would write over. The trials of a search may run at once:
+    each has a folder of its own in it."""
 
     def __init__(self) -> None:
         self._taken = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_hyper_param_search:
-            self._taken |= hold_for_run(args.output_dir, writes=args.process_index == 0)
+        """Takes the lock and looks into the folder.
+
+        Raises:
+            `ValueError`: if another run uses it, or if it holds one; with the ways out.
+        """
+        if state.is_hyper_param_search:
+            return
+        self._taken |= hold_for_run(args.output_dir, writes=args.process_index == 0)
+        if state.global_step:
+            return
+        try:
+            _check_holds_no_run(Path(str(args.output_dir)))
+        except ValueError:
+            self.on_train_end(args, state, control)
+            raise
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._taken:
             release_folder(args.output_dir)
             self._taken = False
+
+
+def _check_holds_no_run(folder: Path) -> None:
+    found = [path.name for path in list_checkpoints(folder)]
+    found += [name for name in (CONFIG_NAME, "all_results.json") if (folder / name).is_file()]
+    if found:
+        raise ValueError(
+            f"output_dir {folder} holds a run ({', '.join(found[:3])}), which would be written over; go on with "
+            "it by train(resume_from_checkpoint=True), or choose another output_dir."
+        )
 
 
 class EpochBoundary(TrainerCallback):

@@ -16,7 +16,7 @@ from ..models.adapters import adapter_of, merged
 from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
 from ..tasks.image_task import ImageTask
 from .from_task import filled_from_task
-from .given import check_arguments, check_rows
+from .given import check_arguments, check_rows, evaluate_nothing_without_data
 from .single_level_trainer import SingleLevelTrainer
 from .smoothing import check_smoothing
 from .training_args import FineTuningArguments
@@ -59,8 +59,7 @@ class FineTuneTrainer(SingleLevelTrainer):
     ) -> None:
         check_arguments(args, FineTuningArguments, FineTuneTrainer)
         train_dataset = decoded_for(train_dataset, trainer_kwargs.get("train_transform"))
-        if eval_dataset is None and args.eval_strategy != "no":
-            args.eval_strategy = type(args.eval_strategy)("no")
+        evaluate_nothing_without_data(args, eval_dataset)
         super().__init__(
             args=args,
             role="downstream",

@@ -7,12 +7,22 @@ import numpy as np
 import PIL.Image
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import logging
 
 from ..data.decoded import DecodedImages
 
+logger = logging.get_logger(__name__)
+
 LABEL_KEYS = ("labels", "label", "label_ids")
 IGNORED_LABEL = -100
+
+
+def evaluate_nothing_without_data(args: TrainingArguments, eval_dataset: Any) -> None:
+    """Turns evaluation off, and says so, where there is no data for it."""
+    if eval_dataset is None and args.eval_strategy != "no":
+        logger.info("No eval_dataset was given, so nothing is evaluated during training.")
+        args.eval_strategy = type(args.eval_strategy)("no")
 
 
 def check_arguments(args: Any, expected: type, trainer: type) -> None:

@@ -45,7 +45,7 @@ from ..models.adapters import adapter_of, read_state, write_state
 from ..models.finite import check_finite_weights
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
-from .callbacks import BestCheckpoint, EpochBoundary, NewRun, OneRunInFolder
+from .callbacks import BestCheckpoint, EpochBoundary, OneRunInFolder
 from .clocks import StepClock, TrainingClock
 from .console import ShortPrinterCallback, ShortProgressCallback
 from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
@@ -123,7 +123,7 @@ class ResumableTrainer(Trainer):
         self._samples, self._samples_since = 0, time.perf_counter()
         self.divergence, self._stop_signals = DivergenceGuard(self), StopSignals()
         observers = trainer_kwargs.pop("callbacks", None) or []
-        callbacks = [NewRun(), OneRunInFolder(), self._clock, self.step_clock, self._best, *observers]
+        callbacks = [OneRunInFolder(), self._clock, self.step_clock, self._best, *observers]
         callbacks += [self._stop_signals, EpochBoundary(), self.divergence]
         if args.fp16:
             callbacks.append(ScheduleFollowsSteps())

@@ -46,12 +46,12 @@ class StopSignals(TrainerCallback):
         if not _trains(frame):
             # An error has ended the training before its end could be noticed.
             self._leave_signals()
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         elif not self._received:
             self._received, self._received_at = number, time.monotonic()
         elif not _HAS_LAUNCHER or time.monotonic() - self._received_at > _SAME_SIGNAL_SECONDS:
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     def _leave_signals(self) -> None:
         for number, handler in self._previous.items():
@@ -139,7 +139,7 @@ def ending_at_signals() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # for a second one
         if os.getpid() != process:
-            os.kill(os.getpid(), number)  # a forked worker
+            signal.raise_signal(number)  # a forked worker
         if int(os.environ.get("LOCAL_RANK") or 0) == 0:
             name = signal.Signals(number).name
             print(f"Interrupted by {name}. Go on with --resume_from_checkpoint true.", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from ..bilevel.curvature import CURVATURE_MODES as FIXED_CURVATURE_MODES
 from ..bilevel.hypergradient import SOLVERS
+from ..bilevel.upper_phase import SolveSettings
 from ..models.modeling_bissl import EXPORT_LEVELS
 from ..optim.optimizers import parse_optimizer_options, resolve_optimizer, takes_momentum
 from ..optim.pull import TYPICAL_PULL
@@ -605,6 +606,19 @@ class BiSSLTrainingArguments(ResumableTrainingArguments):
             warmup_steps=self.get_lower_warmup_steps(),
             max_grad_norm=self.lower_max_grad_norm,
             head_learning_rate=self.lower_head_learning_rate,
+        )
+
+    def solve_settings(self) -> SolveSettings:
+        """Returns how the linear systems of the upper steps are solved."""
+        return SolveSettings(
+            solver=self.solver,
+            max_iterations=self.solver_max_iterations,
+            tolerance=self.solver_tolerance,
+            curvature_mode=self.curvature_mode,
+            curvature_kind=self.curvature_kind,
+            memory_size=self.solver_memory,
+            per_tensor=self.solver_per_tensor,
+            full_precision=self.fp16,
         )
 
     def get_lower_warmup_steps(self) -> int:

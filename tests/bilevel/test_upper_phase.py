@@ -246,7 +246,7 @@ def test_any_other_loss_of_ones_own_frees_its_graph(tmp_path, cls):
 
 
 def test_a_model_without_embeddings_frees_its_graph(tmp_path):
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = bert_config(num_labels=3)
     model = BiSSLModel.from_models(BertForMaskedLM(config), BertForSequenceClassification(config))
     assert build(tmp_path, model=model).upper_phase._most_halvings() == 1
     assert build(tmp_path).upper_phase._most_halvings() == 2
@@ -395,8 +395,8 @@ def test_a_weighed_loss_weighs_its_gauss_newton_matrix(tmp_path):
 
 
 def test_gauss_newton_is_refused_where_it_is_not_known(tmp_path):
-    multi = BertForSequenceClassification(bert_config(problem_type="multi_label_classification"))
-    model = BiSSLModel.from_models(multi, BertForSequenceClassification(bert_config()))
+    multi = BertForSequenceClassification(bert_config(problem_type="multi_label_classification", num_labels=3))
+    model = BiSSLModel.from_models(multi, BertForSequenceClassification(bert_config(num_labels=3)))
     with pytest.raises(ValueError, match="of its outputs the loss of BertForSequenceClassification is convex"):
         build(tmp_path, model=model, curvature_kind="gauss_newton")
     with pytest.raises(ValueError, match="with lower_micro_batch_size each part of a batch has a loss of its own"):

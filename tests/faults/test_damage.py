@@ -20,6 +20,7 @@ def copy_of(folder: Path, place: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0.0, 0.37, 1.0])
 def test_a_flipped_bit_in_any_file_is_found(tmp_path, whole, at):
     copy = copy_of(whole["bissl"], tmp_path / "run")
@@ -46,6 +47,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, whole,
     assert is_same_end(copy, whole[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [(2e9, 1e9), (1e9, 2e9), (0.0, 0.0)], ids=["backwards", "forwards", "none"])
 def test_whatever_the_clock_says_the_newest_step_counts(tmp_path, whole, times):
     copy = copy_of(whole["pretext"], tmp_path / "run")

@@ -31,7 +31,7 @@ def go_on(kind: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", [2, 5])
+@pytest.mark.parametrize("call", [2, pytest.param(5, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_a_moment(tmp_path, whole, moment, call):
     assert (
@@ -41,6 +41,7 @@ def test_killed_at_a_moment(tmp_path, whole, moment, call):
     assert is_same_end(tmp_path, whole["bissl"])
 
 
+@pytest.mark.slow
 def test_killed_between_the_last_checkpoint_and_the_end(tmp_path, whole):
     """A run that is complete and not yet written takes no further step, however often it is started."""
     fault = Fault("bissl_hf.trainer.callbacks:EpochBoundary", "on_train_end", 1)
@@ -53,7 +54,7 @@ def test_killed_between_the_last_checkpoint_and_the_end(tmp_path, whole):
     assert is_same_end(tmp_path, whole["pretext"])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_killed_at_random_moments(tmp_path, whole, kind, seed):
@@ -65,7 +66,7 @@ def test_killed_at_random_moments(tmp_path, whole, kind, seed):
     assert is_same_end(tmp_path, whole[kind])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("moment", ["weights", "state", "manifest", "to the disk", "rename", "rotation"])
 def test_a_disk_that_fails(tmp_path, whole, moment, error):

@@ -30,11 +30,12 @@ def check(folder, whole, phase: str, number: int) -> None:
     assert is_same_end(folder, whole["bissl"])
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_upper_step(tmp_path, whole):
     check(tmp_path, whole, "upper step", signal.SIGTERM)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("number", SIGNALS, ids=[number.name for number in SIGNALS])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_in_each_phase(tmp_path, whole, phase, number):

@@ -9,6 +9,7 @@ from bissl_hf.run_lock import LOCK_NAME
 from .harness import TRAINERS, is_same_end, run, start
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_a_later_one_goes_on(tmp_path, whole):
     first = start("bissl", tmp_path)
     while not (tmp_path / LOCK_NAME).exists():

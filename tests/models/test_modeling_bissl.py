@@ -333,15 +333,24 @@ def test_refuses_an_unknown_level() -> None:
             call("middle")
 
 
-def test_refuses_gradient_checkpointing_in_pure_passes() -> None:
-    # Recomputed in the backward pass, a layer would see theta_D in the place of theta_P.
-    model = joined("vit")
-    for module in model.upper.modules():  # the method's name differs between versions of transformers
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = True
-    with pytest.raises(RuntimeError, match="gradient checkpointing"):
-        model(**make_inputs("vit", "aligned"))
-    assert not model.supports_gradient_checkpointing
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")  # the older name, 2026-11
+def test_layers_computed_again_see_the_weights_of_the_aligned_pass() -> None:
+    """Activation checkpointing computes layers again in the backward pass: with theta_P, not with the live theta_D."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = joined("vit").train()
+        with torch.no_grad():
+            for parameter in model.backbone_parameters("lower"):
+                parameter.add_(0.1)
+        if checkpointed:
+            model.upper.gradient_checkpointing_enable({"use_reentrant": False})
+        parameters = (*model.backbone_parameters("lower"), *model.head_parameters("upper"))
+        loss = model(**make_inputs("vit", "aligned")).loss
+        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    for plain, saving in zip(*gradients, strict=True):
+        assert (plain is None) == (saving is None)
+        if plain is not None:
+            torch.testing.assert_close(saving, plain)
 
 
 def test_trainer_must_not_scale_the_loss() -> None:

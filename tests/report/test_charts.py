@@ -1,6 +1,9 @@
 """Which charts a history has."""
 
 import base64
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +42,16 @@ def test_runs_on_one_loss(name: str) -> None:
     charts = draw_charts([{"epoch": float(n), name: 0.1 * n} for n in range(3)], unit="Epoch")
     (curve,) = [curve for curve in CURVES if name in curve.lines]
     assert [chart.title for chart in charts] == [curve.title]
+
+
+def test_pictures_need_no_backend_of_a_screen() -> None:
+    """MPLBACKEND may name one that matplotlib refuses when it is imported."""
+    code = """
+import sys
+from bissl_hf.report.charts import draw_charts
+assert "matplotlib" not in sys.modules, "half a second that no command should wait for before it trains"
+print(len(draw_charts([{"epoch": float(n), "rankme": 1.0 / n} for n in (1, 2, 3)], unit="Epoch")))
+"""
+    environment = {**os.environ, "MPLBACKEND": "no such backend"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr

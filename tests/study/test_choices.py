@@ -112,6 +112,7 @@ def test_a_search_is_found_again(
     assert trained == [], "the search of fine-tuning was finished"
 
 
+@pytest.mark.slow
 def test_the_search_of_fine_tuning_can_be_made_once(
     finished: tuple[Path, Path, list[dict[str, Any]], list[int]],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""The committed results are what the committed raw data give, and the README tells them."""
+"""The committed results are what the committed raw data give, and the page on results says them."""
 
 import json
 import shutil
@@ -34,7 +34,6 @@ TRANSFER = {
 @pytest.mark.parametrize(
     ("page", "study", "labels"),
     [
-        ("README.md", "fashion", FASHION),
         ("docs/results.md", "fashion", FASHION),
         ("docs/results.md", "transfer", TRANSFER),
         ("docs/results.md", "transfer_2000", {("mnist_5000", 2000): "MNIST, 2,000"}),

@@ -97,11 +97,10 @@ def with_copied_buffers(model, inputs, replaced=()):
 def dense_hessian(loss, parameters):
     gradient = torch.autograd.grad(loss, parameters, create_graph=True)
     flat = torch.cat([g.reshape(-1) for g in gradient])
-    rows = [
-        torch.cat([row.reshape(-1) for row in torch.autograd.grad(entry, parameters, retain_graph=True)])
-        for entry in flat
-    ]
-    return torch.stack(rows)
+    # All rows at once: entry i of the gradient is differentiated with the i-th unit vector.
+    units = torch.eye(len(flat), dtype=flat.dtype)
+    rows = torch.autograd.grad(flat, parameters, units, retain_graph=True, is_grads_batched=True)
+    return torch.cat([row.reshape(len(flat), -1) for row in rows], dim=1)
 
 
 def run(model, train, pretext, settings: Settings):

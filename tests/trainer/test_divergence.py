@@ -80,11 +80,20 @@ def test_bissl_leaves_out_a_step_of_either_level(tmp_path, level):
     assert all(map(math.isfinite, figures))
 
 
-def test_a_spoiled_curvature_batch_is_told_and_costs_one_solve(tmp_path):
+def curvature_spoiled_once(tmp_path, **settings):
     transform = Spoiled((1, 0), stream=int(Stream.CURVATURE))
-    trainer = make_bissl_trainer(
-        tmp_path, num_alternations=3, lower_steps=2, upper_steps=2, keywords={"lower_transform": transform}
+    return make_bissl_trainer(
+        tmp_path, num_alternations=3, lower_steps=2, upper_steps=2, keywords={"lower_transform": transform}, **settings
     )
+
+
+def test_a_spoiled_curvature_batch_is_named(tmp_path):
+    with pytest.raises(DivergenceError, match=r"upper step 1 of alternation 2 .*: the input \(pixel_val"):
+        curvature_spoiled_once(tmp_path).train()
+
+
+def test_a_spoiled_curvature_batch_costs_one_solve_where_steps_may_be_left_out(tmp_path):
+    trainer = curvature_spoiled_once(tmp_path, on_divergence="skip")
     trainer.train()
     assert [row["solver/non_finite"] for row in trainer.state.log_history if "solver/non_finite" in row] == [0, 1, 0]
     assert not_finite_weights(trainer.model) == []

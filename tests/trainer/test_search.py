@@ -92,6 +92,7 @@ def test_each_pair_is_trained_once_and_the_best_one_chosen(tmp_path):
     assert (tmp_path / "search.db").is_file()
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_runs_the_missing_trials_only(tmp_path):
     first, second, third = Tried(fail_at=3), Tried(), Tried()
     with pytest.raises(KeyboardInterrupt):

@@ -156,12 +156,16 @@ def test_a_signal_after_a_training_that_failed_is_left_to_others(tmp_path):
 
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.add_callback(Fails())
-    with pytest.raises(KeyError):
-        trainer.train()
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    release_folder(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test process of several ignores it
+    try:
+        with pytest.raises(KeyError):
+            trainer.train()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+        release_folder(tmp_path)
 
 
 def test_a_signal_in_a_step_lets_the_step_end(tmp_path, capsys):

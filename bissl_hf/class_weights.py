@@ -89,10 +89,15 @@ class DownstreamLoss:
             model (`Callable`): takes the inputs as keyword arguments.
             inputs (`Mapping`): a batch.
         """
-        if self.weights is None:
-            return model(**inputs).loss
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        return weighted_cross_entropy(model(**rest).logits, inputs["labels"], self.weights)
+        return self.with_outputs(model, inputs)[0]
+
+    def with_outputs(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """Returns the loss, shape `()`, and the outputs of the model; see `__call__`."""
+        if self.weights is None or "labels" not in inputs:
+            outputs = model(**inputs)
+            return outputs.loss, outputs
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        return weighted_cross_entropy(outputs.logits, inputs["labels"], self.weights), outputs
 
     def describe(self) -> list[float] | None:
         """Returns the weights, for what a resume compares."""

@@ -245,7 +245,7 @@ def _check_sentence(record: RunRecord) -> str:
 def _level_progress(record: RunRecord) -> str:
     """How many alternations there were, and how far they moved the levels."""
     numbers = record.arguments
-    told = [
+    parts = [
         f"{numbers['num_alternations']:,} alternations of {numbers['lower_steps']:,} lower steps and "
         f"{numbers['upper_steps']:,} upper steps."
     ]
@@ -255,4 +255,4 @@ def _level_progress(record: RunRecord) -> str:
         "levels/moved": "The aligned backbone has moved by {:.3g} of its norm,",
         "levels/distance": "and its distance to that of the upper level is {:.3g} of its norm.",
     }
-    return " ".join([*told, *(sentence.format(last[name]) for name, sentence in sentences.items() if name in last)])
+    return " ".join([*parts, *(sentence.format(last[name]) for name, sentence in sentences.items() if name in last)])

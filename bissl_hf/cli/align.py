@@ -156,7 +156,7 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
 
 
 def keep_pretraining_settings(
-    pretrainer: PretextTrainer, models: ModelArguments, views: ViewArguments, images: Images, image_size: int
+    pretrainer: PretextTrainer, models: ModelArguments, views: ViewArguments, images: Images, preprocessing: str
 ) -> None:
     """Keeps what the pre-trained model and the head before BiSSL come from, and refuses to go on from those that come
     from something else."""
@@ -164,7 +164,7 @@ def keep_pretraining_settings(
     steps = {"pretrain_steps": args.max_steps, "pretrain_batch_size": args.per_device_train_batch_size}
     splits = {"lower": images.lower, "train": images.train, "test": images.test}
     data = {f"checksum of the {name} images": split.checksum() for name, split in splits.items()}
-    settings = {**asdict(models), **steps, **data, "image_size": image_size, **asdict(views), "seed": args.seed}
+    settings = {**asdict(models), **steps, **data, "preprocessing": preprocessing, **asdict(views), "seed": args.seed}
     del settings["upper_model"]
     Stage(str(args.output_dir), settings, writes=pretrainer.is_world_process_zero())
 
@@ -334,7 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
         given = given_fields(arguments)
         args = start.with_usual_optimizers(args, given, {"": "", "lower_": "lower_"})
         models = start.with_usual_optimizers(models, given, {"pretrain_": "lower_"})
-        start.tell(data, args, models, to=args)
+        start.print_choices(data, args, models, to=args)
     if look_ahead.preview:
         with refusing_bad_input():
             preview(data, lower_data, views, models, args)
@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.publisher.outputs_follow = True
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
-        keep_pretraining_settings(pretrainer, models, views, images, data.image_size)
+        keep_pretraining_settings(pretrainer, models, views, images, data.preprocessing.describe())
     run_stages(trainer, pretrainer, task, images, checkpoint)
 
 

@@ -6,7 +6,7 @@ Masked language modelling on texts without labels is the lower level, a classifi
 Any BERT-like checkpoint serves. The output is an ordinary checkpoint for text classification with its tokenizer.
 """
 
-import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,23 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
-from ..checkpoints import write_json
+from ..checkpoints import DamagedFileError, read_mapping, write_json, write_mapping
 from ..data.text import MaskTokens, TokenizedTexts, read_texts
 from ..evaluation.figures import plot_run
 from ..evaluation.metrics import SINGLE_LABEL, classification_metrics
-from ..models.loading import load_pretrained
-from ..text import format_table
+from ..models.loading import load_pretrained, load_without_head
+from ..text import for_console, for_terminal, format_table
 from ..trainer.divergence import check_metrics
-from .arguments import given_fields, parse_arguments, refusing_bad_input, stopping_at_divergence
+from .arguments import given_fields, parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts
+from .console import prepare_console
 from .loading import loading
 from .loss import LossArguments
 from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
 from .pairs import check_pairs
+from .running import as_a_run
 from .starting import StartingPoint
 
 BEFORE_NAME = "before.json"
@@ -148,7 +149,7 @@ def build_run(
     with loading("model", texts.model):
         lower = load_pretrained(AutoModelForMaskedLM, texts.model)
         names = dict(enumerate(data.class_names))
-        upper = load_pretrained(
+        upper, _ = load_without_head(
             AutoModelForSequenceClassification,
             texts.model,
             id2label=names,
@@ -177,11 +178,15 @@ def build_run(
 def evaluate_before(trainer: BiSSLTrainer, test: TokenizedTexts, kept: Path, *, resumes: bool) -> dict[str, Any]:
     """Returns the test metrics of a head on the pre-trained model, or those that an earlier call has kept."""
     if resumes and kept.is_file():
-        return json.loads(kept.read_text())
+        try:
+            return read_mapping(kept)
+        except DamagedFileError:
+            if trainer.is_world_process_zero():
+                print(f"Passing over {kept}, which is empty or damaged: it is made anew.", file=sys.stderr)
     trainer.warm_up_head()
     before = trainer.evaluate(test, metric_key_prefix="before")
     if trainer.is_world_process_zero():
-        write_json(kept, before)
+        write_mapping(kept, before)
     return before
 
 
@@ -206,13 +211,14 @@ def print_summary(output: str, before: dict[str, Any], after: dict[str, Any]) ->
             ("aligned model, after BiSSL", "test", after),
         )
     ]
+    output = for_terminal(output)
     print(f"\n{format_table(rows)}\n")
-    print(f"The aligned model is in {output}, both levels in {output}/bilevel. To go on with it:\n")
+    print(f"The aligned model is in {output},\nboth levels in {output}/bilevel. To go on with it:\n")
     print("    from transformers import pipeline")
     print(f'    classify = pipeline("text-classification", model="{output}")\n')
 
 
-@stopping_at_divergence()
+@as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
     texts, loss, card, args = parse_arguments(
@@ -220,12 +226,12 @@ def main(arguments: list[str] | None = None) -> None:
         arguments,
         description=str(__doc__).split("\n\n")[-1],
     )
-    disable_progress_bar()  # of reading and writing weights, which takes a moment
+    prepare_console()
     with refusing_bad_input():
         texts.check()
         start = StartingPoint.find(texts, "model")
         args = start.with_usual_optimizers(args, given_fields(arguments), {"": "", "lower_": "lower_"})
-        start.tell_optimizers(args, to=args)
+        start.print_optimizers(args, to=args)
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         data, trainer = build_run(texts, args, loss)
         trainer.facts = recipe_facts(
@@ -242,7 +248,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if trainer.is_world_process_zero():
         sizes = ", ".join(f"{len(getattr(data, split))} {split}" for split in ("train", "validation", "test"))
-        print(f"Labelled texts: {sizes}, of the classes {', '.join(data.class_names)}; {len(data.lower)} below.")
+        names = ", ".join(data.class_names)
+        print(for_console(f"Labelled texts: {sizes}, of the classes {names}; {len(data.lower)} below."))
     before = evaluate_before(
         trainer, data.test, Path(str(args.output_dir)) / BEFORE_NAME, resumes=checkpoint is not None
     )

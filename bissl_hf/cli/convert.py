@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     if pushes is not None:
         with pushes.laying_out() as tree:
             lay_out(outputs_of_run(Path(options.output)), tree)
-        pushes.push_and_tell("Converted weights")
+        pushes.push_and_report("Converted weights")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         point = StartingPoint.find(start, "model")
         data = point.complete(data)
         args = point.with_usual_optimizers(args, given_fields(arguments), {"": ""})
-        point.tell(data, args, to=args)
+        point.print_choices(data, args, to=args)
         open_run(args, leaves=("seed-*", "search"))  # what it goes on from are the finished parts in there
         if repetition.search_trials:
             check_backend(repetition.search_backend, field="search_backend")

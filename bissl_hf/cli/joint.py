@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_preview(images.lower, transform, str(args.output_dir), seed=args.seed)
             return
         args = start.with_usual_optimizers(args, given_fields(arguments), {"": "lower_"})
-        start.tell(data, args, to=args)
+        start.print_choices(data, args, to=args)
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         images, task, trainer = build_run(data, lower_data, views, models, args, loss)
         trainer.facts = recipe_facts(

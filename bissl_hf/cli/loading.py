@@ -4,7 +4,6 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -59,21 +58,6 @@ def load_config(field: str, source: str) -> PretrainedConfig:
     """
     with loading(field, source):
         return loading_of_models.load_config(source)
-
-
-def check_sources(arguments: Any, *names: str) -> None:
-    """Finds out, before anything large is loaded, whether arguments that may name models do.
-
-    Args:
-        arguments: an object with the arguments.
-        names (`str`): those that name a model where they are given.
-
-    Raises:
-        `ValueError`: see [`loading`].
-    """
-    for name in names:
-        if source := getattr(arguments, name):
-            load_config(name, source)
 
 
 def _may_be_repository(source: str) -> bool:

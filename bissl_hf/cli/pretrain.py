@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_preview(load_pretext_images(data, args.seed), transform, str(args.output_dir), seed=args.seed)
             return
         args = start.with_usual_optimizers(args, given_fields(arguments), {"": "lower_"})
-        start.tell(data, args, to=args)
+        start.print_choices(data, args, to=args)
         checkpoint = open_run(args, leaves=("checkpoint-*",))
         set_seed(args.seed)
         trainer = build_trainer(data, views, models, args)

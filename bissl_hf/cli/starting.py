@@ -10,6 +10,7 @@ from ..data.preprocessing import Preprocessing, load_preprocessing
 from ..models.configuration_backbone import backbone_config, own_image_size, resnet18_config
 from ..models.configuration_bissl import BiSSLConfig
 from ..optim.presets import PAPER, optimizer_preset
+from ..text import for_console
 from .images import DataArguments
 from .loading import load_config, loading
 
@@ -95,7 +96,7 @@ class StartingPoint:
                 changes |= {f"{prefix}{name}": preset[f"{source}{name}"] for name in names}
         return replace(arguments, **changes)  # type: ignore[type-var]
 
-    def tell(self, data: DataArguments, *arguments: Any, to: TrainingArguments) -> None:
+    def print_choices(self, data: DataArguments, *arguments: Any, to: TrainingArguments) -> None:
         """Prints, once, how images are prepared, and the optimizers that are usual for the family.
 
         Args:
@@ -105,14 +106,15 @@ class StartingPoint:
         """
         if to.process_index == 0:
             origin = f"those of {self.source}" if self.source else "the usual ones"
-            print(f"Images: {data.preprocessing.describe()}; settings that are not given are {origin}.")
-        self.tell_optimizers(*arguments, to=to)
+            print(for_console(f"Images: {data.preprocessing.describe()}; settings that are not given are {origin}."))
+        self.print_optimizers(*arguments, to=to)
 
-    def tell_optimizers(self, *arguments: Any, to: TrainingArguments) -> None:
-        """Prints, once, the optimizers that are usual for the family; see `tell`."""
+    def print_optimizers(self, *arguments: Any, to: TrainingArguments) -> None:
+        """Prints, once, the optimizers that are usual for the family; see `print_choices`."""
         if not to.process_index and optimizer_preset(self.config) != PAPER:
-            told = ", ".join(_optimizer_settings(arguments))
-            print(f"Optimizers: {told}; settings that are not given are the usual ones of {self.config.model_type}.")
+            chosen = ", ".join(_optimizer_settings(arguments))
+            family = self.config.model_type
+            print(for_console(f"Optimizers: {chosen}; settings that are not given are the usual ones of {family}."))
 
 
 def _optimizer_settings(arguments: Iterable[Any]) -> Iterator[str]:

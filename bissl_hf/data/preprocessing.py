@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from .resampling import check_resample
+
+logger = logging.get_logger(__name__)
 
 # Names of Pillow's filters in the configurations of timm.
 _TIMM_FILTERS = {name.lower(): int(number) for name, number in PILImageResampling.__members__.items()}
@@ -118,6 +120,24 @@ def load_preprocessing(source: str, *, image_size: int | None = None) -> Preproc
     if "pretrained_cfg" not in config:
         return None
     return Preprocessing.from_processor(Preprocessing.from_timm(config["pretrained_cfg"]), image_size=image_size)
+
+
+def warn_of_other_preprocessing(source: str, used: Preprocessing) -> None:
+    """Warns if images are normalised otherwise than the backbone of a folder or Hub id expects.
+
+    Args:
+        source (`str`): folder or Hub id of the backbone.
+        used ([`Preprocessing`]): of the images.
+    """
+    own = load_preprocessing(source)
+    if own and any(abs(a - b) > 1e-3 for a, b in zip(own.mean + own.std, used.mean + used.std, strict=True)):
+        mean, std, expected_mean, expected_std = (
+            " ".join(f"{value:.4g}" for value in values) for values in (used.mean, used.std, own.mean, own.std)
+        )
+        logger.warning(
+            f"The images are normalised by mean {mean} and deviation {std}, and {source} expects mean {expected_mean} "
+            f"and deviation {expected_std}; pass processor={source!r} to load_image_task."
+        )
 
 
 def _read(source: str, name: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .alternation import keyed_random_state
+from .hub import load_repository
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _IGNORED = -100  # a label that the losses of transformers leave out
@@ -32,23 +33,46 @@ def read_texts(
         `tuple[list[str], list[str] | None]`: texts and labels.
 
     Raises:
-        `ValueError`: for a file of another kind, or a column that is not there.
+        `ValueError`: for a file that cannot be read or is of another kind, a data set that cannot be loaded, a split
+            or a column that is not there, and rows without a text or a label.
     """
-    path = Path(source)
-    if path.is_file():
-        if path.suffix not in _FORMATS:
-            raise ValueError(f"source is {path}; it must be a file {', '.join(_FORMATS)}, or a data set at the Hub.")
-        data = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-    else:
-        data = datasets.load_dataset(str(source), split=split)
+    data = _load(Path(source).expanduser(), str(source), split)
     for field, column in (("text_column", text_column), ("label_column", label_column)):
         if column is not None and column not in data.column_names:
             raise ValueError(f"{field} is {column!r}; the columns of {source} are {', '.join(data.column_names)}.")
+    texts = list(data[text_column])
+    other = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
+    if other is not None:
+        raise ValueError(
+            f"Row {other} of {source} has {texts[other]!r} in the column {text_column!r}; it must be a text."
+        )
     labels = None if label_column is None else _label_names(data, label_column)
-    return list(data[text_column]), labels
+    return texts, labels
+
+
+def _load(path: Path, source: str, split: str) -> datasets.Dataset:
+    if not path.is_file():
+        if path.suffix in _FORMATS or path.is_dir():
+            raise ValueError(f"{source} is no file; name a file {', '.join(_FORMATS)}, or a data set at the Hub.")
+        splits = load_repository(source, revision=None, load_kwargs={})
+        if split not in splits:
+            raise ValueError(
+                f"{source} has the splits {', '.join(splits)}, and none is {split!r}; choose one of them."
+            )
+        return splits[split]
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"source is {path}; it must be a file {', '.join(_FORMATS)}, or a data set at the Hub.")
+    try:
+        return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{source} cannot be read as {path.suffix[1:]}: {str(cause).splitlines()[0]}") from error
 
 
 def _label_names(data: datasets.Dataset, column: str) -> list[str]:
+    without = next((row for row, label in enumerate(data[column]) if label is None), None)
+    if without is not None:
+        raise ValueError(f"Row {without} has nothing in the column {column!r}; leave it out, or give it a label.")
     feature = data.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return [feature.int2str(number) for number in data[column]]

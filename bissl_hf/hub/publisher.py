@@ -121,13 +121,13 @@ class Publisher:
             return
         self.queue.wait()
         if self.queue.unpushed.is_dir() and not self.outputs_follow:
-            self.queue.push_and_tell(self._message(), quiet=True)
+            self.queue.push_and_report(self._message(), quiet=True)
 
     def push_outputs(self, message: str) -> None:
         """Pushes the files of the run in the output folder, and prints what did not get there."""
         if self.queue is not None:
             self._lay_out_outputs(self.queue)
-            self.queue.push_and_tell(message)
+            self.queue.push_and_report(message)
 
     def push_now(
         self,

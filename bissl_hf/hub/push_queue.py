@@ -91,7 +91,7 @@ class PushQueue:
         self.wait()
         return self._take_over(self._start(message))
 
-    def push_and_tell(self, message: str, *, quiet: bool = False) -> None:
+    def push_and_report(self, message: str, *, quiet: bool = False) -> None:
         """Pushes, waits and prints the outcome; with `quiet` only failures."""
         result = self.push_and_wait(message)
         if result.outcome != "done":

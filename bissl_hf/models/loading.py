@@ -47,15 +47,15 @@ def load_pretrained(model_class: Any, source: str, **options: Any) -> Any:
     )
 
 
-def load_without_head(model_class: Any, source: str) -> Any:
-    """Loads a model like `load_pretrained`, of which only the backbone counts: a missing head is expected, and not
-    reported at length. Returns the model and the names of missing weights."""
+def load_without_head(model_class: Any, source: str, **options: Any) -> Any:
+    """Loads a model like [`load_pretrained`], of whose checkpoint only the backbone counts: a missing head is expected,
+    and not reported at length. Returns the model and the names of missing weights."""
     load_config(source)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         model, report = model_class.from_pretrained(
-            source, dtype=torch.get_default_dtype(), trust_remote_code=False, output_loading_info=True
+            source, dtype=torch.get_default_dtype(), trust_remote_code=False, output_loading_info=True, **options
         )
     finally:
         logging.set_verbosity(verbosity)

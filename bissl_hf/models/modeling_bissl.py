@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from ..data.preprocessing import warn_of_other_preprocessing
 from .adapters import adapter_of, add_adapter, check_adapters, frozen_parameters, merged, unwrap, write_adapter
 from .auto import register_class, resolve_class
 from .backbone import backbone_of, backbone_parameters, backbone_prefix, load_backbone
 from .batch_norm import has_batch_norm, recalibrate_batch_norm
 from .classifier import classifier_on, labels_of_task
 from .configuration_bissl import BiSSLConfig
+from .image_size import adapt_image_size
 from .pretext import build_pretext_model
 from .saving import save_model
 from .shared_parameters import find_shared_parameters, report_unshared
@@ -199,12 +201,13 @@ class BiSSLModel(PreTrainedModel):
             backbone (`str` or `PreTrainedModel`): a folder, a Hub id, or a model (its backbone counts).
             id2label (`Mapping[int, str]`, *optional*): names of the classes by their numbers, from 0.
             num_labels (`int`, *optional*): number of classes, in place of their names.
-            task (*optional*): an object with `class_names` and `problem_type`, in place of both.
+            task ([`DownstreamTask`], *optional*): in place of both. The backbone is made to take images of its size.
             pretext (`str`, *optional*, defaults to `"simclr"`): name of the pretext task.
             **settings: of the pretext task, see [`~models.pretext.build_pretext_model`].
 
         Raises:
-            `ValueError`: if not exactly one of `id2label`, `num_labels` and `task` is given, or for an unknown task.
+            `ValueError`: if not exactly one of `id2label`, `num_labels` and `task` is given, for an unknown pretext
+                task, or a backbone that does not take images of the task's size.
 
         Example:
 
@@ -219,6 +222,10 @@ class BiSSLModel(PreTrainedModel):
         """
         class_names, problem_type = labels_of_task(id2label, num_labels, task)
         source = load_backbone(backbone)
+        if task is not None:
+            source = adapt_image_size(source, task.image_size)
+            if isinstance(backbone, str):
+                warn_of_other_preprocessing(backbone, task.preprocessing)
         lower = build_pretext_model(pretext, source, **settings)
         return cls.from_models(lower, classifier_on(source, class_names, problem_type=problem_type))
 

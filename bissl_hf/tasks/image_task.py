@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from datasets import Dataset, DatasetDict
+from transformers import AutoConfig
 
 from ..data.augment import TrainTransform, TwoViewTransform
 from ..data.decoded import DecodedImages
 from ..data.one_view import OneViewTransform
-from ..data.preprocessing import Preprocessing
+from ..data.preprocessing import Preprocessing, load_preprocessing
 from ..data.sources import load_image_dataset
+from ..models.configuration_backbone import backbone_config, own_image_size
 from ..models.pretext import pretext_tasks
 from .downstream import DownstreamTask
 from .labelled import check_several_classes, decode_labelled, decode_unlabelled
@@ -58,7 +60,9 @@ def load_image_task(
     images: ImageSource,
     *,
     unlabeled: ImageSource | None = None,
-    image_size: int,
+    image_size: int | None = None,
+    processor: Any = None,
+    class_weights: str | list[float] | None = None,
     pretext: str = "simclr",
     unreadable: str = "stop",
     seed: int = 0,
@@ -71,7 +75,11 @@ def load_image_task(
             them: a folder with one folder per class, a known name, a Hub id, or a data set in memory.
         unlabeled (*optional*): images of the pretext task, likewise; labels are not needed. Defaults to the split
             `unlabeled` of the labelled images, or else their training images.
-        image_size (`int`): side of the square images that the model sees, in pixels.
+        image_size (`int`, *optional*): side of the square images that the model sees, in pixels; that of `processor`
+            if not given.
+        processor (*optional*): what the backbone expects of its images: the folder or Hub id of the backbone, or an
+            image processor of `transformers`. Without one, mean and deviation are ImageNet's.
+        class_weights (`str` or `list[float]`, *optional*): of the downstream loss, see [`DownstreamLoss`].
         pretext (`str`, *optional*, defaults to `"simclr"`): name of the pretext task; decides the views.
         unreadable (`str`, *optional*, defaults to `"stop"`): what happens to images that cannot be read, see
             [`DecodedImages.from_dataset`].
@@ -79,7 +87,8 @@ def load_image_task(
         **load_options: of [`load_image_dataset`], for the labelled images.
 
     Raises:
-        `ValueError`: for an unknown pretext task, a source that cannot be found or read, or images of a single class.
+        `ValueError`: for an unknown pretext task, a source that cannot be found or read, images of a single class, or
+            without a size of the images.
 
     Example:
 
@@ -92,19 +101,38 @@ def load_image_task(
     """
     if pretext not in pretext_tasks():
         raise ValueError(f"pretext is {pretext!r}; it must be one of {', '.join(pretext_tasks())}.")
+    preprocessing = _preprocessing(processor, image_size)
+    size = preprocessing.side
     splits = lower = load_image_dataset(images, seed=seed, **load_options)
     check_several_classes(splits, name="The data set" if isinstance(images, Dataset | DatasetDict) else str(images))
     if unlabeled is not None:
         lower = load_image_dataset(unlabeled, seed=seed, require_labels=False)
-    labelled = decode_labelled(splits, image_size, unreadable=unreadable)
+    labelled = decode_labelled(splits, size, unreadable=unreadable, resample=preprocessing.resample)
+    views = OneViewTransform if pretext == "mae" else TwoViewTransform
     return ImageTask(
         problem_type=labelled.problem_type,
         class_names=labelled.class_names,
-        preprocessing=Preprocessing(image_size=image_size),
-        train_transform=TrainTransform(image_size),
+        preprocessing=preprocessing,
+        train_transform=TrainTransform.from_processor(preprocessing),
+        class_weights=class_weights,
         train=labelled.train,
         validation=labelled.validation,
         test=labelled.test,
-        unlabeled=decode_unlabelled(lower, image_size, unreadable=unreadable),
-        view_transform=OneViewTransform(image_size) if pretext == "mae" else TwoViewTransform(image_size),
+        unlabeled=decode_unlabelled(lower, size, unreadable=unreadable, resample=preprocessing.resample),
+        view_transform=views.from_processor(preprocessing),
     )
+
+
+def _preprocessing(processor: Any, image_size: int | None) -> Preprocessing:
+    """Returns how images are prepared."""
+    if isinstance(processor, str | os.PathLike):
+        source, processor = str(processor), load_preprocessing(str(processor), image_size=image_size)
+        if processor is None:
+            image_size = image_size or own_image_size(backbone_config(AutoConfig.from_pretrained(source)))
+    if processor is not None:
+        return Preprocessing.from_processor(processor, image_size=image_size)
+    if image_size is None:
+        raise ValueError(
+            "image_size is not given; give the side of the images in pixels, or a processor that has one."
+        )
+    return Preprocessing(image_size=image_size)

@@ -66,8 +66,8 @@ def decode_labelled(
         except UnreadableImagesError as error:
             failures.append(error)
     if failures:
-        told = " ".join(failure.description for failure in failures)
-        raise ValueError(f"{told} {UNREADABLE_ADVICE}") from failures[0]
+        which = " ".join(failure.description for failure in failures)
+        raise ValueError(f"{which} {UNREADABLE_ADVICE}") from failures[0]
     return LabelledImages(**decoded, class_names=class_names(splits["train"]))
 
 

@@ -82,8 +82,7 @@ class BiSSLTrainer(ResumableTrainer):
         data_collator, lower_data_collator (`Callable`, *optional*): stack rows into a dictionary of tensors.
         train_transform, eval_transform, lower_transform (`Callable`, *optional*): `transform(inputs, key) -> inputs`,
             run on the device and deterministic in the key.
-        class_weights (`str` or `Sequence[float]`, *optional*): of the downstream loss in training, see
-            [`DownstreamLoss`]; evaluations have none.
+        class_weights (`str` or `Sequence[float]`, *optional*): of the downstream loss, see [`DownstreamLoss`].
         callbacks (`list`, *optional*): as in `transformers.Trainer`.
         **trainer_kwargs: further arguments of `transformers.Trainer` (`processing_class`, `compute_metrics`, ...).
 

@@ -35,8 +35,7 @@ class FineTuneTrainer(SingleLevelTrainer):
             in its place.
         train_dataset: labelled, map-style data set.
         eval_dataset (*optional*): likewise; without one nothing is evaluated in training.
-        class_weights (`str` or `Sequence[float]`, *optional*): of the loss in training, see [`DownstreamLoss`];
-            evaluations have none.
+        class_weights (`str` or `Sequence[float]`, *optional*): of the loss, see [`DownstreamLoss`].
         **trainer_kwargs: further arguments of [`SingleLevelTrainer`] (`train_transform`, ...), [`ResumableTrainer`]
             (`eval_transform`) and `transformers.Trainer` (`model` or `model_init`, `compute_metrics`, ...).
 
@@ -82,10 +81,11 @@ class FineTuneTrainer(SingleLevelTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the loss, in training with class weights where they were asked for."""
-        if self.downstream_loss.weights is not None and model.training and not return_outputs:
-            return self.downstream_loss(model, inputs)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """Returns the loss, with class weights where they were asked for."""
+        if self.downstream_loss.weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = self.downstream_loss.with_outputs(model, inputs)
+        return (loss, outputs) if return_outputs else loss
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds the class weights."""

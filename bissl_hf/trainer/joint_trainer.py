@@ -74,7 +74,7 @@ class JointTrainer(SingleLevelTrainer):
         **trainer_kwargs: Any,
     ) -> None:
         check_arguments(args, JointTrainingArguments, JointTrainer)
-        refuse_loss_hooks(type(self), SingleLevelTrainer, trainer_kwargs, "override joint_loss(pretext, key)")
+        refuse_loss_hooks(type(self), JointTrainer, trainer_kwargs, "override joint_loss(pretext, key)")
         lower_dataset = decoded_for(lower_dataset, lower_transform, labelled=False)
         train_dataset = decoded_for(train_dataset, train_transform)
         for parameter in model.backbone_parameters("upper"):
@@ -188,6 +188,17 @@ class JointTrainer(SingleLevelTrainer):
             source = self.streams.sources[Stream.UPPER]
             recalibrate_batch_norm(model, self.calibration_batches(self.args.bn_recalibration_images, source))
         return model.eval()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Has Trainer report the downstream loss that is trained in evaluations."""
+        loss, outputs = self.downstream_loss.with_outputs(model, inputs)
+        return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluates the final model."""

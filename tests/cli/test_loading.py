@@ -2,12 +2,10 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from transformers import ResNetForImageClassification
 
-from bissl_hf.cli.loading import check_sources, load_config
+from bissl_hf.cli.loading import load_config
 from bissl_hf.cli.models import (
     PretextModelArguments,
     StartArguments,
@@ -75,11 +73,3 @@ def test_a_name_that_the_hub_does_not_know(tmp_path: Path, monkeypatch: pytest.M
         message = "model is 'user/none'; there is no such folder, and what the Hub has of that name cannot be loaded"
         with pytest.raises(ValueError, match=f"{message}: user/none is not a local folder.* {ALLOWED}"):
             load_config("model", "user/none")
-
-
-def test_models_are_looked_for_before_anything_else(tmp_path: Path) -> None:
-    ResNetForImageClassification(tiny_resnet_config()).save_pretrained(tmp_path)
-    given = SimpleNamespace(lower_model=None, backbone=str(tmp_path), upper_model=str(tmp_path / "none"))
-    check_sources(given, "lower_model", "backbone")
-    with pytest.raises(ValueError, match=r"upper_model is .*none'; there is no such folder"):
-        check_sources(given, "lower_model", "backbone", "upper_model")

@@ -108,7 +108,7 @@ def test_networks_with_batch_norm_keep_the_defaults(tmp_path, capsys):
     args = FineTuningArguments(output_dir=str(tmp_path), use_cpu=True)
     point = start(backbone=str(tmp_path))
     assert point.with_usual_optimizers(args, {}, {"": ""}) is args
-    point.tell(point.complete(DataArguments()), args, to=args)
+    point.print_choices(point.complete(DataArguments()), args, to=args)
     assert "Optimizers" not in capsys.readouterr().out
 
 
@@ -117,7 +117,7 @@ def test_what_was_taken_is_said_in_two_lines(vit, tmp_path, capsys):
     args = point.with_usual_optimizers(
         FineTuningArguments(output_dir=str(tmp_path), use_cpu=True), {"learning_rate"}, {"": ""}
     )
-    point.tell(point.complete(DataArguments()), args, to=args)
+    point.print_choices(point.complete(DataArguments()), args, to=args)
     images, optimizers = capsys.readouterr().out.splitlines()
     assert images == (
         "Images: 16 x 16 pixels, bilinear, mean 0.1 0.2 0.3, deviation 0.4 0.5 0.6; settings that are not given are "

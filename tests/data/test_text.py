@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bissl_hf.data.text import MaskTokens, TokenizedTexts, read_texts
+from tests.hub_stand_in import HubStandIn
 
 WORDS = [f"word{number}" for number in range(20)]
 SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
@@ -48,6 +49,36 @@ def test_refuses_other_files_and_columns(tmp_path):
         read_texts(tmp_path / "texts.txt")
     with pytest.raises(ValueError, match=r"label_column is 'kind'; the columns of .* are text"):
         read_texts(tmp_path / "texts.csv", label_column="kind")
+    with pytest.raises(ValueError, match=r"none.csv is no file; name a file \.csv, .*, or a data set at the Hub"):
+        read_texts(tmp_path / "none.csv")
+
+
+def test_refuses_rows_without_a_text_or_a_label_and_damaged_files(tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": null, "label": "y"}\n')
+    with pytest.raises(ValueError, match=r"Row 1 of .* has None in the column 'text'; it must be a text"):
+        read_texts(tmp_path / "texts.jsonl")
+    (tmp_path / "labels.jsonl").write_text('{"text": "a", "label": null}\n{"text": "b", "label": "y"}\n')
+    with pytest.raises(ValueError, match=r"Row 0 has nothing in the column 'label'; leave it out"):
+        read_texts(tmp_path / "labels.jsonl", label_column="label")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"broken.parquet cannot be read as parquet: "):
+        read_texts(tmp_path / "broken.parquet")
+
+
+def test_texts_of_the_hub(monkeypatch, tmp_path):
+    with HubStandIn() as hub:
+        hub.patch(monkeypatch, tmp_path / "home")
+        with pytest.raises(ValueError, match=r"'user/none' is no file or folder here, and no data set on the Hub"):
+            read_texts("user/none")
+        Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "test.parquet")
+        hub.add_repository(
+            "user/texts",
+            {"data/test-00000-of-00001.parquet": (tmp_path / "test.parquet").read_bytes()},
+            kind="dataset",
+        )
+        assert read_texts("user/texts", split="test") == (["a"], None)
+        with pytest.raises(ValueError, match=r"user/texts has the splits test, and none is 'train'; choose one"):
+            read_texts("user/texts")
 
 
 def test_rows_have_one_length():

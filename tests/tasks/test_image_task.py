@@ -1,11 +1,13 @@
 """Tasks as one object: their data, transforms and metrics, and what each trainer takes from them."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import EvalPrediction, ResNetModel
+from transformers import EvalPrediction, ResNetModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from bissl_hf import (
     BiSSLModel,
@@ -70,7 +72,52 @@ def test_without_unlabelled_images_the_training_images_are_taken():
     assert isinstance(task.view_transform, OneViewTransform)
 
 
+def write_vit(folder: Path, *, mean: float) -> str:
+    """Writes a ViT for images of 16 pixels with an image processor, and returns the name of the folder."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    ViTModel(ViTConfig(image_size=16, patch_size=4, **size), add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[mean] * 3, image_std=[0.5] * 3).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def test_what_a_backbone_expects_of_its_images_is_taken(tmp_path):
+    source = write_vit(tmp_path, mean=0.25)
+    task = load_image_task(pictures(20), processor=source, class_weights="balanced")
+    assert task.image_size == 16
+    assert list(task.image_processor.image_mean) == [0.25] * 3
+    assert task.trainer_arguments()["class_weights"] == "balanced"
+    grey = {"pixel_values": torch.full((1, 3, 18, 18), 128, dtype=torch.uint8)}
+    seen = {(128 / 255 - 0.25) / 0.5}
+    for transform in (task.train_transform, task.trainer_arguments()["eval_transform"]):
+        assert transform(grey, (0, 0))["pixel_values"].unique().tolist() == pytest.approx(list(seen))
+    assert load_image_task(pictures(20), processor=source, image_size=8).image_size == 8
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert load_image_task(pictures(20), processor=source).image_size == 16
+
+
+def test_a_backbone_takes_images_of_the_size_of_a_task(tmp_path, caplog):
+    source = write_vit(tmp_path, mean=0.25)
+    task = load_image_task(pictures(20), processor=source, image_size=8)
+    model = BiSSLModel.from_backbone(source, task=task, projection_dims=(6, 5))
+    assert model.upper.config.image_size == 8
+    assert model.upper(pixel_values=torch.zeros(1, 3, 8, 8)).logits.shape == (1, 2)
+    assert not caplog.records
+
+
+def test_another_normalisation_than_that_of_the_backbone_is_named(tmp_path, task, caplog):
+    source = write_vit(tmp_path, mean=0.25)
+    BiSSLModel.from_backbone(source, task=task, projection_dims=(6, 5))
+    (record,) = caplog.records
+    assert "mean 0.485 0.456 0.406" in record.message
+    assert f"expects mean 0.25 0.25 0.25 and deviation 0.5 0.5 0.5; pass processor='{source}'" in record.message
+
+
 def test_what_is_no_task_is_refused():
+    with pytest.raises(ValueError, match=r"image_size is not given; give the side of the images in pixels"):
+        load_image_task(pictures(6))
     with pytest.raises(ValueError, match=r"pretext is 'jigsaw'; it must be one of simclr"):
         load_image_task("nowhere", image_size=8, pretext="jigsaw")
     with pytest.raises(ValueError, match=r"The data set has a single class, 'ant'; a classifier needs at least two"):

@@ -36,7 +36,7 @@ def labelled() -> TinyImages:
     return TinyImages(12, dtype=torch.float64)
 
 
-def test_fine_tuning_takes_the_weighted_step_and_evaluates_without_weights(tmp_path):
+def test_fine_tuning_takes_the_weighted_step_and_evaluates_the_loss_that_it_trains(tmp_path):
     args = FineTuningArguments(output_dir=str(tmp_path), per_device_train_batch_size=8, **ARGUMENTS)
     trainer = FineTuneTrainer(
         model=classifier().double(),
@@ -52,8 +52,15 @@ def test_fine_tuning_takes_the_weighted_step_and_evaluates_without_weights(tmp_p
     for value, expected in zip(trainer.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
     batch = read(labelled(), 12, 0, 7, 1)
-    plain = trainer.final_model()(**batch).loss
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(plain.detach()))
+    expected = written_out(trainer.final_model()(batch["pixel_values"]).logits.detach(), batch["labels"])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected))
+    with pytest.raises(ValueError, match="label_smoothing_factor and class_weights are both given; leave one"):
+        FineTuneTrainer(
+            model=classifier(),
+            args=FineTuningArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1, **ARGUMENTS),
+            train_dataset=labelled(),
+            class_weights=WEIGHTS,
+        )
     assert trainer.resume_settings()["class_weights"] == WEIGHTS
 
 
@@ -72,6 +79,10 @@ def test_joint_training_weighs_the_downstream_loss(tmp_path):
     outputs = model(level="aligned", **rows)
     difference = written_out(outputs.logits, rows["labels"]) - outputs.loss
     torch.testing.assert_close(losses["weighted"] - losses["plain"], difference, rtol=0, atol=1e-12)
+    weighted = JointTrainer(tiny_model().double(), args, class_weights=WEIGHTS, eval_dataset=labelled(), **data)
+    rows = read(labelled(), 12, 0, 7, 1)
+    expected = written_out(weighted.final_model()(rows["pixel_values"]).logits.detach(), rows["labels"])
+    assert weighted.evaluate()["eval_loss"] == pytest.approx(float(expected))
 
 
 def test_bissl_weighs_the_upper_loss_at_both_models(tmp_path):
@@ -87,6 +98,12 @@ def test_bissl_weighs_the_upper_loss_at_both_models(tmp_path):
         assert trainer.compute_upper_loss(model, batch).item() == pytest.approx(sum(terms) / 6, abs=1e-12)
     trainer.train()
     assert trainer.state.global_step > 0
+    rows, weights = read(labelled(), 12, 0, 7, UPPER), 12 / (3 * counts.double())
+    logits = trainer.aligned_model().double()(pixel_values=rows["pixel_values"]).logits
+    terms = weights[rows["labels"]] * torch.nn.functional.cross_entropy(logits, rows["labels"], reduction="none")
+    assert trainer.evaluate(labelled())["eval_loss"] == pytest.approx(float(terms.detach().mean()))
+    with pytest.raises(ValueError, match="label_smoothing_factor and class_weights are both given; leave one"):
+        make_trainer(tmp_path, keywords={"class_weights": "balanced"}, label_smoothing_factor=0.1)
 
 
 @pytest.mark.parametrize(

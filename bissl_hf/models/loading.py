@@ -48,8 +48,8 @@ def load_pretrained(model_class: Any, source: str, **options: Any) -> Any:
 
 
 def load_without_head(model_class: Any, source: str, **options: Any) -> Any:
-    """Loads a model like [`load_pretrained`], of whose checkpoint only the backbone counts: a missing head is expected,
-    and not reported at length. Returns the model and the names of missing weights."""
+    """Loads a model like [`load_pretrained`], of whose checkpoint only the backbone counts: a missing head is
+    expected, and not reported at length. Returns the model and the names of missing weights."""
     load_config(source)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

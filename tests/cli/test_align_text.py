@@ -45,7 +45,8 @@ def test_a_run_leaves_a_classifier_with_its_tokenizer(given, tmp_path: Path, cap
     output = tmp_path / "aligned"
     align_text.main(as_arguments({**given, "output_dir": output}))
     printed = capsys.readouterr()
-    assert "Labelled texts: 14 train, 2 validation, 4 test, of the classes one, two; 14 below." in " ".join(printed.out.split())
+    printed_words = " ".join(printed.out.split())
+    assert "Labelled texts: 14 train, 2 validation, 4 test, of the classes one, two; 14 below." in printed_words
     assert "Optimizers: lower_optim adamw" in printed.out
     assert "warning" not in printed.err
     results = json.loads((output / "all_results.json").read_text())

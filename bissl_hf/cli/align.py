@@ -247,7 +247,7 @@ def build_run(
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
     model = BiSSLModel.from_models(lower, upper)
-    trainer = build_trainer(build_view_transform(preprocessing, views, models.pretext), args, model, images, task)
+    trainer = build_trainer(build_view_transform(preprocessing, views, models.pretext_task), args, model, images, task)
     pretrainer = build_pretrainer(models, args, trainer)
     try_out(trainer, pretrainer)
     return images, task, trainer, pretrainer
@@ -264,7 +264,7 @@ def print_plan(trainer: BiSSLTrainer, pretrainer: PretextTrainer, images: Images
 def describe_run(models: ModelArguments, args: BiSSLTrainingArguments) -> str:
     """What the command would do with these arguments, as a sentence."""
     steps = num_pretrain_steps(models)
-    before = f"pre-trains with {models.pretext} for {steps:,} steps, " if steps else ""
+    before = f"pre-trains with {models.pretext_task} for {steps:,} steps, " if steps else ""
     return (
         f"This command {before}trains a head on the frozen backbone, takes {args.num_alternations} alternations of "
         f"{args.lower_steps} lower and {args.upper_steps} upper steps, and writes the aligned model into "
@@ -280,7 +280,7 @@ def preview(
     args: BiSSLTrainingArguments,
 ) -> None:
     """Writes what the pretext task would see."""
-    transform = build_view_transform(data.preprocessing, views, models.pretext)
+    transform = build_view_transform(data.preprocessing, views, models.pretext_task)
     write_preview(load_images(data, lower_data, args.seed).lower, transform, str(args.output_dir), seed=args.seed)
 
 

@@ -67,7 +67,7 @@ def build_run(
     set_seed(args.seed)
     check_pairs(args)
     preprocessing = data.preprocessing
-    view_transform = build_view_transform(preprocessing, views, models.pretext)
+    view_transform = build_view_transform(preprocessing, views, models.pretext_task)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_images(data, lower_data, args.seed)
     crops = build_train_transform(preprocessing, views)
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
         start = StartingPoint.find(models, "lower_model", "backbone", "upper_model")
         data = start.complete(data)
         if look_ahead.preview:
-            transform = build_view_transform(data.preprocessing, views, models.pretext)
+            transform = build_view_transform(data.preprocessing, views, models.pretext_task)
             images = load_images(data, lower_data, args.seed)
             write_preview(images.lower, transform, str(args.output_dir), seed=args.seed)
             return

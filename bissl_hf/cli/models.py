@@ -28,7 +28,10 @@ from .loading import load_config, loading
 class PretextModelArguments:
     """Where the pretext model comes from."""
 
-    pretext: str = field(default="simclr", metadata={"help": f"Pretext task: {', '.join(pretext_tasks())}."})
+    pretext: str | None = field(
+        default=None,
+        metadata={"help": f"Pretext task: {', '.join(pretext_tasks())}; that of --lower_model, or else simclr."},
+    )
     lower_model: str | None = field(default=None, metadata={"help": "Pre-trained pretext model: a folder or Hub id."})
     backbone: str | None = field(
         default=None, metadata={"help": "Backbone to start from: a folder or Hub id; a ResNet-18 if not given."}
@@ -48,14 +51,32 @@ class PretextModelArguments:
         backbone = self.backbone if self.backbone_init == "pretrained" else None
         return [name for name in (self.lower_model, backbone) if name]
 
+    @property
+    def pretext_task(self) -> str:
+        """Name of the pretext task: the one that was given, or that of the lower model, or `"simclr"`.
+
+        Raises:
+            `ValueError`: for an unknown task, or a lower model of another one.
+        """
+        if self.pretext is not None and self.pretext not in pretext_tasks():
+            raise ValueError(f"pretext is {self.pretext!r}; it must be one of {', '.join(pretext_tasks())}.")
+        if not self.lower_model:
+            return self.pretext or "simclr"
+        own = _task_of(load_config("lower_model", self.lower_model), self.lower_model)
+        if self.pretext not in (None, own):
+            raise ValueError(
+                f"pretext is {self.pretext}, and lower_model {self.lower_model} is a model of {own}; leave pretext "
+                "out."
+            )
+        return own
+
     def task_settings(self) -> dict[str, Any]:
         """Returns the settings of the pretext task that were given.
 
         Raises:
             `ValueError`: for an unknown task, or a setting that the task does not have.
         """
-        if self.pretext not in pretext_tasks():
-            raise ValueError(f"pretext is {self.pretext!r}; it must be one of {', '.join(pretext_tasks())}.")
+        task = self.pretext_task
         owners = {
             "projection_dims": [name for name in pretext_tasks() if name != "mae"],
             "temperature": ["simclr"],
@@ -63,9 +84,9 @@ class PretextModelArguments:
         }
         given = {name: value for name in owners if (value := getattr(self, name)) is not None}
         for name, value in given.items():
-            if self.pretext not in owners[name]:
+            if task not in owners[name]:
                 raise ValueError(
-                    f"{name} is {value}, which the pretext task {self.pretext} does not have; it is for "
+                    f"{name} is {value}, which the pretext task {task} does not have; it is for "
                     f"{', '.join(owners[name])}. Leave it out."
                 )
         return given
@@ -81,38 +102,48 @@ def build_pretext_model(arguments: PretextModelArguments, image_size: int | None
     Raises:
         `ValueError`: if the arguments contradict each other or name another kind of model.
     """
-    settings = arguments.task_settings()
     if arguments.backbone_init not in ("pretrained", "random"):
         raise ValueError(f"backbone_init is {arguments.backbone_init!r}; it must be pretrained or random.")
     if arguments.lower_model and arguments.backbone:
         raise ValueError("Both lower_model and backbone are given; a lower model brings its backbone, so drop one.")
+    settings = arguments.task_settings()
     if arguments.lower_model:
-        return _resized(_load_pretext_model(arguments.lower_model), image_size)
+        return _resized(_load_pretext_model(arguments.lower_model, arguments.pretext_task), image_size)
     if arguments.backbone and arguments.backbone_init == "pretrained":
         with loading("backbone", arguments.backbone):
             backbone = load_backbone(arguments.backbone)
-        return pretext.build_pretext_model(arguments.pretext, _resized(backbone, image_size), **settings)
+        return pretext.build_pretext_model(arguments.pretext_task, _resized(backbone, image_size), **settings)
     config = load_config("backbone", arguments.backbone) if arguments.backbone else resnet18_config()
     if image_size is not None:
         config = config_for_image_size(config, image_size)
-    return pretext.new_pretext_model(arguments.pretext, config, **settings)
+    return pretext.new_pretext_model(arguments.pretext_task, config, **settings)
 
 
 def _resized(model: PreTrainedModel, image_size: int | None) -> PreTrainedModel:
     return model if image_size is None else adapt_image_size(model, image_size)
 
 
-def _load_pretext_model(source: str) -> PreTrainedModel:
-    config = load_config("lower_model", source)
-    with loading("lower_model", source):
-        if config.model_type in PRETEXT_MODELS:
-            return load_pretrained(pretext_class(config.model_type), source)
-        if config.model_type == "vit_mae":
-            return freeze_positions(load_pretrained(ViTMAEForPreTraining, source))
+def _task_of(config: PretrainedConfig, source: str) -> str:
+    """Returns the pretext task whose model a lower model is.
+
+    Raises:
+        `ValueError`: if it is none of one.
+    """
+    if config.model_type in PRETEXT_MODELS:
+        return config.model_type
+    if config.model_type == "vit_mae":
+        return "mae"
     raise ValueError(
         f"lower_model {source} is a {config.model_type!r} model; it must be one of a pretext task "
         f"({', '.join(pretext_tasks())}). To put the head of a pretext task on it pass it as --backbone."
     )
+
+
+def _load_pretext_model(source: str, task: str) -> PreTrainedModel:
+    with loading("lower_model", source):
+        if task == "mae":
+            return freeze_positions(load_pretrained(ViTMAEForPreTraining, source))
+        return load_pretrained(pretext_class(task), source)
 
 
 def load_classifier(

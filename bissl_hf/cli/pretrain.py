@@ -108,7 +108,7 @@ def build_trainer(
             f"train_examples is {data.train_examples}, but pre-training uses no labels and all images; leave it out."
         )
     preprocessing = data.preprocessing
-    view_transform = build_view_transform(preprocessing, views, models.pretext)
+    view_transform = build_view_transform(preprocessing, views, models.pretext_task)
     with args.main_process_first(desc="reading images"):  # the others find what it has downloaded and decoded
         images = load_pretext_images(data, args.seed)
     return PretextTrainer(
@@ -192,11 +192,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     prepare_console()
     with refusing_bad_input():
-        check_dataset(data, f"This command pre-trains with {models.pretext} for {args.num_train_epochs:g} epochs.")
+        task, epochs = models.pretext_task, args.num_train_epochs
+        check_dataset(data, f"This command pre-trains with {task} for {epochs:g} epochs.")
         start = StartingPoint.find(models, "lower_model", "backbone")
         data = start.complete(data)
         if look_ahead.preview:
-            transform = build_view_transform(data.preprocessing, views, models.pretext)
+            transform = build_view_transform(data.preprocessing, views, models.pretext_task)
             write_preview(load_pretext_images(data, args.seed), transform, str(args.output_dir), seed=args.seed)
             return
         args = start.with_usual_optimizers(args, given_fields(arguments), {"": "lower_"})

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    PreTrainedModel,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+)
 
 from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
 from bissl_hf.cli.models import (
@@ -40,6 +46,17 @@ def test_a_pretext_model_is_loaded_whole(tmp_path: Path) -> None:
     assert same_weights(loaded, model)
 
 
+def test_the_task_is_that_of_the_lower_model(tmp_path: Path) -> None:
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    ViTMAEConfig(**size).save_pretrained(tmp_path)
+    assert PretextModelArguments().pretext_task == "simclr"
+    assert PretextModelArguments(pretext="byol").pretext_task == "byol"
+    for given in (None, "mae"):
+        assert PretextModelArguments(pretext=given, lower_model=str(tmp_path)).pretext_task == "mae"
+    with pytest.raises(ValueError, match=r"pretext is simclr, and lower_model .* is a model of mae; leave pretext out"):
+        _ = PretextModelArguments(pretext="simclr", lower_model=str(tmp_path)).pretext_task
+
+
 def test_a_backbone_gets_a_new_head(classifier: Path) -> None:
     source = ResNetForImageClassification.from_pretrained(classifier)
     arguments = PretextModelArguments(backbone=str(classifier), projection_dims=[7, 3], temperature=0.2)
@@ -60,6 +77,7 @@ def test_a_resnet18_by_default() -> None:
     [
         ({"backbone_init": "zeros"}, "backbone_init is 'zeros'; it must be pretrained or random"),
         ({"lower_model": "a", "backbone": "b"}, "Both lower_model and backbone are given"),
+        ({"pretext": "jigsaw"}, "pretext is 'jigsaw'; it must be one of simclr"),
         ({"lower_model": "{classifier}"}, "is a 'resnet' model; it must be one of a pretext task.*--backbone"),
     ],
 )

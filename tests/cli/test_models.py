@@ -53,7 +53,7 @@ def test_the_task_is_that_of_the_lower_model(tmp_path: Path) -> None:
     assert PretextModelArguments(pretext="byol").pretext_task == "byol"
     for given in (None, "mae"):
         assert PretextModelArguments(pretext=given, lower_model=str(tmp_path)).pretext_task == "mae"
-    with pytest.raises(ValueError, match=r"pretext is simclr, and lower_model .* is a model of mae; leave pretext out"):
+    with pytest.raises(ValueError, match=r"pretext is simclr, and lower_model .* is a model of mae; leave pretext"):
         _ = PretextModelArguments(pretext="simclr", lower_model=str(tmp_path)).pretext_task
 
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..tasks.labelled import decode_labelled
 from ..text import for_console
+from ..trainer.finetune_trainer import FineTuneTrainer
 from ..trainer.search import SearchSpace, check_backend
 from ..trainer.training_args import FineTuningArguments, with_changes
 from .adapters import LoraArguments
@@ -108,6 +109,40 @@ def build_finetuning(
     )
 
 
+def run_stages(
+    trainer: FineTuneTrainer, tuning: FineTuning, repetition: RepetitionArguments, output: Path, seeds: range
+) -> None:
+    """Searches where that was asked for, trains with each seed, tests, and writes what came of it."""
+    if trainer.is_world_process_zero():
+        print(for_console(tuning.task.describe_splits(tuning.images)))
+    found, chosen = None, {}
+    if repetition.search_trials:
+        found = tuning.search(
+            output / "search",
+            repetition.space,
+            num_trials=repetition.search_trials,
+            backend=repetition.search_backend,
+        )
+        chosen = found.best
+    runs = {}
+    for seed in seeds:
+        if trainer.is_world_process_zero():
+            print(f"Fine-tuning with seed {seed}")
+        runs[seed] = tuning.train(seed_folder(output, seed), seed=seed, **chosen)
+    tests = {seed: tuning.test(seed_folder(output, seed)) for seed in runs}
+    best = max(runs, key=lambda seed: tuning.rank(runs[seed]))
+    predicted = {
+        split: tuning.predict(seed_folder(output, best), getattr(tuning.images, split))
+        for split in ("validation", "test")
+    }
+    if trainer.is_world_process_zero():
+        outcome = FineTuned(trainer, tuning, runs, tests, best, predicted, found)
+        outcome.write_outputs()
+        with afterwards("The summary"):
+            outcome.print_summary()
+    trainer.push_outputs()
+
+
 @as_a_run()
 def main(arguments: list[str] | None = None) -> None:
     data, crops, start, loss, repetition, card, args = parse_arguments(
@@ -149,35 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
             base_models=[start.model],
             settings={"Data": data, "Views": crops, "Model": start, "Loss": loss},
         )
-
-    if trainer.is_world_process_zero():
-        print(for_console(tuning.task.describe_splits(tuning.images)))
-    found, chosen = None, {}
-    if repetition.search_trials:
-        found = tuning.search(
-            output / "search",
-            repetition.space,
-            num_trials=repetition.search_trials,
-            backend=repetition.search_backend,
-        )
-        chosen = found.best
-    runs = {}
-    for seed in seeds:
-        if trainer.is_world_process_zero():
-            print(f"Fine-tuning with seed {seed}")
-        runs[seed] = tuning.train(seed_folder(output, seed), seed=seed, **chosen)
-    tests = {seed: tuning.test(seed_folder(output, seed)) for seed in runs}
-    best = max(runs, key=lambda seed: tuning.rank(runs[seed]))
-    predicted = {
-        split: tuning.predict(seed_folder(output, best), getattr(tuning.images, split))
-        for split in ("validation", "test")
-    }
-    if trainer.is_world_process_zero():
-        outcome = FineTuned(trainer, tuning, runs, tests, best, predicted, found)
-        outcome.write_outputs()
-        with afterwards("The summary"):
-            outcome.print_summary()
-    trainer.push_outputs()
+    run_stages(trainer, tuning, repetition, output, seeds)
 
 
 if __name__ == "__main__":

@@ -104,17 +104,7 @@ class ResumableTrainer(Trainer):
             raise ValueError("optimizers is not supported: name them in the arguments, or override create_optimizer.")
         check_master_weights(trainer_kwargs.get("model"))
         self.facts = ModelFacts()
-        self.publisher = Publisher(
-            Path(str(args.output_dir)),
-            write_model=self.save_model,
-            write_card=self.write_card,
-            progress=self._progress,
-            repo_id=args.hub_model_id,
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-            strategy=args.hub_strategy,
-            always_push=args.hub_always_push,
-        )
+        self.publisher = self._build_publisher(args)
         self.metrics_buffer = MetricsBuffer(average_flat)
         self._clock, self._best, self.step_clock = TrainingClock(), BestCheckpoint(), StepClock(args)
         self._staging: Path | None = None
@@ -154,6 +144,19 @@ class ResumableTrainer(Trainer):
             ("divergence", self.divergence),
         ):
             self.checkpoints.register(name, owner)
+
+    def _build_publisher(self, args: ResumableTrainingArguments) -> Publisher:
+        return Publisher(
+            Path(str(args.output_dir)),
+            write_model=self.save_model,
+            write_card=self.write_card,
+            progress=self._progress,
+            repo_id=args.hub_model_id,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            strategy=args.hub_strategy,
+            always_push=args.hub_always_push,
+        )
 
     # Several processes
 

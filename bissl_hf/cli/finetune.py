@@ -7,8 +7,9 @@ recipes/bissl.py, searches for learning rate and weight decay if asked to, train
 the model that is best on the validation split. The test split is read once, at the end.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 
@@ -49,18 +50,29 @@ class RepetitionArguments:
     search_backend: str = field(
         default="optuna", metadata={"help": "optuna, in this process; or ray, over a Ray cluster."}
     )
-    search_learning_rate: list[float] = field(
-        default_factory=lambda: [1e-4, 1.0], metadata={"help": "Range of learning rates, drawn log-uniformly."}
+    search_learning_rate: list[float] | None = field(
+        default=None,
+        metadata={"help": "Range of learning rates, drawn log-uniformly; 1e-4 to 1, for AdamW 1e-6 to 1e-3."},
     )
-    search_weight_decay: list[float] = field(
-        default_factory=lambda: [1e-5, 1e-2], metadata={"help": "Range of weight decays, drawn log-uniformly."}
+    search_weight_decay: list[float] | None = field(
+        default=None,
+        metadata={"help": "Range of weight decays, drawn log-uniformly; 1e-5 to 0.01, for AdamW 0.001 to 0.3."},
     )
 
     def __post_init__(self) -> None:
         for name, least in (("seeds", 1), ("search_trials", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        self.space = SearchSpace(tuple(self.search_learning_rate), tuple(self.search_weight_decay))  # type: ignore[arg-type]
+        self.space("sgd")
+
+    def space(self, optim: str) -> SearchSpace:
+        """Returns the ranges to search with an optimizer: those that are given, and the usual ones.
+
+        Raises:
+            `ValueError`: for a range that is not allowed.
+        """
+        given: dict[str, Any] = {"learning_rate": self.search_learning_rate, "weight_decay": self.search_weight_decay}
+        return replace(SearchSpace.usual(optim), **{name: tuple(pair) for name, pair in given.items() if pair})
 
 
 def check_run(args: FineTuningArguments) -> None:
@@ -119,7 +131,7 @@ def run_stages(
     if repetition.search_trials:
         found = tuning.search(
             output / "search",
-            repetition.space,
+            repetition.space(str(tuning.args.optim)),
             num_trials=repetition.search_trials,
             backend=repetition.search_backend,
         )
@@ -172,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         tuning = build_finetuning(data, crops, start, args, loss)
         output, seeds = Path(args.output_dir), range(args.seed, args.seed + repetition.seeds)
         if repetition.search_trials:
-            tuning.search_part(output / "search", repetition.space, begins=False)
+            tuning.search_part(output / "search", repetition.space(str(args.optim)), begins=False)
         else:
             for seed in seeds:
                 tuning.run_part(seed_folder(output, seed), seed=seed, begins=False)

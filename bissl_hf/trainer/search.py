@@ -45,6 +45,16 @@ class SearchSpace:
     learning_rate: tuple[float, float] = (1e-4, 1.0)
     weight_decay: tuple[float, float] = (1e-5, 1e-2)
 
+    @classmethod
+    def usual(cls, optim: str) -> "SearchSpace":
+        """Returns the usual ranges for an optimizer: the paper's, which are those of SGD, or smaller steps and more
+        decay where Adam scales each step.
+
+        Args:
+            optim (`str`): name of the optimizer.
+        """
+        return cls((1e-6, 1e-3), (1e-3, 0.3)) if "adam" in optim else cls()
+
     def __post_init__(self) -> None:
         for name, values in vars(self).items():
             if len(values) != 2 or not 0 < values[0] <= values[1] < math.inf:

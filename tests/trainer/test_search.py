@@ -65,6 +65,8 @@ def run(folder, num_trials: int, callback: TrainerCallback | None = None, backen
 
 
 def test_pairs_are_log_uniform_and_a_function_of_the_seed():
+    assert SearchSpace.usual("sgd") == SearchSpace.usual("lars") == SearchSpace()
+    assert SearchSpace.usual("adamw_torch_fused") == SearchSpace((1e-6, 1e-3), (1e-3, 0.3))
     drawn = SearchSpace().draw(2000, seed=1)
     assert drawn[:3] == SearchSpace().draw(3, seed=1)
     assert drawn[0] != SearchSpace().draw(1, seed=2)[0]

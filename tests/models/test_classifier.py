@@ -23,7 +23,7 @@ def test_a_classifier_takes_the_weights_of_a_backbone_and_names_its_classes() ->
     with pytest.raises(ValueError, match=r"of type 'bert', on which transformers has no image classifier"):
         new_classifier(BertConfig(), ["a", "b"])
     del source.embedder
-    with pytest.raises(ValueError, match=r"a ResNetModel, lacks 6 of the weights of ResNetForImageClassification"):
+    with pytest.raises(ValueError, match=r"a ResNetModel, lacks 6 of the parameters of ResNetForImageClassification"):
         classifier_on(source, ["a", "b"])
 
 

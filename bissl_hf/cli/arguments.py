@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 
 from ..checkpoints import DamagedFileError
 from ..data.paths import expand_path
+from ..data.workers import LoaderWorkerError, explaining_lost_workers
 from ..text import for_terminal
 from ..trainer.divergence import DivergenceError
 from .configuration import read_configuration
@@ -25,6 +26,7 @@ from .values import checked_value
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+EXIT_LOST_WORKER = 4
 _LONGEST_MESSAGE = 500
 # How long a process waits for the first one of its machine, and one that has lost another for that one, to speak.
 _FIRST_SPEAKS_SECONDS, _OTHERS_SPEAK_SECONDS = 1.5, 5.0
@@ -65,10 +67,14 @@ def _is_about_others(error: Exception) -> bool:
 
 @contextmanager
 def stopping_at_divergence() -> Iterator[None]:
-    """Ends the process with one sentence where the training diverges (`EXIT_DIVERGED`), and where a file that it left
-    earlier is damaged (`EXIT_BAD_INPUT`)."""
+    """Ends the process with one sentence where the training diverges (`EXIT_DIVERGED`), where it loses its loader
+    workers (`EXIT_LOST_WORKER`), and where a file that it left earlier is damaged (`EXIT_BAD_INPUT`)."""
     try:
-        yield
+        with explaining_lost_workers():
+            yield
+    except LoaderWorkerError as error:
+        _speak(str(error))
+        sys.exit(EXIT_LOST_WORKER)
     except DamagedFileError as error:
         refuse(str(error))
     except DivergenceError as error:

@@ -239,6 +239,13 @@ def test_a_damaged_file_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "error: result.json is damaged.\n"
 
 
+def test_a_lost_worker_is_one_sentence_with_an_exit_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, cli_arguments.stopping_at_divergence():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert stop.value.code == 4
+    assert capsys.readouterr().err.startswith("error: The run has stopped: a loader worker has ended")
+
+
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, RuntimeError])
 def test_errors_about_input_become_one_sentence(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), refusing_bad_input():

@@ -1,5 +1,7 @@
 """Signals that ask a run to end: the step is finished, a checkpoint saved, and the process ends with 128 + number."""
 
+import ctypes
+import gc
 import os
 import signal
 import sys
@@ -19,9 +21,10 @@ from ..distributed import world_size
 # What a shell, a terminal and schedulers send: SLURM sends SIGUSR1 where it is asked to warn before the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # How often a process looks whether its launcher is still there, and how long it has to end without it.
-_WATCH_SECONDS, _GRACE_SECONDS = 0.5, 30.0
+_WATCH_SECONDS, _GRACE_SECONDS = 0.1, 30.0
 # A launcher passes on what the terminal has sent to its processes already.
 _SAME_SIGNAL_SECONDS = 0.5
+_SIGNAL_OF_PARENTS_END = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 # Read on import: transformers sets variables of this kind itself. The first is torchrun's, the second accelerate's.
 _HAS_LAUNCHER = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_USE_CPU" in os.environ
 
@@ -125,6 +128,7 @@ class StopSignals(TrainerCallback):
                 file=sys.stderr,
                 flush=True,
             )
+        gc.freeze()  # taking all objects apart at the end can take longer than saving them did
         raise SystemExit(128 + self.stopped_by)
 
 
@@ -197,3 +201,6 @@ def leave_signals_to_the_run(worker: int) -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, end_later if number == signal.SIGTERM else signal.SIG_IGN)
+    if sys.platform == "linux":
+        # A killed run takes its workers with it; torch has them look for it every five seconds.
+        ctypes.CDLL(None).prctl(_SIGNAL_OF_PARENTS_END, signal.SIGKILL)

@@ -42,7 +42,8 @@ _AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers", "dataloader_timeout"), 0),
-    "num_train_epochs": 0,
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "eval_delay"), 0),
+    "ddp_timeout": 1,
 }
 _BISSL_AT_LEAST = {
     **dict.fromkeys(("num_alternations", "lower_steps", "upper_steps", "solver_max_iterations", "solver_memory"), 1),

@@ -111,6 +111,18 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, number, workers, to_group):
 
 
 @pytest.mark.slow
+def test_a_killed_run_takes_its_workers_with_it(tmp_path):
+    run = start(tmp_path / "run", 2)
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 2  # torch's workers look for their parent every five seconds
+    while members_of(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert members_of(run.pid) == []
+    run.communicate()
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
     run = start(tmp_path / "run", 0)
     run.send_signal(signal.SIGTERM)

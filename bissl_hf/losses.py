@@ -60,8 +60,8 @@ def pair_similarities(first: Tensor, second: Tensor, *, temperature: float) -> T
         `ValueError`: as [`nt_xent_loss`].
     """
     _check_views(first, second)
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be above 0.")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be above 0 and finite.")
     with torch.autocast(first.device.type, enabled=False):
         # The loss compares many close numbers; half precision is for the network.
         first, second = at_least_float32(first), at_least_float32(second)

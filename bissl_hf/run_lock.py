@@ -57,9 +57,13 @@ class RunLock:
         threading.Thread(target=self._renew, daemon=True).start()
 
     def _open(self) -> IO[str]:
-        """Opens the file and locks it; again where its owner has removed it meanwhile."""
+        """Opens the file and locks it; again where its owner has removed it meanwhile. A link in its place is not
+        followed: what it points to would be emptied."""
         while True:
-            stream = self.path.open("a+", encoding="utf-8")
+            if self.path.is_symlink():
+                raise ValueError(f"output_dir {self.path.parent} has a link in the place of {LOCK_NAME}: remove it.")
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            stream = os.fdopen(os.open(self.path, flags, 0o666), "a+", encoding="utf-8")
             try:
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:

@@ -62,7 +62,7 @@ def test_refuses_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], tuple[int
         nt_xent_loss(torch.ones(shapes[0]), torch.ones(shapes[1]), temperature=0.5)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.5, float("nan")])
+@pytest.mark.parametrize("temperature", [0.0, -0.5, float("nan"), float("inf")])
 def test_refuses_a_temperature_that_is_not_positive(temperature: float) -> None:
     with pytest.raises(ValueError, match=f"temperature is {temperature}"):
         nt_xent_loss(*views(), temperature=temperature)

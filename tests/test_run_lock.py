@@ -104,3 +104,12 @@ def test_without_locks_of_the_kernel_the_process_decides(tmp_path, monkeypatch):
         owner.wait()
     with holding_folder(tmp_path):
         pass
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK_NAME).symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match=r"run has a link in the place of \.run\.lock: remove it"):
+        hold_folder(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "mine"

@@ -147,6 +147,7 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
             use_cpu=args.use_cpu,
             disable_tqdm=args.disable_tqdm,
             dataloader_num_workers=args.dataloader_num_workers,
+            dataloader_timeout=args.dataloader_timeout,
             report_to=args.report_to,
             save_total_limit=1,
         ),

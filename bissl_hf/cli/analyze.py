@@ -37,6 +37,7 @@ from .console import prepare_console
 from .images import DataArguments, load_labelled
 from .loading import load_config, loading
 from .outputs import RUN_RESULTS, afterwards, open_output_dir
+from .running import check_one_process
 from .starting import StartingPoint
 
 
@@ -81,10 +82,7 @@ def check_arguments(arguments: AnalysisArguments) -> None:
             f"names has {len(arguments.names)} entries for {len(arguments.checkpoints)} checkpoints; give one for "
             "each."
         )
-    if PartialState(cpu=arguments.use_cpu).num_processes > 1:
-        raise ValueError(
-            f"The analysis runs on {PartialState().num_processes} processes; start it on one: --num_processes 1."
-        )
+    check_one_process("The analysis", cpu=arguments.use_cpu)
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,12 @@ class Analysis:
             rows = np.sort(random.permutation(len(split))[: arguments.max_images])
             self.splits[name] = Subset(split, rows.tolist())
 
-    def batches(self, split: str) -> Iterator[dict[str, Any]]:
-        loader = DataLoader(self.splits[split], self.arguments.batch_size, collate_fn=default_data_collator)
+    def batches(self, split: str, *, whole: bool = False) -> Iterator[dict[str, Any]]:
+        """Batches of a split; of equal size and at least two images if they are to be whole, as batch norm needs
+        them."""
+        size = min(self.arguments.batch_size, len(self.splits[split]))  # type: ignore[arg-type]
+        size = max(size, 2) if whole else size
+        loader = DataLoader(self.splits[split], size, drop_last=whole, collate_fn=default_data_collator)
         for batch in loader:
             yield self.transform({name: value.to(self.device) for name, value in batch.items()}, ())
 
@@ -142,7 +144,7 @@ class Analysis:
         model.to(self.device)
         steps = tqdm(self.splits, desc=f"Features of {name}")
         if self.arguments.recalibrate:
-            recalibrate_batch_norm(model, self.batches("train"))
+            recalibrate_batch_norm(model, self.batches("train", whole=True))
         return {split: extract_features(model, self.batches(split)) for split in steps}
 
     def layouts(self, test: dict[str, Labelled]) -> list[tuple[str, np.ndarray, np.ndarray]]:

@@ -17,14 +17,18 @@ from transformers import HfArgumentParser
 
 from ..checkpoints import DamagedFileError
 from ..data.paths import expand_path
+from ..data.workers import LoaderWorkerError, explaining_lost_workers
 from ..text import for_terminal
 from ..trainer.divergence import DivergenceError
 from .configuration import read_configuration
+from .disk import reason_of_disk
 from .help import HELP_FLAGS, HelpFormatter, format_grouped_help, group_fields
 from .values import checked_value
 
+EXIT_DISK = 1
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+EXIT_LOST_WORKER = 4
 _LONGEST_MESSAGE = 500
 # How long a process waits for the first one of its machine, and one that has lost another for that one, to speak.
 _FIRST_SPEAKS_SECONDS, _OTHERS_SPEAK_SECONDS = 1.5, 5.0
@@ -65,15 +69,28 @@ def _is_about_others(error: Exception) -> bool:
 
 @contextmanager
 def stopping_at_divergence() -> Iterator[None]:
-    """Ends the process with one sentence where the training diverges (`EXIT_DIVERGED`), and where a file that it left
-    earlier is damaged (`EXIT_BAD_INPUT`)."""
+    """Ends the process with one sentence where the training diverges (`EXIT_DIVERGED`), where it loses its loader
+    workers (`EXIT_LOST_WORKER`), where a disk fails (`EXIT_DISK`), and where a file that it left earlier is damaged
+    (`EXIT_BAD_INPUT`)."""
     try:
-        yield
+        with explaining_lost_workers():
+            yield
+    except LoaderWorkerError as error:
+        _speak(str(error))
+        sys.exit(EXIT_LOST_WORKER)
     except DamagedFileError as error:
         refuse(str(error))
     except DivergenceError as error:
         _speak(str(error))
         sys.exit(EXIT_DIVERGED)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := reason_of_disk(error)) is None:
+            raise
+        _speak(
+            f"A disk that the run writes to is full or fails: {reason}. What it saved before is whole: make room or "
+            "mend the disk, and go on with --resume_from_checkpoint true."
+        )
+        sys.exit(EXIT_DISK)
 
 
 class _Parser(HfArgumentParser):

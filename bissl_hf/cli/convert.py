@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import PartialState
 from transformers import PreTrainedModel
 
 from .. import SimCLRForPreTraining
@@ -42,6 +41,7 @@ from .conversion import (
     write_weights,
 )
 from .outputs import afterwards
+from .running import check_one_process
 
 
 @dataclass
@@ -88,8 +88,7 @@ def check_arguments(options: ConversionArguments, push: PushArguments) -> None:
         raise ValueError(f"output {target} exists already; choose another.")
     if push.push_to_hub and is_weights_file(target):
         raise ValueError(f"push_to_hub is on and output is the file {target}; only a checkpoint is pushed.")
-    if (processes := PartialState(cpu=True).num_processes) > 1:
-        raise ValueError(f"The conversion runs on {processes} processes; start it on one: --num_processes 1.")
+    check_one_process("The conversion", cpu=True)
 
 
 def open_queue(target: Path, push: PushArguments) -> PushQueue | None:

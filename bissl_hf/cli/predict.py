@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
-from transformers.image_utils import load_image
 
+from ..data.reading import decode_image, reason_of
 from ..evaluation.metrics import MULTI_LABEL, REGRESSION
 from ..models.loading import load_pretrained
-from ..text import format_table
+from ..text import for_terminal, format_table
 from .arguments import parse_arguments, refusing_bad_input
 from .console import prepare_console
 from .loading import load_config, loading
+from .running import check_one_process
 
 _ROWS_SHOWN = 5
 
@@ -136,11 +137,16 @@ def read_batches(
         read, images = [], []
         for file in files[start : start + batch_size]:
             try:
-                images.append(load_image(str(file)))
-            except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-                unreadable[file] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                with file.open("rb") as stream:
+                    image, _ = decode_image(stream)
+            except MemoryError:
+                raise
+            # Every decoder has errors of its own, from KeyError to struct.error.
+            except Exception as error:
+                unreadable[file] = reason_of(error)
             else:
                 read.append(file)
+                images.append(image)
         if read:
             yield read, images
 
@@ -158,7 +164,8 @@ def write_predictions(
     shown: list[dict[str, str]] = []
     unreadable: dict[Path, str] = {}
     staging = output.with_name(f".{output.name}.tmp")
-    with staging.open("w", newline="", encoding="utf-8") as stream:
+    # Names of files that are no UTF-8 are written as they are.
+    with staging.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.writer(stream)
         writer.writerow(header)
         for read, images in read_batches(files, batch_size, unreadable):
@@ -175,11 +182,11 @@ def print_summary(output: Path, num_files: int, shown: list[dict[str, str]], unr
     if shown:
         columns = list(shown[0])[:5]  # the rest is in the file
         print(f"\n{format_table([{name: row[name] for name in columns} for row in shown])}\n")
-    print(f"The predictions for {num_files - len(unreadable)} of {num_files} images are in {output}.")
+    print(f"The predictions for {num_files - len(unreadable)} of {num_files} images are in {for_terminal(output)}.")
     if unreadable:
         print(f"{len(unreadable)} could not be read:", file=sys.stderr)
         for file, reason in unreadable.items():
-            print(f"    {file}: {reason}", file=sys.stderr)
+            print(f"    {for_terminal(file)}: {for_terminal(reason)}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -188,13 +195,11 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_console()
     output = Path(options.output).expanduser()
     with refusing_bad_input():
-        state = PartialState(cpu=options.use_cpu)
-        if state.num_processes > 1:
-            raise ValueError(f"predict runs on {state.num_processes} processes; start it on one: --num_processes 1.")
+        check_one_process("predict", cpu=options.use_cpu)
         if output.exists():
             raise ValueError(f"output {output} exists already; choose another file.")
         files = find_images(options.inputs)
-        classifier = Classifier(options.model, state.device)
+        classifier = Classifier(options.model, PartialState(cpu=options.use_cpu).device)
         output.parent.mkdir(parents=True, exist_ok=True)
     shown, unreadable = write_predictions(
         classifier, files, output, top_k=options.top_k, batch_size=options.batch_size

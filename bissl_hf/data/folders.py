@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _NO_IMAGES = frozenset({".mpg", ".mpeg", ".wmf", ".emf", ".eps", ".ps", ".pdf"})
 IMAGE_SUFFIXES = frozenset({*ImageFolder.EXTENSIONS, ".avif"}) - _NO_IMAGES
 _NAMES_TOLD = 10
+_RUN_RESULTS = "all_results.json"  # what a run leaves in its folder, as those of transformers do
 
 
 def is_image_file(path: Path) -> bool:
@@ -43,7 +44,7 @@ def read_image_folder(root: Path) -> dict[str, Dataset]:
         `dict[str, Dataset]`: the splits by the names of the schema.
 
     Raises:
-        `ValueError`: if there are no images, or folders can be read in more than one way.
+        `ValueError`: if there are no images, some are figures of a run, or folders can be read in more than one way.
     """
     everything = list(walk_files(root))
     # Not read, by the rule of `datasets`, which someone who calls a class "__background__" may not know.
@@ -51,6 +52,7 @@ def read_image_folder(root: Path) -> dict[str, Dataset]:
     files = [path for path in everything if not is_special(path, root)] if special else everything
     images = [path for path in files if is_image_file(path)]
     _check_images(images)
+    _refuse_figures(root, everything, images)
     if not images:
         raise ValueError(
             f"There are no images in {str(root)!r}{_instead(files)}; give a folder of images or of Parquet files."
@@ -86,6 +88,17 @@ def _check_images(images: list[Path]) -> None:
             raise ValueError(
                 f"The image {str(path)!r} is a link to {os.readlink(path)!r}, which is not there: restore that file, "
                 "or remove the link."
+            )
+
+
+def _refuse_figures(root: Path, files: Iterable[Path], images: Iterable[Path]) -> None:
+    """Refuses the output folder of a run among the images: its figures would become a class."""
+    runs = {path.parent for path in files if path.name == _RUN_RESULTS}
+    for path in images if runs else ():
+        if run := next((folder for folder in path.parents if folder in runs), None):
+            raise ValueError(
+                f"{str(run)!r} is the output folder of a run, and its figures, such as {str(path)!r}, would be read "
+                f"as images of {str(root)!r}: move it out of the data, and choose an output_dir outside."
             )
 
 

@@ -158,10 +158,7 @@ class ImageReader:
             yield start, self._rows[start : start + _BLOCK_ROWS]["image"]
 
     def _decode(self, file: IO[bytes]) -> tuple[PIL.Image.Image, str | None]:
-        with PIL.Image.open(file) as opened:
-            opened.load()
-            image = _upright(opened)
-            return to_rgb(image.convert(self._mode) if self._mode and image.mode != self._mode else image)
+        return decode_image(file, self._mode)
 
     def _try(self, row: int, value: dict[str, Any] | None, read: Callable[[IO[bytes]], _T]) -> _T | UnreadableImage:
         path = (value or {}).get("path")
@@ -174,8 +171,28 @@ class ImageReader:
             raise
         # Every decoder has errors of its own, from KeyError to struct.error.
         except Exception as error:
-            reason = (_OBJECT.sub("", str(error)).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            return UnreadableImage(row, path, reason)
+            return UnreadableImage(row, path, reason_of(error))
+
+
+def decode_image(file: IO[bytes], mode: str | None = None) -> tuple[PIL.Image.Image, str | None]:
+    """Returns the image of a file as training sees it: upright, in RGB; and how it was scaled, see [`to_rgb`].
+
+    Args:
+        file: opened for reading bytes.
+        mode (`str`, *optional*): of Pillow, into which the image is converted first.
+
+    Raises:
+        `Exception`: whatever the decoder of its format raises; see [`reason_of`].
+    """
+    with PIL.Image.open(file) as opened:
+        opened.load()
+        image = _upright(opened)
+        return to_rgb(image.convert(mode) if mode and image.mode != mode else image)
+
+
+def reason_of(error: Exception) -> str:
+    """Returns what a decoder says of an image that it cannot read, in one line."""
+    return (_OBJECT.sub("", str(error)).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _open(value: dict[str, Any]) -> IO[bytes]:

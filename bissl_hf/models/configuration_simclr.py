@@ -33,8 +33,8 @@ class SimCLRConfig(PretextConfig):
         feature_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0.")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature}; it must be above 0 and finite.")
         super().__init__(backbone_config, projection_dims, feature_size, **kwargs)
         self.temperature = temperature
 

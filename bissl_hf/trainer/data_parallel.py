@@ -3,11 +3,15 @@
 import os
 from typing import Any
 
+import torch
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from ..data.shared_memory import processes_here
+from ..text import for_terminal
 from .fields import SECOND_ORDER
 
 _WHOLE_MODELS = (
@@ -49,6 +53,29 @@ def refuse_launcher_settings(*, second_order: bool) -> None:
             "ACCELERATE_MIXED_PRECISION is 'fp8', which is not supported: its layers have no second derivative. Set "
             "`mixed_precision: bf16` in the configuration of accelerate."
         )
+
+
+def refuse_missing_devices(*, uses_cpu: bool, backend: str | None) -> None:
+    """Refuses more processes on this machine than it has devices, as a configuration of accelerate that was made for
+    another machine starts them. Each would train on its own, or fail in its first exchange.
+
+    Args:
+        uses_cpu (`bool`): whether the run is to use no device.
+        backend (`str`, *optional*): of the exchange, where it is chosen; processes may share a device with `gloo`.
+
+    Raises:
+        `ValueError`: with the numbers, the file of accelerate and the ways out.
+    """
+    processes, devices = processes_here(), torch.accelerator.device_count()
+    on_cpu = uses_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() not in _OFF
+    if processes <= max(devices, 1) or on_cpu or (backend == "gloo" and devices):
+        return
+    raise ValueError(
+        f"The launcher has started {processes} processes on this machine, one for each GPU, and torch finds "
+        f"{devices or 'no'} GPU here. Start one process (`accelerate launch --cpu --num_processes 1`, or python "
+        f"without a launcher), or set use_cpu to train on {processes} processes without GPUs. If these are the "
+        f"numbers of {for_terminal(default_config_file)}, make that file anew with `accelerate config`."
+    )
 
 
 def check_whole_model(model: nn.Module, *, second_order: bool) -> None:

@@ -13,7 +13,7 @@ from ..data.alternation import Stream
 from ..data.decoded import decoded_for
 from ..data.streams import labelled_batch_size
 from ..models.adapters import adapter_of, merged
-from ..models.batch_norm import has_batch_norm, recalibrate_batch_norm
+from ..models.batch_norm import check_rows_for_batch_norm, has_batch_norm, recalibrate_batch_norm
 from ..tasks.image_task import ImageTask
 from .from_task import filled_from_task
 from .given import check_arguments, check_rows, evaluate_nothing_without_data
@@ -40,7 +40,7 @@ class FineTuneTrainer(SingleLevelTrainer):
             (`eval_transform`) and `transformers.Trainer` (`model` or `model_init`, `compute_metrics`, ...).
 
     Raises:
-        `ValueError`: if there is no training example for each process.
+        `ValueError`: if there is no training example for each process, or a process takes one row with batch norm.
     """
 
     args: FineTuningArguments
@@ -68,6 +68,8 @@ class FineTuneTrainer(SingleLevelTrainer):
             eval_dataset=eval_dataset,
             **trainer_kwargs,
         )
+        rows = self.source.batch_size // args.world_size
+        check_rows_for_batch_norm(self.model, rows, what="per_device_train_batch_size")
         check_rows(train_dataset, name="train_dataset", transform="train_transform", labelled_for=self.model)
         if args.label_smoothing_factor:
             check_smoothing(self.model, class_weights)

@@ -39,6 +39,7 @@ from ..data.batches import batch_rows, rows_between
 from ..data.decoded import decoded_for
 from ..data.shared_memory import check_shared_memory, processes_here
 from ..data.streams import Streams, Transform
+from ..data.workers import explaining_lost_workers
 from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
 from ..models.adapters import adapter_of, read_state, write_state
@@ -220,6 +221,7 @@ class ResumableTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=leave_signals_to_the_run,
+            timeout=self.args.dataloader_timeout if self.args.dataloader_num_workers else 0,
             multiprocessing_context=(
                 self.args.dataloader_multiprocessing_context if self.args.dataloader_num_workers else None
             ),
@@ -272,11 +274,21 @@ class ResumableTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Takes a `datasets.Dataset` with a column of images, too."""
-        return super().get_eval_dataloader(self._decoded(eval_dataset))
+        return self._with_timeout(super().get_eval_dataloader(self._decoded(eval_dataset)))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Takes a `datasets.Dataset` with a column of images, too."""
-        return super().get_test_dataloader(self._decoded(test_dataset))
+        return self._with_timeout(super().get_test_dataloader(self._decoded(test_dataset)))
+
+    def _with_timeout(self, loader: DataLoader) -> DataLoader:
+        """Sets how long a loader that Trainer has made waits for its workers."""
+        loader.timeout = self.args.dataloader_timeout if loader.num_workers else 0
+        return loader
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Says what to do where no batch comes."""
+        with explaining_lost_workers():
+            return super().get_batch_samples(*args, **kwargs)
 
     def set_initial_training_values(
         self, args: Any, dataloader: Any
@@ -314,7 +326,7 @@ class ResumableTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Keeps the random state: a run with and one without evaluation are the same run. Leaves out the time that
         Trainer took to place the model, which says nothing of it."""
-        with keyed_random_state((self.args.key_seed, int(Stream.EVALUATION))):
+        with keyed_random_state((self.args.key_seed, int(Stream.EVALUATION))), explaining_lost_workers():
             output = super().evaluation_loop(*args, **kwargs)
         metrics = output.metrics or {}
         for name in [name for name in metrics if name.endswith("_model_preparation_time")]:
@@ -359,10 +371,11 @@ class ResumableTrainer(Trainer):
         dataset, collator = (
             (self.train_dataset, self.data_collator) if source is None else (source.dataset, source.collator)
         )
-        total = min(num_images, len(dataset))
-        if total == 0:
+        if num_images == 0 or len(dataset) == 0:
             return
-        batch = min(self.args.per_device_eval_batch_size, total)
+        # A single row has no batch statistics.
+        total = min(max(num_images, 2), len(dataset))
+        batch = min(max(self.args.per_device_eval_batch_size, 2), total)
         ordered = KeyedSource(dataset, batch, collator, steps_per_alternation=total // batch)
         for position in range(total // batch):
             key = self.streams.key(Stream.EVALUATION, step=position)._replace(rank=0)

@@ -1,5 +1,7 @@
 """Signals that ask a run to end: the step is finished, a checkpoint saved, and the process ends with 128 + number."""
 
+import ctypes
+import gc
 import os
 import signal
 import sys
@@ -19,9 +21,10 @@ from ..distributed import world_size
 # What a shell, a terminal and schedulers send: SLURM sends SIGUSR1 where it is asked to warn before the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # How often a process looks whether its launcher is still there, and how long it has to end without it.
-_WATCH_SECONDS, _GRACE_SECONDS = 0.5, 30.0
+_WATCH_SECONDS, _GRACE_SECONDS = 0.1, 30.0
 # A launcher passes on what the terminal has sent to its processes already.
 _SAME_SIGNAL_SECONDS = 0.5
+_SIGNAL_OF_PARENTS_END = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 # Read on import: transformers sets variables of this kind itself. The first is torchrun's, the second accelerate's.
 _HAS_LAUNCHER = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_USE_CPU" in os.environ
 
@@ -41,6 +44,7 @@ class StopSignals(TrainerCallback):
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
         self._group: Any = None
+        self._exchange: tuple[torch.Tensor, Any] | None = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not _trains(frame):
@@ -60,16 +64,25 @@ class StopSignals(TrainerCallback):
         self._previous = {}
 
     def _agreed(self) -> int:
-        """Returns the signal that any process has received, or 0. The exchange is between hosts and does not wait for
-        the device."""
+        """Returns the signal that any process had received a step ago, or 0. The exchange is between hosts and goes on
+        during the next step: nothing waits for the device, nor for a process that is less than a step behind."""
         if world_size() == 1:
             return self._received
-        number = torch.tensor(self._received)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
+        agreed, number = self._exchanged(), torch.tensor(self._received)
+        work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._exchange = (number, work)
+        return agreed
+
+    def _exchanged(self) -> int:
+        """Returns what the last exchange has found."""
+        if self._exchange is None:
+            return self._received
+        (number, work), self._exchange = self._exchange, None
+        work.wait()
         return int(number)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stopped_by, self._received = None, 0
+        self.stopped_by, self._received, self._exchange = None, 0, None
         if world_size() > 1 and self._group is None and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
@@ -90,8 +103,10 @@ class StopSignals(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._leave_signals()
-        if self._received and not self.stopped_by:
-            os.kill(os.getpid(), self._received)  # it came after the last step, and everything of the run is saved
+        self._agreed()
+        received = self._exchanged()
+        if received and not self.stopped_by:
+            os.kill(os.getpid(), received)  # it came after the last step, and everything of the run is saved
 
     def exit_if_stopped(self, state: Any, *, speaks: bool) -> None:
         """Ends the process if a signal has ended the training.
@@ -113,6 +128,7 @@ class StopSignals(TrainerCallback):
                 file=sys.stderr,
                 flush=True,
             )
+        gc.freeze()  # taking all objects apart at the end can take longer than saving them did
         raise SystemExit(128 + self.stopped_by)
 
 
@@ -185,3 +201,6 @@ def leave_signals_to_the_run(worker: int) -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, end_later if number == signal.SIGTERM else signal.SIG_IGN)
+    if sys.platform == "linux":
+        # A killed run takes its workers with it; torch has them look for it every five seconds.
+        ctypes.CDLL(None).prctl(_SIGNAL_OF_PARENTS_END, signal.SIGKILL)

@@ -23,7 +23,7 @@ from ..optim.optimizers import parse_optimizer_options, resolve_optimizer, takes
 from ..optim.pull import TYPICAL_PULL
 from ..optim.schedule import level_schedule
 from ..optim.two_level import LevelSettings
-from .data_parallel import COMPILER_VARIABLES, refuse_launcher_settings
+from .data_parallel import COMPILER_VARIABLES, refuse_launcher_settings, refuse_missing_devices
 from .fields import (
     REFUSED,
     REFUSED_BY_ALTERNATIONS,
@@ -41,7 +41,9 @@ CURVATURE_MODES = ("auto", *FIXED_CURVATURE_MODES)
 _AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
-    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers", "num_train_epochs"), 0),
+    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers", "dataloader_timeout"), 0),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "eval_delay"), 0),
+    "ddp_timeout": 1,
 }
 _BISSL_AT_LEAST = {
     **dict.fromkeys(("num_alternations", "lower_steps", "upper_steps", "solver_max_iterations", "solver_memory"), 1),
@@ -135,6 +137,10 @@ class ResumableTrainingArguments(TrainingArguments):
             "gradients are not finite and waits for the device in each step to know."
         },
     )
+    dataloader_timeout: int = field(
+        default=600,
+        metadata={"help": "Seconds that a step waits for its batch from a loader worker; 0 waits for ever."},
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Losses that are not finite are shown."})
 
     def __post_init__(self) -> None:
@@ -167,6 +173,7 @@ class ResumableTrainingArguments(TrainingArguments):
 
     def _refuse_unsupported(self) -> None:
         refuse_launcher_settings(second_order=self.takes_second_derivatives)
+        refuse_missing_devices(uses_cpu=self.use_cpu, backend=self.ddp_backend)
         refuse_fields(self, self.refused_fields)
         if self.takes_second_derivatives:
             refuse_fields(self, REFUSED_IN_SECOND_ORDER)

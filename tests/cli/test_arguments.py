@@ -1,6 +1,8 @@
 """Arguments from YAML and the command line, and refusals."""
 
 import contextlib
+import errno
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from bissl_hf.checkpoints import DamagedFileError
 from bissl_hf.cli import arguments as cli_arguments
@@ -237,6 +240,38 @@ def test_a_damaged_file_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> N
         raise DamagedFileError("result.json is damaged.")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: result.json is damaged.\n"
+
+
+def test_a_lost_worker_is_one_sentence_with_an_exit_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, cli_arguments.stopping_at_divergence():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert stop.value.code == 4
+    assert capsys.readouterr().err.startswith("error: The run has stopped: a loader worker has ended")
+
+
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EDQUOT, "", "out/model"), r"Disk quota exceeded \(out/model\)"),
+        (OSError(errno.EROFS, ""), "Read-only file system"),
+        (FULL, "No space left on device"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), "could not be written"),
+    ],
+)
+def test_a_disk_that_fails_is_one_sentence(error: Exception, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, cli_arguments.stopping_at_divergence():
+        raise error
+    assert stop.value.code == 1
+    assert re.match(f"error: A disk .* fails: .*{reason}.*make room or mend", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "gone"), RuntimeError("a bug"), SafetensorError("header")])
+def test_other_errors_of_a_run_keep_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)), cli_arguments.stopping_at_divergence():
+        raise error
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, RuntimeError])

@@ -379,3 +379,19 @@ class TestPaths:
             load_image_dataset("~nobody-of-this-name/data")
         with pytest.raises(ValueError, match="The name of the data set is empty"):
             load_image_dataset(" ")
+
+
+class TestRunsAmongTheData:
+    @pytest.mark.parametrize("root", [".", "out"])
+    def test_figures_of_a_run_are_no_images(self, tmp_path, root):
+        write(tmp_path, {"cat": 4, "dog": 4, "out/figures": 1})
+        assert read(tmp_path)[1] == ["cat", "dog", "out"]
+        (tmp_path / "out" / "all_results.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"out' is the output folder of a run, .*move it out of the data"):
+            load_image_dataset(tmp_path / root)
+
+    def test_results_without_images_are_left_out(self, tmp_path):
+        write(tmp_path, {"cat": 4, "dog": 4})
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "all_results.json").write_text("{}")
+        assert read(tmp_path)[1] == ["cat", "dog"]

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from transformers import ResNetForImageClassification
 
 from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
-from bissl_hf.cli import analyze
+from bissl_hf.cli import analyze, running
 from bissl_hf.data.augment import image_processor
 
 from .runs import CLASSES, as_arguments, launch, refusal, resnet_config, write_splits
@@ -122,6 +122,17 @@ def test_one_checkpoint_with_few_images_and_its_own_statistics(
     assert "mine" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [2, 2]), (4, [4]), (9, [5])])
+def test_batch_norm_is_estimated_on_whole_batches(batch_size: int, sizes: list[int]) -> None:
+    rows = [{"pixel_values": torch.zeros(3, 4, 4)} for _ in range(5)]
+    arguments = SimpleNamespace(batch_size=batch_size)
+    analysis: Any = SimpleNamespace(
+        splits={"train": rows}, arguments=arguments, device="cpu", transform=lambda inputs, key: inputs
+    )
+    batches = analyze.Analysis.batches(analysis, "train", whole=True)
+    assert [len(batch["pixel_values"]) for batch in batches] == sizes
+
+
 def test_figures_that_are_not_defined_are_null() -> None:
     assert analyze.finite({"a": 0.5, "b": float("nan"), "c": float("inf")}) == {"a": 0.5, "b": None, "c": None}
 
@@ -167,6 +178,6 @@ def test_a_folder_with_files_is_left_alone(
 def test_one_process_analyses(
     images: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(analyze, "PartialState", lambda cpu=None: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(running, "PartialState", lambda cpu=None: SimpleNamespace(num_processes=2))
     sentence = refusal(capsys, analyze.main, settings(images, tmp_path / "out", models / "simclr"))
     assert "The analysis runs on 2 processes; start it on one: --num_processes 1" in sentence

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from bissl_hf import SimCLRForPreTraining
-from bissl_hf.cli import convert
+from bissl_hf.cli import convert, running
 
 from ..models.test_timm_resnet import plain_resnet, projection_head
 from .runs import ROOT, as_arguments, launch, refusal
@@ -152,7 +152,7 @@ def test_the_card_says_what_is_known(tmp_path: Path) -> None:
 
 
 def test_one_process_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(convert, "PartialState", lambda cpu: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(running, "PartialState", lambda cpu: SimpleNamespace(num_processes=2))
     arguments = as_arguments({"input": tmp_path / "a.pth", "output": tmp_path / "b"})
     assert "The conversion runs on 2 processes; start it on one" in refusal(capsys, convert.main, arguments)
 

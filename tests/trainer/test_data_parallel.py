@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from bissl_hf.trainer.data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gradients_of
+from bissl_hf.trainer.data_parallel import (
+    check_whole_model,
+    num_own_rows,
+    pad_rows,
+    reduce_gradients_of,
+    refuse_missing_devices,
+)
 
 from ..conftest import tiny_model
 from .trainers import make_args, make_trainer
@@ -33,6 +39,26 @@ def test_variables_that_turn_things_off_are_allowed(tmp_path, monkeypatch, value
     for name, _, _ in VARIABLES[:5]:
         monkeypatch.setenv(name, value)
     make_args(tmp_path)
+
+
+@pytest.mark.parametrize(("devices", "found"), [(0, "no GPU"), (1, "1 GPU")])
+def test_more_processes_than_gpus_are_refused_with_the_file_of_accelerate(tmp_path, monkeypatch, devices, found):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
+    message = rf"started 2 processes .* finds {found} here\. Start one .*use_cpu .*default_config\.yaml, make that"
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, use_cpu=False)
+    make_args(tmp_path, use_cpu=True)
+
+
+def test_as_many_processes_as_gpus_are_allowed(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    refuse_missing_devices(uses_cpu=False, backend=None)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    refuse_missing_devices(uses_cpu=False, backend="gloo")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    refuse_missing_devices(uses_cpu=False, backend=None)
 
 
 @pytest.mark.parametrize("field", ["torch_compile_backend", "torch_compile_mode"])

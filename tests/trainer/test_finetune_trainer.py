@@ -1,5 +1,7 @@
 """Fine-tuning: its steps, its batch norm, and that it can be interrupted."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,3 +135,21 @@ def test_a_batch_larger_than_the_data_is_cut(tmp_path):
 def test_no_examples_are_refused(tmp_path):
     with pytest.raises(ValueError, match="train_dataset is empty; it is needed"):
         make_trainer(tmp_path, rows=0)
+
+
+def test_one_row_per_process_is_refused_with_batch_norm(tmp_path):
+    message = r"per_device_train_batch_size: batch norm would have no statistics, .* a batch of 1 row\. Choose sizes"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, rows=1)
+
+
+@pytest.mark.parametrize("settings", [{"per_device_eval_batch_size": 1}, {"bn_recalibration_images": 1}])
+def test_statistics_are_estimated_on_batches_of_two_rows_at_least(tmp_path, settings):
+    """Feature maps of one pixel, of which one row has no statistics."""
+    trainer = make_trainer(tmp_path, batch_norm="recalibrated", num_train_epochs=1, **settings)
+    sizes = {len(batch["pixel_values"]) for batch in trainer.calibration_batches(trainer.args.bn_recalibration_images)}
+    assert sizes == {2}
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from bissl_hf.checkpoints import read_mapping, write_json
+from bissl_hf.distributed import rank
 from bissl_hf.run_lock import release_folder
-from bissl_hf.trainer.signals import STOP_SIGNALS, ending_at_signals
+from bissl_hf.trainer.signals import STOP_SIGNALS, StopSignals, ending_at_signals
 
+from ..processes import run_in_processes
 from .test_pretext_trainer import make_trainer
 
 SETTINGS = {"max_steps": 9, "save_strategy": "no"}
@@ -107,6 +111,18 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, number, workers, to_group):
 
 
 @pytest.mark.slow
+def test_a_killed_run_takes_its_workers_with_it(tmp_path):
+    run = start(tmp_path / "run", 2)
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 2  # torch's workers look for their parent every five seconds
+    while members_of(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert members_of(run.pid) == []
+    run.communicate()
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
     run = start(tmp_path / "run", 0)
     run.send_signal(signal.SIGTERM)
@@ -175,3 +191,48 @@ def test_a_signal_in_a_step_lets_the_step_end(tmp_path, capsys):
     assert ended.value.code == 128 + signal.SIGTERM
     assert "Interrupted by SIGTERM after step 2 of 5" in capsys.readouterr().err
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def steps_on_two(folder: Path) -> None:
+    """Eight steps, each slow on one of two processes in turn; the second has received a signal in the sixth."""
+    stop, control, state = StopSignals(), TrainerControl(), TrainerState()
+    stop.on_train_begin(None, state, control)
+    dist.barrier()
+    begun = time.monotonic()
+    for step in range(8):
+        time.sleep(0.2 if step % 2 == rank() else 0.0)
+        if step == 5 and rank() == 1:
+            stop._received = signal.SIGHUP
+        stop.on_step_end(None, state, control)
+        if control.should_training_stop:
+            break
+    seconds = time.monotonic() - begun
+    stop.on_train_end(None, state, control)
+    write_json(folder / f"{rank()}.json", {"step": step, "by": stop.stopped_by, "seconds": seconds})
+
+
+def signal_after_the_last_step(folder: Path) -> None:
+    stop, control, state = StopSignals(), TrainerControl(), TrainerState()
+    ended: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: ended.append(number))
+    stop.on_train_begin(None, state, control)
+    stop.on_step_end(None, state, control)
+    stop._received = signal.SIGUSR1 if rank() == 0 else 0
+    stop.on_train_end(None, state, control)
+    write_json(folder / f"{rank()}.json", {"ended": [int(number) for number in ended]})
+
+
+@pytest.mark.distributed
+def test_processes_stop_at_the_same_step_and_wait_for_no_step(tmp_path):
+    run_in_processes(steps_on_two, 2, tmp_path)
+    first, second = (read_mapping(tmp_path / f"{number}.json") for number in (0, 1))
+    assert first["step"] == second["step"] == 6, "one step after the signal"
+    assert first["by"] == second["by"] == signal.SIGHUP
+    # Seven steps, of which each is slow on one process: 1.4 s if each waited for the other's.
+    assert max(first["seconds"], second["seconds"]) < 1.2
+
+
+@pytest.mark.distributed
+def test_a_signal_after_the_last_step_ends_all_processes(tmp_path):
+    run_in_processes(signal_after_the_last_step, 2, tmp_path)
+    assert [read_mapping(tmp_path / f"{number}.json")["ended"] for number in (0, 1)] == [[signal.SIGUSR1]] * 2

@@ -137,6 +137,8 @@ OUT_OF_RANGE = [
     *[(name, -1) for name in ("weight_decay", "lower_warmup_steps", "warmup_steps")],
     *[(name, float("nan")) for name in ("lower_max_grad_norm", "max_grad_norm", "damping")],
     *[(name, float("inf")) for name in ("damping", "direct_weight", "weight_decay")],
+    *[(name, -1) for name in ("dataloader_timeout", "ddp_timeout", "save_steps", "logging_steps")],
+    *[(name, float("nan")) for name in ("eval_steps", "eval_delay")],
 ]
 
 

@@ -136,6 +136,10 @@ class ResumableTrainingArguments(TrainingArguments):
         },
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Losses that are not finite are shown."})
+    channels_last: bool = field(
+        default=False,
+        metadata={"help": "Lay images and convolutions out with their channels last: for GPUs in bf16 or fp16."},
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, **_AT_LEAST)

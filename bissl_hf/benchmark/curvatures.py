@@ -2,7 +2,6 @@
 and memory."""
 
 import copy
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -14,7 +13,7 @@ from ..data.alternation import StepKey, Stream
 from ..tensors import Vector
 from ..trainer.training_args import CURVATURE_KINDS
 from .loops import BareLoop
-from .measuring import allocated_by, wait_for
+from .measuring import allocated_by, interleaved_seconds
 from .workload import Workload, build_model, build_trainer
 
 UNIT = "forward and backward"
@@ -28,7 +27,7 @@ def measure_curvatures(
 
     Args:
         workload ([`Workload`]): sizes, precision and rounds.
-        device (`torch.device`): a CPU, of which the process time is taken, or the first GPU.
+        device (`torch.device`): a CPU or the first GPU.
         say (`Callable`, *optional*): gets one line before each stage.
 
     Returns:
@@ -72,10 +71,7 @@ def measure_curvatures(
     say(f"Measuring {workload.repeats} rounds of linearisations and products")
     for kind in loops:
         linearise(kind)
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(workload.repeats):
-        for name, part in parts.items():
-            seconds[name].append(_seconds(part, device))
+    seconds = interleaved_seconds(parts, device, repeats=workload.repeats)
     unit = median(seconds[UNIT])
     return [
         {"part": name, "seconds": times, "units": median(times) / unit, "peak_bytes": peaks.get(name)}
@@ -87,16 +83,6 @@ def _loop_of(kind: str, trainer: Any) -> BareLoop:
     args = copy.copy(trainer.args)
     args.curvature_kind = kind
     return BareLoop(trainer, trainer.model, args)
-
-
-def _seconds(part: Callable[[], Any], device: torch.device) -> float:
-    """The time of a call: on a CPU that of this process, which other work on the machine hardly lengthens."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    wait_for(device)
-    start = clock()
-    part()
-    wait_for(device)
-    return clock() - start
 
 
 def curvature_rows(found: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -64,10 +64,32 @@ def test_runners_take_turns_and_solves_take_all_products(report):
     assert products["value"] == TINY.products
 
 
+def with_spread_of_the_unit(report, spread):
+    parts = [{**part, "spread": spread} if part["part"] == UNIT else part for part in report["parts"]]
+    return {**report, "parts": parts}
+
+
 def test_the_report_reads_as_tables(report):
-    text = format_report(report)
-    for words in ("forward and backward", "trainer / bare loop", "in the upper phase", "holds"):
+    text = format_report(with_spread_of_the_unit(report, 0.05))
+    for words in ("forward and backward", "trainer / bare loop", "in the upper phase", "holds", "MB moved"):
         assert words in text
+    assert "no verdict" not in text
+
+
+def test_nothing_is_judged_on_a_machine_that_is_too_busy(report):
+    text = format_report(with_spread_of_the_unit(report, 0.25))
+    assert "No verdict: the unit took up to 25 % longer in some rounds" in text
+    assert "no verdict" in text
+    assert not any(word in text for word in ("holds", "MISSED"))
+
+
+def test_the_least_bytes_stand_beside_those_that_are_moved(report):
+    parts = {part["part"]: part for part in report["parts"]}
+    for name in (UNIT, "linearisation", "product", "baseline's product"):
+        assert 0 < parts[name]["least_bytes"] < parts[name]["bytes_moved"]
+    assert parts["product"]["bytes_moved"] < parts["baseline's product"]["bytes_moved"]
+    unit = parts[UNIT]
+    assert unit["spread"] == 0  # of one round
 
 
 def test_baselines_and_bare_loop_take_the_same_upper_step():

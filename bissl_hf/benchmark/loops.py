@@ -24,13 +24,14 @@ from ..bilevel.hypergradient import SOLVERS, Memory, implicit_gradient
 from ..bilevel.linear_solve import SolveInfo
 from ..data.alternation import StepKey, Stream
 from ..models.convex_outputs import convex_outputs
+from ..models.memory_format import to_channels_last
 from ..models.modeling_bissl import BiSSLModel
 from ..optim.optimizers import LARS
 from ..tensors import Vector, add_scaled, dot, fill_missing, subtract
 from ..trainer.bissl_trainer import BiSSLTrainer
 from ..trainer.training_args import BiSSLTrainingArguments
 from .pillow_views import PillowViews
-from .workload import SMALL_RATE, to_channels_last
+from .workload import SMALL_RATE
 
 Batch = dict[str, Any]
 PHASES = ("lower", "upper")

@@ -12,7 +12,7 @@ from ..bilevel.gradient_cache import EmbeddingCurvature
 from ..data.batches import split_rows
 from .loops import BareLoop, Batch
 from .measuring import Allocated, allocated_by
-from .workload import WORKLOADS, Workload, build_model, build_trainer, to_channels_last
+from .workload import WORKLOADS, Workload, build_model, build_trainer
 
 # Channels of the first layer, and pairs of a curvature batch.
 CPU_SIZES = ((32, 64, 128, 256), (64, 64, 128, 256))
@@ -55,9 +55,7 @@ def measure_memory(
 
 def _measure(workload: Workload, device: torch.device) -> dict[str, Allocated]:
     torch.manual_seed(0)
-    trainer = build_trainer(workload, build_model(workload), device)
-    if workload.bf16:
-        to_channels_last(trainer.model)
+    trainer = build_trainer(workload, build_model(workload), device, channels_last=workload.bf16)
     loop = BareLoop(trainer, trainer.model)
     loop.model.train()
     size = workload.image_size

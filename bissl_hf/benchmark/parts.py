@@ -14,7 +14,7 @@ from ..data.alternation import StepKey, Stream
 from ..tensors import add_scaled
 from .costs import CostModel, memory_bandwidth
 from .loops import BareLoop, Baseline
-from .measuring import SynchronisationCounter, Work, count_work, interleaved_seconds, watched_memory
+from .measuring import SynchronisationCounter, Work, count_work, interleaved_seconds, spread, watched_memory
 
 NO_WORK = Work(0, 0)
 UNIT = "forward and backward"
@@ -55,6 +55,9 @@ class Part:
             "arithmetic_alone": costs.arithmetic_alone(work) if work != NO_WORK else None,
             "synchronisations": self.synchronisations,
             "peak_bytes": self.peak_bytes,
+            "bytes_moved": work.traffic,
+            "least_bytes": work.least_traffic,
+            "spread": spread(self.seconds),
             "repeats": len(self.seconds),
         }
 

@@ -4,6 +4,14 @@ from typing import Any
 
 from ..text import format_table
 from .claims import Claim
+from .parts import UNIT
+
+# Largest spread of the unit over the rounds at which ratios are held against their bounds.
+STEADY = 0.1
+_NO_VERDICT = (
+    "No verdict: the unit took up to {:.0f} % longer in some rounds than in others, so the machine is too busy to "
+    "hold ratios against bounds."
+)
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -17,7 +25,9 @@ def format_report(report: dict[str, Any]) -> str:
     )
     parts = [_part_row(part) for part in report["parts"]]
     alternations = [_alternation_row(name, phases) for name, phases in report["alternations"].items()]
-    claims = [_claim_row(Claim(**claim)) for claim in report["claims"]]
+    unit = next(part for part in report["parts"] if part["part"] == UNIT)
+    steady = unit["spread"] <= STEADY
+    claims = [_claim_row(Claim(**claim), steady=steady) for claim in report["claims"]]
     bandwidth = report["memory_bandwidth"] / 1e9
     waits = ", ".join(f"{count} in the {phase} phase" for phase, count in report["synchronisations"].items())
     return "\n".join(
@@ -39,6 +49,7 @@ def format_report(report: dict[str, Any]) -> str:
             f"{report['peak_bytes'] / 2**20:.0f} MiB.",
             "",
             format_table(claims),
+            *([] if steady else ["", _NO_VERDICT.format(100 * unit["spread"])]),
         ]
     )
 
@@ -54,6 +65,8 @@ def _part_row(part: dict[str, Any]) -> dict[str, str]:
         "ratio": f"{part['equivalents'] / expected:.2f}" if expected else "",
         "device reads": str(part["synchronisations"]),
         "peak MiB": f"{part['peak_bytes'] / 2**20:.0f}",
+        "MB moved": f"{part['bytes_moved'] / 1e6:.0f}" if part["bytes_moved"] else "",
+        "at least": f"{part['least_bytes'] / 1e6:.0f}" if part["bytes_moved"] else "",
     }
 
 
@@ -63,10 +76,11 @@ def _alternation_row(name: str, phases: dict[str, Any]) -> dict[str, str]:
     return {"": name, "both": f"{phases['lower']['median'] + phases['upper']['median']:.3f}", **row}
 
 
-def _claim_row(claim: Claim) -> dict[str, str]:
+def _claim_row(claim: Claim, *, steady: bool) -> dict[str, str]:
+    verdict = "" if not claim.bounds else "no verdict" if not steady else "holds" if claim.holds else "MISSED"
     return {
         "claim": claim.name,
         "measured": f"{claim.value:.3g}",
         "bound": claim.bounds,
-        "": ("holds" if claim.holds else "MISSED") if claim.bounds else "",
+        "": verdict,
     }

@@ -11,6 +11,7 @@ import torch
 
 from ..bilevel.linear_solve import SolveStatus
 from ..data.alternation import Stream
+from ..models.memory_format import to_channels_last
 from ..models.modeling_bissl import BiSSLModel
 from ..trainer.bissl_trainer import BiSSLTrainer
 from ..trainer.training_args import BiSSLTrainingArguments
@@ -20,7 +21,7 @@ from .costs import CostModel
 from .loops import BareLoop, Baseline, KeptGraphBaseline, PlainLoop
 from .measuring import count_work, watched_memory
 from .parts import BASELINE_UNIT, PartsOfAlternation, measure_parts
-from .workload import Workload, build_model, build_trainer, pretrain, to_channels_last
+from .workload import Workload, build_model, build_trainer, pretrain
 
 TOLERANCE = 0.01
 # The bound on products where a solve stops at a tolerance.

@@ -121,11 +121,6 @@ def build_model(workload: Workload) -> BiSSLModel:
     return BiSSLModel.from_models(lower, upper)
 
 
-def to_channels_last(model: Any) -> None:
-    """Has convolutions keep their channels together in memory, as GPUs like it."""
-    model.to(memory_format=torch.channels_last)
-
-
 def build_trainer(workload: Workload, model: BiSSLModel, device: torch.device, **changes: Any) -> BiSSLTrainer:
     """Returns a trainer on these sizes, whose folder is a temporary one that it does not write to.
 

@@ -18,7 +18,14 @@ from ..text import for_markdown, for_terminal
 from .descriptions import Description, describe, describe_converted
 from .facts import ModelFacts, as_list, check_license
 from .record import RunRecord, record_model, settings_of
-from .tables import Evaluation, evaluation_table, markdown_table, metrics_under, settings_table
+from .tables import (
+    Evaluation,
+    evaluation_table,
+    evaluations_of_levels,
+    markdown_table,
+    metrics_under,
+    settings_table,
+)
 
 _TEMPLATE = Path(__file__).with_name("template.md")
 _FIGURES = "figures"
@@ -126,10 +133,10 @@ def logged_evaluations(record: RunRecord) -> list[Evaluation]:
     if chosen is None:
         return []
     size = record.examples.get("eval")
-    evaluations = [Evaluation("This model", "validation", metrics_under(chosen, "eval"), size)]
-    if upper := metrics_under(chosen, "eval_upper"):
-        evaluations.append(Evaluation("The upper level's model", "validation", upper, size, described=False))
-    return evaluations
+    upper = metrics_under(chosen, "eval_upper")
+    return evaluations_of_levels(
+        "validation", {"aligned": metrics_under(chosen, "eval"), "upper": upper}, size, exported=record.exported_level
+    )
 
 
 def _base_models(description: Description, facts: ModelFacts) -> list[str]:

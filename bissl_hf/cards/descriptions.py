@@ -7,14 +7,20 @@ from ..text import markdown_code
 from .record import ModelRecord, RunRecord
 
 MAX_CLASSES_NAMED = 20
+_COUPLING_FIGURES = ("levels/proximal_weight", "solver/damping")
 
 _BISSL = (
     "Self-supervised pre-training and fine-tuning are usually two stages, and the first does not know the second. "
     "[BiSSL](https://arxiv.org/abs/2410.02387) is a stage between them: a bilevel problem whose lower level keeps "
     "solving the pretext task while its backbone is drawn towards that of the upper level, and whose upper level "
-    "minimises the downstream loss at the lower level's solution, through which it is differentiated implicitly. This "
-    "is the lower level's backbone with the head trained on it, ready for fine-tuning."
+    "minimises the downstream loss at the lower level's solution, through which it is differentiated implicitly."
 )
+_SAVED = {
+    "aligned": "This is the aligned model: the lower level's backbone with the head trained on it, ready for "
+    "fine-tuning.",
+    "upper": "This is the upper level's model, the backbone and the head that the downstream loss has trained, and "
+    "not the aligned one (the lower level's backbone with this head).",
+}
 _SIMCLR = (
     "It was pre-trained by [SimCLR](https://arxiv.org/abs/2002.05709), without labels: it learned to find the other "
     "view of an image among the views of all images in a batch. [BiSSL](https://arxiv.org/abs/2410.02387) takes it "
@@ -105,14 +111,14 @@ def describe_aligned(record: RunRecord) -> Description:
     """The aligned model of a BiSSL run."""
     upper, lower = record.models["upper"], record.models["lower"]
     return Description(
-        summary=f"{_class_sentence(upper)}\n\n{_BISSL}",
+        summary=f"{_class_sentence(upper)}\n\n{_BISSL} {_saved_sentence(record)}",
         usage=native_usage(upper),
         examples=_examples_of_levels(record, lower),
         tags=["bissl", "bilevel-optimization", "self-supervised-learning"],
         citations=[BISSL_CITATION],
         task=upper.task,
         base_models=list(dict.fromkeys([*lower.hub_ids, *upper.hub_ids])),
-        progress=_level_progress(record),
+        progress=f"{_level_progress(record)}\n\n{_coupling(record)}".strip(),
     )
 
 
@@ -240,6 +246,36 @@ def _check_sentence(record: RunRecord) -> str:
     if len(checks) > 1:
         found = f"{checks[0]:.1%} of the validation images at the first check and of {checks[-1]:.1%} at the last"
     return f"By the backbone's features, nearest neighbours among labelled images found the class of {found}."
+
+
+def _saved_sentence(record: RunRecord) -> str:
+    """Which of the two models of a run is saved, and why."""
+    chosen = record.arguments.get("export_level")
+    reason = " It did better in the last evaluation (`export_level: best`)." if chosen == "best" else ""
+    return _SAVED[record.exported_level] + reason
+
+
+def _coupling(record: RunRecord) -> str:
+    """What coupled the levels: lambda, the linear systems of the upper steps, and their damping."""
+    numbers = record.arguments
+    if "solver" not in numbers:
+        return ""
+    logged = {name: log[name] for log in record.log_history for name in _COUPLING_FIGURES if name in log}
+    weight = logged.get("levels/proximal_weight", numbers.get("proximal_weight"))
+    target = numbers.get("target_pull")
+    found = "" if target is None else f" at the end, found for a pull of {target:.4g}"
+    told = [] if weight is None else [f"The proximal weight lambda was {weight:.4g}{found}."]
+    solver = markdown_code(str(numbers["solver"]))
+    if numbers["solver"] in ("identity", "none"):
+        return " ".join([*told, f"The solver of the upper steps was {solver}, which has no damping."])
+    kind = markdown_code(str(numbers["curvature_kind"]))
+    curvature = "" if numbers["solver"] == "mfac" else f" with the curvature {kind}"
+    automatic = numbers["damping"] == "auto"
+    damping = logged.get("solver/damping") if automatic else numbers["damping"]
+    value = "" if damping is None else f" {damping:.4g}" + (" at the end (`auto`)" if automatic else "")
+    return " ".join(
+        [*told, f"The solver of the upper steps was {solver}{curvature}, its damping{value or ' `auto`'}."]
+    )
 
 
 def _level_progress(record: RunRecord) -> str:

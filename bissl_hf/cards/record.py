@@ -64,6 +64,7 @@ class RunRecord:
         log_history (`Sequence[Mapping[str, Any]]`): what was logged, in order.
         steps (`int`): taken so far.
         best_step (`int`, *optional*): step of the checkpoint that the end of training has loaded.
+        exported_level (`str`): of a pair the level that is saved as the model: `aligned`, or `upper`.
         seconds (`float`): of training so far.
         repository (`str`, *optional*): name at the Hub.
         num_processes (`int`)
@@ -80,6 +81,7 @@ class RunRecord:
     log_history: Sequence[Mapping[str, Any]] = ()
     steps: int = 0
     best_step: int | None = None
+    exported_level: str = "aligned"
     seconds: float = 0.0
     repository: str | None = None
     num_processes: int = 1

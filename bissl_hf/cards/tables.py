@@ -12,6 +12,7 @@ from .record import Settings
 
 # Suffixes of what an evaluation reports about itself.
 _ABOUT_EVALUATION = ("runtime", "per_second", "preparation_time", "compilation_time")
+_LEVEL_NAMES = {"aligned": "The aligned model", "upper": "The upper level's model"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,25 @@ def metrics_under(report: Mapping[str, Any], prefix: str) -> dict[str, float]:
         for name, value in named.items()
         if isinstance(value, int | float) and not name.endswith(_ABOUT_EVALUATION) and not name.startswith("upper_")
     }
+
+
+def evaluations_of_levels(
+    split: str, metrics: Mapping[str, Mapping[str, float]], examples: int | None, *, exported: str
+) -> list[Evaluation]:
+    """Returns the evaluations of both models of a run, the one that is saved first. One without metrics is left out.
+
+    Args:
+        split (`str`): the split of the labelled data set.
+        metrics (`Mapping`): of `aligned` and `upper`, by name.
+        examples (`int`, *optional*): rows of the split.
+        exported (`str`): the level that is saved.
+    """
+    names = {level: "This model" if level == exported else name for level, name in _LEVEL_NAMES.items()}
+    return [
+        Evaluation(names[level], split, metrics[level], examples, described=level == exported)
+        for level in sorted(names, key=lambda level: level != exported)
+        if metrics[level]
+    ]
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], *, number_format: str = ".4g") -> str:

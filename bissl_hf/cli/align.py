@@ -144,6 +144,7 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
             data_seed=args.data_seed,
             bf16=args.bf16,
             fp16=args.fp16,
+            channels_last=args.channels_last,
             use_cpu=args.use_cpu,
             disable_tqdm=args.disable_tqdm,
             dataloader_num_workers=args.dataloader_num_workers,

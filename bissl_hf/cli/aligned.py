@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..cards.tables import Evaluation, metrics_under
+from ..cards.tables import Evaluation, evaluations_of_levels, metrics_under
 from ..checkpoints import write_json
 from ..data.alternation import Stream
 from ..evaluation.features import extract_features, tsne_layout, with_one_class
@@ -138,14 +138,13 @@ class AlignedRun:
             self.output / RUN_RESULTS,
             {**self.before["metrics"], **self.after["metrics"], **per_class, "log_history": history},
         )
-        head, aligned = (
-            metrics_under(stage["metrics"], prefix)
-            for stage, (prefix, _) in ((self.before, BEFORE_PREFIXES), (self.after, AFTER_PREFIXES))
-        )
-        rows = len(self.images.test)
+        before, (prefix, _) = BEFORE_PREFIXES[0], AFTER_PREFIXES
+        head, rows = metrics_under(self.before["metrics"], before), len(self.images.test)
+        levels = {"aligned": prefix, "upper": f"{prefix}_upper"}
+        figures = {level: metrics_under(self.after["metrics"], name) for level, name in levels.items()}
         trainer.facts.evaluations = [
             Evaluation("Linear head on the pre-trained backbone", "test", head, rows, described=False),
-            Evaluation("This model", "test", aligned, rows),
+            *evaluations_of_levels("test", figures, rows, exported=trainer.exported_level()),
         ]
         with afterwards("The figure of the losses"):
             start = {"epoch": 0.0, **self.start_figures()}
@@ -214,7 +213,10 @@ class AlignedRun:
         print(f"\n{format_outcomes([each for pair in zip(*outcomes.values(), strict=True) for each in pair])}\n")
         for sentence in self.conclusions():
             print(for_console(sentence))
-        print(f"\nThe aligned model is in {output},\nboth levels in {output}/bilevel,")
+        saved = {"aligned": "The aligned model", "upper": "The model of the upper level"}[
+            self.trainer.exported_level()
+        ]
+        print(f"\n{saved} is in {output},\nboth levels in {output}/bilevel,")
         print(f"a report with all figures in {output}/report.html.")
         print("It is a plain transformers checkpoint, ready for fine-tuning:\n")
         print("    from transformers import AutoModelForImageClassification, pipeline")

@@ -32,7 +32,10 @@ _OUTPUT = (
     *("output", "resume_from", "save_", "load_best", "logging_", "report_to", "run_name", "plan", "license"),
     *("push_to_hub", "hub_", "disable_tqdm", "eval_s", "metric_for"),
 )
-_MACHINE = ("seed", "data_seed", "bf16", "fp16", "use_cpu", "dataloader_num_workers", "per_device_eval_batch_size")
+_MACHINE = (
+    *("seed", "data_seed", "bf16", "fp16", "channels_last", "use_cpu", "dataloader_num_workers"),
+    "per_device_eval_batch_size",
+)
 _OPTIMIZATION = (
     *(
         "optim",

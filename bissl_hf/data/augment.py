@@ -10,21 +10,28 @@ before it shrinks nor stays inside the image.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from typing import Any, Self
 
-import kornia.augmentation as K
 import torch
 from transformers import BitImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
-from bissl_hf.data.alternation import keyed_random_state
-from bissl_hf.data.decoded import resize_side
-from bissl_hf.data.preprocessing import Preprocessing
-from bissl_hf.data.resampling import check_resample, resampling_weights
-
-# Strengths of brightness, contrast, saturation and hue, and the range of the blur, as in the paper.
-_JITTER = (0.4, 0.4, 0.2, 0.1)
-_BLUR_SIGMA = (0.1, 2.0)
+from .alternation import keyed_random_state
+from .batches import copy_without_waiting
+from .decoded import resize_side
+from .preprocessing import Preprocessing
+from .resampling import check_resample, resampling_weights
+from .view_operations import (
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    Operation,
+    RandomCrop,
+    Solarize,
+    check_probabilities,
+    place,
+)
 
 CROP_SCALE = (0.08, 1.0)
 # The paper's numbers were made with this range of the aspect ratio; (3/4, 4/3) is the usual one.
@@ -44,8 +51,8 @@ class _ImageTransform(ABC):
                 raise ValueError(f"`{argument}` is {values}; it must have 3 numbers, one per channel.")
         if min(std) <= 0:
             raise ValueError(f"`std` is {std}; all three must be above 0.")
-        self._mean = torch.tensor(mean).view(3, 1, 1)
-        self._std = torch.tensor(std).view(3, 1, 1)
+        # Mean and deviation of the channels, copied to a device when they are first needed there.
+        self._constants = {torch.device("cpu"): tuple(torch.tensor(values).view(3, 1, 1) for values in (mean, std))}
 
     @classmethod
     def from_processor(cls, processor: Any, *, image_size: int | None = None, **options: Any) -> Self:
@@ -96,13 +103,19 @@ class _ImageTransform(ABC):
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Subtracts the mean and divides by the deviation of each channel."""
-        mean, std = (value.to(images.device, non_blocking=True) for value in (self._mean, self._std))
+        mean, std = self._on(images.device)
         return (images - mean) / std
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
         """Undoes [`normalize`] and returns what can be shown: uint8, shape `(..., 3, height, width)`."""
-        mean, std = (value.to(images.device) for value in (self._mean, self._std))
+        mean, std = self._on(images.device)
         return (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        if device not in self._constants:
+            cpu = self._constants[torch.device("cpu")]
+            self._constants[device] = tuple(copy_without_waiting(value, device) for value in cpu)
+        return self._constants[device]
 
 
 class TwoViewTransform(_ImageTransform):
@@ -159,36 +172,37 @@ class TwoViewTransform(_ImageTransform):
         resample: int = PILImageResampling.BICUBIC,
     ) -> None:
         super().__init__(image_size, mean, std, resample)
-        self._crop = _RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip, resample)
-        _check_probabilities(color_jitter=color_jitter, grayscale=grayscale)
+        self._crop = RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip, resample)
+        check_probabilities(color_jitter=color_jitter, grayscale=grayscale)
         for argument, values in (("blur", blur), ("solarize", solarize)):
             if len(values) != 2:
                 raise ValueError(f"`{argument}` is {values}; it must have 2 probabilities, one per view.")
-            _check_probabilities(**{f"{argument}[{view}]": value for view, value in enumerate(values)})
+            check_probabilities(**{f"{argument}[{view}]": value for view, value in enumerate(values)})
         self._operations = [
             self._build(color_jitter, grayscale, view_blur, view_solarize)
             for view_blur, view_solarize in zip(blur, solarize, strict=True)
         ]
 
-    def _build(self, jitter: float, grayscale: float, blur: float, solarize: float) -> list[torch.nn.Module]:
+    def _build(self, jitter: float, grayscale: float, blur: float, solarize: float) -> list[Operation]:
         kernel = max(3, self.image_size // 10 | 1)
-        builders: list[tuple[float, Callable[[float], torch.nn.Module]]] = [
-            (jitter, lambda p: K.ColorJitter(*_JITTER, p=p)),
-            (grayscale, lambda p: K.RandomGrayscale(p=p)),
-            (blur, lambda p: K.RandomGaussianBlur((kernel, kernel), _BLUR_SIGMA, p=p)),
-            # Inverts what is at or above half, as `PIL.ImageOps.solarize` does.
-            (solarize, lambda p: K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=p)),
+        builders: list[tuple[float, Callable[[float], Operation]]] = [
+            (jitter, ColorJitter),
+            (grayscale, Grayscale),
+            (blur, lambda p: GaussianBlur(p, kernel)),
+            (solarize, Solarize),
         ]
-        return [build(probability) for probability, build in builders if probability > 0]
+        return [self._crop, *(build(probability) for probability, build in builders if probability > 0)]
 
     def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
-        views = []
         with keyed_random_state(key):
-            for operations in self._operations:
-                view = self._crop(images)
-                for operation in operations:
-                    view = operation(view)
-                views.append(self.normalize(view))
+            drawn = [[operation.draw(images.shape) for operation in operations] for operations in self._operations]
+        placed = iter(place(list(chain(*drawn)), images.device))
+        views = []
+        for operations in drawn:
+            view = images
+            for operation in islice(placed, len(operations)):
+                view = operation.apply(view, *operation.draws)
+            views.append(self.normalize(view))
         return {"pixel_values": torch.stack(views, dim=1)}
 
 
@@ -223,12 +237,12 @@ class TrainTransform(_ImageTransform):
         resample: int = PILImageResampling.BICUBIC,
     ) -> None:
         super().__init__(image_size, mean, std, resample)
-        self._crop = _RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip, resample)
+        self._crop = RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip, resample)
 
     def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
         with keyed_random_state(key):
-            crops = self._crop(images)
-        return {**inputs, "pixel_values": self.normalize(crops)}
+            (crop,) = place([self._crop.draw(images.shape)], images.device)
+        return {**inputs, "pixel_values": self.normalize(crop.apply(images, *crop.draws))}
 
 
 class EvalTransform(_ImageTransform):
@@ -313,50 +327,3 @@ def image_processor(
         image_mean=list(mean),
         image_std=list(std),
     )
-
-
-class _RandomCrop:
-    """Random resized crops with random horizontal flips; uint8 in, float32 in [0, 1] out."""
-
-    def __init__(
-        self,
-        size: int,
-        scale: tuple[float, float],
-        ratio: tuple[float, float],
-        horizontal_flip: float,
-        resample: int,
-    ) -> None:
-        _check_probabilities(horizontal_flip=horizontal_flip)
-        for argument, (low, high), limit in (("crop_scale", scale, 1.0), ("crop_ratio", ratio, float("inf"))):
-            if not 0 < low <= high <= limit or high == float("inf"):
-                allowed = "at most 1" if limit == 1 else "finite"
-                raise ValueError(
-                    f"`{argument}` is {(low, high)}; it must be two numbers above 0 and {allowed}, the lower one "
-                    "first."
-                )
-        self._size = size
-        self._resample = resample
-        self._flip = horizontal_flip
-        self._boxes = K.RandomResizedCrop((size, size), scale=scale, ratio=ratio)
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = images.shape
-        # Four corners (x, y) of each box, the last pixel included, from the top left clockwise.
-        corners = self._boxes.generate_parameters(images.shape)["src"]
-        corners = corners.to(images.device, torch.float32, non_blocking=True)
-        (left, top), (right, bottom) = corners[:, 0].unbind(1), (corners[:, 2] + 1).unbind(1)
-        columns = resampling_weights(left, right, width, self._size, self._resample)
-        if self._flip > 0:
-            flipped = (torch.rand(batch) < self._flip).to(images.device, non_blocking=True)
-            columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
-        rows = resampling_weights(top, bottom, height, self._size, self._resample)
-        levels = images.float().view(batch, channels * height, width)
-        narrowed = (levels @ columns.mT).view(batch, channels, height, self._size)
-        # Some filters overshoot at edges.
-        return (rows[:, None] @ narrowed / 255).clamp(0, 1)
-
-
-def _check_probabilities(**probabilities: float) -> None:
-    for argument, value in probabilities.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"`{argument}` is {value}; it must be a probability between 0 and 1.")

@@ -1,4 +1,4 @@
-"""Rows of a batch: a dictionary of tensors with one row per example, and whatever else."""
+"""Rows of a batch: a dictionary of tensors with one row per example, and whatever else; and their way to a device."""
 
 from itertools import pairwise
 from typing import Any
@@ -33,3 +33,10 @@ def split_rows(inputs: dict[str, Any], part_size: int | None) -> list[tuple[dict
     count = -(-rows // part_size)
     bounds = [rows * number // count for number in range(count + 1)]
     return [(rows_between(inputs, start, end), (end - start) / rows) for start, end in pairwise(bounds)]
+
+
+def copy_without_waiting(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor from the host to a device; to a GPU from pinned memory, so that the host goes on at once."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

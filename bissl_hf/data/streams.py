@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply
 from transformers.utils import logging
 
 from .alternation import (
@@ -19,6 +19,7 @@ from .alternation import (
     keyed_random_state,
     read_rows,
 )
+from .batches import copy_without_waiting
 
 logger = logging.get_logger(__name__)
 
@@ -66,8 +67,7 @@ class Streams:
 
     def prepare(self, inputs: Inputs, key: StepKey) -> Inputs:
         """Moves a batch that was read to the device and applies the transform of its stream there."""
-        # A copy from pinned memory goes on in the background.
-        inputs = send_to_device(inputs, self.device, non_blocking=True)
+        inputs = recursively_apply(copy_without_waiting, inputs, self.device)
         transform = self._transforms[Stream(key.stream)]
         return transform(inputs, tuple(key)) if transform else inputs
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .alternation import keyed_random_state
+from .batches import copy_without_waiting
 from .hub import load_repository
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -147,12 +148,14 @@ class MaskTokens:
         of shape `(batch, length)`."""
         ids = inputs["input_ids"]
         with keyed_random_state(key):  # drawn on the CPU: the same on each device
-            scores, actions = torch.rand(ids.shape), torch.rand(ids.shape).to(ids.device)
-            others = torch.randint(self.vocabulary, ids.shape).to(ids)
-        candidates = ~torch.isin(ids, self.special.to(ids.device))
-        scores = scores.to(ids.device).masked_fill(~candidates, float("inf"))
+            drawn = torch.rand(ids.shape), torch.rand(ids.shape), torch.randint(self.vocabulary, ids.shape)
+        scores, actions, others = (copy_without_waiting(draw, ids.device) for draw in drawn)
+        if self.special.device != ids.device:
+            self.special = copy_without_waiting(self.special, ids.device)
+        candidates = ~torch.isin(ids, self.special)
+        scores = scores.masked_fill(~candidates, float("inf"))
         chosen = (scores < self.mask_ratio) | (scores == scores.amin(dim=1, keepdim=True))
         chosen &= candidates
         masked = ids.masked_fill(chosen & (actions < 0.8), self.mask)
-        masked = torch.where(chosen & (actions >= 0.9), others, masked)
+        masked = torch.where(chosen & (actions >= 0.9), others.to(ids.dtype), masked)
         return {**inputs, "input_ids": masked, "labels": ids.masked_fill(~chosen, _IGNORED)}

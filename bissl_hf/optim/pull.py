@@ -106,11 +106,14 @@ class ProximalWeight:
         target (`float`, *optional*): the pull of the run, otherwise.
     """
 
-    # Correct where the run would end at less than 1 / 1.5 or more than 1.5 of the target, and by at most 4 at once.
-    _TOLERANCE, _LARGEST_CHANGE = 1.5, 4.0
+    # Correct where the run would end at less than 1 / 1.25 or more than 1.25 of the target, so that it ends within
+    # 1.5; by at most 4 at once, and by at most 16 in all. Where that is not enough steps are bounded (clipped, or of
+    # an optimizer that scales them), and a larger lambda would only drown the pretext gradient.
+    _TOLERANCE, _LARGEST_CHANGE, _LARGEST_IN_ALL = 1.25, 4.0, 16.0
 
     def __init__(self, value: float | None, target: float | None) -> None:
         self.value, self.target = value, target
+        self._first = value
 
     def start(self, pull_at_one: float) -> None:
         """Sets lambda from the estimated pull of a run with lambda = 1.
@@ -125,7 +128,7 @@ class ProximalWeight:
                 f"target_pull is {self.target}, and the pull of a run with lambda = 1 is estimated at {pull_at_one}, "
                 "from which lambda cannot be found. Set proximal_weight instead."
             )
-        self.value = self.target / pull_at_one
+        self.value = self._first = self.target / pull_at_one
 
     def correct(self, pull: Pull, *, past_rates: float, coming_rates: float) -> None:
         """Corrects lambda at the beginning of an alternation, before the pull begins to count it.
@@ -135,7 +138,7 @@ class ProximalWeight:
             past_rates, coming_rates (`float`): sum of the learning rates of the lower steps of the last alternation,
                 and of all coming ones.
         """
-        if self.target is None or self.value is None or not past_rates > 0:
+        if self.target is None or self.value is None or self._first is None or not past_rates > 0:
             return
         so_far, coming = float(pull.total), pull.of_alternation() * coming_rates / past_rates
         if not 0 < coming < float("inf"):
@@ -143,16 +146,25 @@ class ProximalWeight:
         if self.target / self._TOLERANCE <= so_far + coming <= self.target * self._TOLERANCE:
             return
         factor = max(self.target - so_far, 0.0) / coming
-        self.value *= min(max(factor, 1 / self._LARGEST_CHANGE), self._LARGEST_CHANGE)
+        wanted = self.value * min(max(factor, 1 / self._LARGEST_CHANGE), self._LARGEST_CHANGE)
+        most = self._first * self._LARGEST_IN_ALL
+        self.value = min(max(wanted, self._first / self._LARGEST_IN_ALL), most)
+        if wanted > most:
+            logger.warning_once(
+                f"target_pull is {self.target}, and the run is on its way to {so_far + coming:.2g} although lambda is "
+                f"{self._LARGEST_IN_ALL:.0f} times its first value: the steps of the lower level are too short for "
+                "theta_P to follow theta_D. Raise lower_learning_rate or lower_max_grad_norm, or lower learning_rate "
+                "or target_pull."
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the present value."""
-        return {"value": self.value}
+        """Returns the present value and the first one."""
+        return {"value": self.value, "first": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a value that was found; one that is given stays."""
         if self.target is not None:
-            self.value = state["value"]
+            self.value, self._first = state["value"], state["first"]
 
 
 def horizon_damping(proximal_weight: float, pull_of_alternation: float) -> float:

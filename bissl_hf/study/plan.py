@@ -334,6 +334,7 @@ class Plan:
             "max_grad_norm": lower.lower_max_grad_norm,
             "bf16": lower.bf16,
             "fp16": lower.fp16,
+            "channels_last": lower.channels_last,
         }
 
     def finetune_arguments(self, folder: str, seed: int) -> FineTuningArguments:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -703,9 +704,8 @@ class BiSSLTrainer(ResumableTrainer):
 
     def record(self) -> RunRecord:
         """Returns what a card says of the run and the aligned model."""
-        return record_run(
-            self, "aligned", examples={"train": size_of(self.train_dataset), "lower": size_of(self.lower_dataset)}
-        )
+        examples = {"train": size_of(self.train_dataset), "lower": size_of(self.lower_dataset)}
+        return replace(record_run(self, "aligned", examples=examples), exported_level=self.exported_level())
 
     def resume_settings(self) -> dict[str, Any]:
         """Adds what each stream reads, and the other optimizer."""

@@ -44,6 +44,7 @@ from ..distributed import average_flat, copy_from_first, world_size
 from ..hub.publisher import Progress, Publisher
 from ..models.adapters import adapter_of, read_state, write_state
 from ..models.finite import check_finite_weights
+from ..models.memory_format import to_channels_last
 from ..models.saving import save_model
 from ..optim.precision import LossScale, ScheduleFollowsSteps, check_master_weights
 from .callbacks import BestCheckpoint, EpochBoundary, OneRunInFolder
@@ -130,6 +131,8 @@ class ResumableTrainer(Trainer):
         check_same_arguments(args)
         check_whole_model(self.model, second_order=args.takes_second_derivatives)
         copy_from_first([*self.model.parameters(), *self.model.buffers()], args.device)
+        if args.channels_last:
+            to_channels_last(self.model)
         self.streams = Streams(device=args.device, seed=args.key_seed, rank=args.process_index)
         self.streams.add(Stream.EVALUATION, None, eval_transform)
         if eval_transform is not None:

@@ -142,6 +142,10 @@ class ResumableTrainingArguments(TrainingArguments):
         metadata={"help": "Seconds that a step waits for its batch from a loader worker; 0 waits for ever."},
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Losses that are not finite are shown."})
+    channels_last: bool = field(
+        default=False,
+        metadata={"help": "Lay images and convolutions out with their channels last: for GPUs in bf16 or fp16."},
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, **_AT_LEAST)

@@ -129,6 +129,67 @@ def test_progress_is_that_of_the_last_log(folder):
     assert "10 steps were taken on one process (cpu) with bissl_hf 1.2.3, torch 4.5." in text
 
 
+@pytest.mark.parametrize(
+    ("level", "chosen", "sentences", "accuracy"),
+    [
+        ("aligned", "aligned", ["This is the aligned model"], 0.5),
+        ("upper", "upper", ["This is the upper level's model"], 0.375),
+        ("upper", "best", ["This is the upper level's model", "It did better in the last evaluation"], 0.375),
+    ],
+)
+def test_the_card_is_of_the_level_that_is_saved(folder, level, chosen, sentences, accuracy):
+    arguments = {**make_record().arguments, "export_level": chosen}
+    card = card_of(folder, make_record(exported_level=level, arguments=arguments), dataset="digits")
+    assert all(sentence in " ".join(card.text.split()) for sentence in sentences)
+    assert sum(f"This is the {name}" in card.text for name in ("aligned model", "upper level's model")) == 1
+    figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert figures["accuracy"] == accuracy
+    table = tables_of(card.text)["Evaluation"]
+    assert float(table["**This model** validation (9)"]["Accuracy"]) == accuracy
+    other = {"aligned": "The upper level's model", "upper": "The aligned model"}[level]
+    assert float(table[f"{other} validation (9)"]["Accuracy"]) == 0.875 - accuracy
+
+
+COUPLINGS = [
+    (
+        {"solver": "cg", "curvature_kind": "hessian", "damping": 10.0, "proximal_weight": 0.001, "target_pull": None},
+        {},
+        "The proximal weight lambda was 0.001. The solver of the upper steps was `cg` with the curvature `hessian`, "
+        "its damping 10.",
+    ),
+    (
+        {
+            "solver": "recycled", "curvature_kind": "gauss_newton", "damping": "auto", "proximal_weight": None,
+            "target_pull": 3.0,
+        },
+        {"levels/proximal_weight": 0.25, "solver/damping": 0.125},
+        "The proximal weight lambda was 0.25 at the end, found for a pull of 3. The solver of the upper steps was "
+        "`recycled` with the curvature `gauss_newton`, its damping 0.125 at the end (`auto`).",
+    ),
+    (
+        {"solver": "mfac", "curvature_kind": "hessian", "damping": 2.0, "proximal_weight": 1.0, "target_pull": None},
+        {},
+        "The solver of the upper steps was `mfac`, its damping 2.",
+    ),
+    (
+        {"solver": "none", "curvature_kind": "hessian", "damping": 2.0, "proximal_weight": 1.0, "target_pull": None},
+        {},
+        "The solver of the upper steps was `none`, which has no damping.",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "figures", "sentences"), COUPLINGS, ids=lambda value: str(value)[:24])
+def test_the_card_says_what_coupled_the_levels(folder, arguments, figures, sentences):
+    earlier = dict.fromkeys(figures, 99.0)  # only the last figures count
+    logs = [{**LOGS[0], **earlier}, LOGS[1], {**LOGS[2], **figures}, LOGS[3]]
+    record = make_record(arguments={**make_record().arguments, **arguments}, log_history=logs)
+    text = " ".join(card_of(folder, record).text.split())
+    assert sentences in text
+    assert "summed over the run, is 1.25." in text
+    assert " 99 " not in text
+
+
 def test_settings_are_listed_by_part_where_they_differ_from_the_defaults(folder):
     @dataclass
     class Views:

@@ -61,6 +61,7 @@ class Trainer:
         self.step_clock = SimpleNamespace(seconds={"lower": 1.0, "upper": 2.0, "between": 0.5})
         self.streams = SimpleNamespace(transform=lambda stream: TwoViewTransform(8))
         self.record = lambda: run
+        self.exported_level = lambda: "aligned"
         self.saved: list[str] = []
         self.save_model = self.saved.append
         self.create_model_card = lambda: self.saved.append("card")
@@ -107,6 +108,26 @@ def test_a_run_leaves_results_figures_a_card_and_a_report(tmp_path: Path) -> Non
     page = (tmp_path / "report.html").read_text()
     for text in ("90.00 %", "after: upper level", "Views of the pretext task", "taken for dog", "Pre-training"):
         assert text in page
+
+
+@pytest.mark.parametrize(
+    ("level", "described", "beside", "printed"),
+    [
+        ("aligned", 0.9, "The upper level's model", "The aligned model is in"),
+        ("upper", 0.5, "The aligned model", "The model of the upper level is in"),
+    ],
+)
+def test_the_card_and_the_summary_are_of_the_model_that_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], level: str, described: float, beside: str, printed: str
+) -> None:
+    run: Any = made(tmp_path)
+    run.trainer.exported_level = lambda: level
+    run.write_outputs()
+    (own,) = [evaluation for evaluation in run.trainer.facts.evaluations if evaluation.described]
+    assert (own.model, own.metrics["accuracy"]) == ("This model", described)
+    assert beside in [evaluation.model for evaluation in run.trainer.facts.evaluations]
+    run.print_summary()
+    assert printed in capsys.readouterr().out
 
 
 def test_a_report_that_fails_is_a_warning_and_takes_nothing_away(

@@ -58,6 +58,7 @@ def test_the_model_saved_is_that_of_the_level(tmp_path):
     assert trainer.exported_level() == better
     last["eval_upper_loss"], last["eval_loss"] = last["eval_loss"], last["eval_upper_loss"]
     assert trainer.exported_level() != better
+    assert trainer.record().exported_level == trainer.exported_level()
 
 
 def test_the_better_level_needs_an_evaluation(tmp_path):

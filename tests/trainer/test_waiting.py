@@ -8,7 +8,7 @@ import torch
 
 from bissl_hf.benchmark.measuring import SynchronisationCounter
 from bissl_hf.data.alternation import StepKey, Stream
-from bissl_hf.data.augment import TrainTransform
+from bissl_hf.data.augment import TrainTransform, TwoViewTransform
 from bissl_hf.trainer.training_args import BiSSLTrainingArguments
 
 from .trainers import make_trainer
@@ -71,10 +71,11 @@ def test_a_tolerance_reads_at_most_one_value_per_iteration(tmp_path):
         assert counter.count <= (0 if key.stream == Stream.LOWER else 4)
 
 
-def test_crops_do_not_wait(on_meta):
+@pytest.mark.parametrize("transform", [TrainTransform(16), TwoViewTransform(16)], ids=lambda t: type(t).__name__)
+def test_views_do_not_wait(on_meta, transform):
     images = {"pixel_values": torch.zeros(4, 3, 20, 20, dtype=torch.uint8, device=META)}
     with SynchronisationCounter(META) as counter:
-        TrainTransform(16)(images, (0, 1))
+        transform(images, (0, 1))
     assert counter.found == []
 
 

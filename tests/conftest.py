@@ -1,5 +1,6 @@
 """Tiny models and data for all tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -62,6 +63,13 @@ def flip_a_bit(path: Path, at: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
     content[round(at * (len(content) - 1))] ^= 1
     path.write_bytes(content)
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what the imports have made out of all later collections of garbage. Every training ends with one, which
+    would take longer than the training of a tiny model."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

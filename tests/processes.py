@@ -1,9 +1,12 @@
-"""Starts several gloo processes for tests."""
+"""Starts processes for tests: one, or several that are connected by gloo."""
 
+import gc
 import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,37 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Imported once, in the process that all others are forked from.
-PRELOADED = ["tests.trainer.test_processes"]
+PRELOADED = ["tests.trainer.test_processes", "tests.faults.harness", "bissl_hf.cli.align"]
+
+
+def start_forked(function: Callable[..., None], *arguments: Any, errors: Path | None = None) -> BaseProcess:
+    """Calls `function(*arguments)` in a process, and a group, of its own. It is forked from a process in which
+    everything is imported.
+
+    Args:
+        function (`Callable`): of a module, so that it can be found there.
+        errors (`Path`, *optional*): file for what the process writes to stderr.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_as_group, args=(function, arguments, errors))
+    process.start()
+    return process
+
+
+def _as_group(function: Callable[..., None], arguments: tuple[Any, ...], errors: Path | None) -> None:
+    os.setsid()
+    multiprocessing.set_forkserver_preload(["bissl_hf.cli.align"])  # for the workers of its loaders
+    if errors is not None:
+        with errors.open("w") as stream:
+            os.dup2(stream.fileno(), 2)
+    _call(function, *arguments)
+
+
+def _call(function: Callable[..., None], *arguments: Any) -> None:
+    gc.freeze()  # as in the tests: the end of a training need not look at all that is imported
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def run_in_processes(function: Callable[..., None], processes: int, *arguments: Any) -> None:
@@ -37,8 +70,7 @@ def _as_rank(rank: int, processes: int, port: int, function: Callable[..., None]
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    function(*arguments)
+    _call(function, *arguments)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,13 +1,11 @@
 """Arguments from YAML and the command line; bad input as one sentence."""
 
-import difflib
 import json
-import os
 import re
 import sys
 import time
 from argparse import Action
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -23,31 +21,16 @@ from ..trainer.divergence import DivergenceError
 from .configuration import read_configuration
 from .disk import reason_of_disk
 from .help import HELP_FLAGS, HelpFormatter, format_grouped_help, group_fields
+from .refusal import close_matches, refuse, speak
 from .values import checked_value
 
 EXIT_DISK = 1
-EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_LOST_WORKER = 4
 _LONGEST_MESSAGE = 500
-# How long a process waits for the first one of its machine, and one that has lost another for that one, to speak.
-_FIRST_SPEAKS_SECONDS, _OTHERS_SPEAK_SECONDS = 1.5, 5.0
+# How long a process that has lost another waits for that one to speak.
+_OTHERS_SPEAK_SECONDS = 5.0
 _NEGATIVE = re.compile(r"-\.?[0-9]")
-
-
-def refuse(message: str) -> NoReturn:
-    """Ends the process with one sentence on stderr and the exit code for bad input.
-
-    Of several processes any may find what is wrong, and mostly all do. The first of a machine speaks at once; its
-    launcher then ends the others, which wait for that before they speak."""
-    _speak(message)
-    sys.exit(EXIT_BAD_INPUT)
-
-
-def _speak(message: str) -> None:
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and (number := int(os.environ.get("LOCAL_RANK") or 0)) > 0:
-        time.sleep(_FIRST_SPEAKS_SECONDS + number / 2)
-    print(f"error: {for_terminal(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -76,17 +59,17 @@ def stopping_at_divergence() -> Iterator[None]:
         with explaining_lost_workers():
             yield
     except LoaderWorkerError as error:
-        _speak(str(error))
+        speak(str(error))
         sys.exit(EXIT_LOST_WORKER)
     except DamagedFileError as error:
         refuse(str(error))
     except DivergenceError as error:
-        _speak(str(error))
+        speak(str(error))
         sys.exit(EXIT_DIVERGED)
     except (OSError, RuntimeError, SafetensorError) as error:
         if (reason := reason_of_disk(error)) is None:
             raise
-        _speak(
+        speak(
             f"A disk that the run writes to is full or fails: {reason}. What it saved before is whole: make room or "
             "mend the disk, and go on with --resume_from_checkpoint true."
         )
@@ -218,9 +201,3 @@ def _arguments_of_yaml(path: str, fields: Mapping[str, Action]) -> list[str]:
         else:
             arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return arguments
-
-
-def close_matches(name: str, known: Iterable[str], otherwise: str = "; see --help for those that exist.") -> str:
-    """Returns how to end a sentence on an unknown name: with known ones like it, or `otherwise` if there are none."""
-    matches = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(matches)}?" if matches else otherwise

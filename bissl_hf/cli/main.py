@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .arguments import close_matches, refuse
+from .refusal import close_matches, refuse
 
 PROGRAM = "bissl-hf"
 # What `bissl-hf --help` says of each module of this package that is a command.

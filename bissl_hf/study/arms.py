@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ..cli.arguments import close_matches
+from ..cli.refusal import close_matches
 from ..trainer.training_args import (
     BiSSLTrainingArguments,
     JointTrainingArguments,

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ..cli.arguments import close_matches
 from ..cli.images import ViewArguments
 from ..cli.pairs import check_pairs
+from ..cli.refusal import close_matches
 from ..data.preprocessing import Preprocessing
 from ..models.configuration_backbone import as_config, resnet18_config
 from ..models.configuration_simclr import SimCLRConfig

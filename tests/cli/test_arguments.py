@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 
 from bissl_hf.checkpoints import DamagedFileError
 from bissl_hf.cli import arguments as cli_arguments
-from bissl_hf.cli.arguments import parse_arguments, refuse, refusing_bad_input
+from bissl_hf.cli.arguments import parse_arguments, refusing_bad_input
+from bissl_hf.cli.refusal import refuse
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The console script: what it lists, what it refuses, and that it starts a command."""
 
+import subprocess
 import sys
 
 import pytest
@@ -14,6 +15,13 @@ def test_every_command_is_listed_in_a_line(capsys: pytest.CaptureFixture[str]) -
         lines = capsys.readouterr().out.splitlines()
         for name, text in program.COMMANDS.items():
             assert [line.split() for line in lines].count([name, *text.split()]) == 1
+
+
+def test_the_list_of_commands_waits_for_no_large_import() -> None:
+    code = "import sys; from bissl_hf.cli.main import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: bissl-hf COMMAND")
+    assert done.stdout.endswith("\nFalse\n")
 
 
 def test_an_unknown_command_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

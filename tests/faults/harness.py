@@ -1,12 +1,12 @@
 """Runs in processes of their own, with a fault at a chosen call, and what they must end with."""
 
 import importlib
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bissl_hf.checkpoints import find_last_checkpoint, write_json
 
-from ..processes import PRELOADED
+from ..processes import start_forked
 from ..trainer import test_joint_trainer, test_pretext_trainer, trainers
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_strategy": "epoch"}
@@ -73,7 +73,6 @@ class Fault:
 
 def train(kind: str, folder: str, fault: Fault | None = None) -> None:
     """Trains, or goes on from the newest whole checkpoint, and leaves the weights and the logged losses."""
-    torch.set_num_threads(1)
     trainer = TRAINERS[kind](folder)
     if fault is not None:
         fault.arm()
@@ -84,12 +83,9 @@ def train(kind: str, folder: str, fault: Fault | None = None) -> None:
     write_json(Path(folder) / "losses.json", [row for row in losses if row and "train_loss" not in row])
 
 
-def start(kind: str, folder: Path, fault: Fault | None = None) -> multiprocessing.Process:
-    """Starts [`train`] in a process that is forked from one in which everything is imported."""
-    multiprocessing.set_forkserver_preload([*PRELOADED, __name__])
-    process = multiprocessing.get_context("forkserver").Process(target=train, args=(kind, str(folder), fault))
-    process.start()
-    return process
+def start(kind: str, folder: Path, fault: Fault | None = None) -> BaseProcess:
+    """Starts [`train`] in a process of its own."""
+    return start_forked(train, kind, str(folder), fault)
 
 
 def run(kind: str, folder: Path, fault: Fault | None = None) -> int:
@@ -100,7 +96,7 @@ def run(kind: str, folder: Path, fault: Fault | None = None) -> int:
     return process.exitcode
 
 
-def kill_after(process: multiprocessing.Process, seconds: float) -> None:
+def kill_after(process: BaseProcess, seconds: float) -> None:
     """Kills a process after some time."""
     time.sleep(seconds)
     process.kill()

@@ -411,36 +411,38 @@ def test_aligned_model_keeps_tied_weights_tied() -> None:
 WITHOUT_THE_PACKAGE = """
 import sys
 sys.modules["bissl_hf"] = None
-import torch
-from transformers import {auto}, AutoModel
-model, report = {auto}.from_pretrained(sys.argv[1], output_loading_info=True)
-bad = [report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]]
-assert not bad, bad
-assert type(model).__name__ == sys.argv[2], type(model)
-AutoModel.from_pretrained(sys.argv[1])
-torch.save(model.state_dict(), sys.argv[3])
+import torch, transformers
+for number in range(1, len(sys.argv), 3):
+    folder, auto, name = sys.argv[number : number + 3]
+    model, report = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)
+    bad = [report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]]
+    assert not bad, bad
+    assert type(model).__name__ == name, type(model)
+    transformers.AutoModel.from_pretrained(folder)
+    torch.save(model.state_dict(), folder + ".pt")
 """
+AUTO = {"resnet": "AutoModelForImageClassification", "bert": "AutoModelForSequenceClassification"}
 
 
-@pytest.mark.parametrize("name", ["resnet", "bert"])
-def test_export_opens_without_the_package(name: str, tmp_path: Path) -> None:
-    model = apart(name)
-    before = snapshot(model)
-    batches = [make_inputs(name, "upper")] * 2
-    exported = model.export(tmp_path / "out", recalibrate_on=batches)
-    assert unchanged(model, before)
-    assert not exported.training
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    auto = {"resnet": "AutoModelForImageClassification", "bert": "AutoModelForSequenceClassification"}[name]
-    arguments = [str(tmp_path / "out"), type(model.upper).__name__, str(tmp_path / "state.pt")]
-    code = WITHOUT_THE_PACKAGE.format(auto=auto)
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+def test_exports_open_without_the_package(tmp_path: Path) -> None:
+    expected, arguments = {}, []
+    for name, auto in AUTO.items():
+        model, folder = apart(name), tmp_path / name / "out"
+        before = snapshot(model)
+        exported = model.export(folder, recalibrate_on=[make_inputs(name, "upper")] * 2)
+        assert unchanged(model, before)
+        assert not exported.training
+        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+        assert [path.name for path in folder.parent.iterdir()] == ["out"]
+        expected[f"{folder}.pt"] = exported.state_dict()
+        arguments += [str(folder), auto, type(model.upper).__name__]
+    code = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *arguments]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    wanted = exported.state_dict()
-    assert state.keys() == wanted.keys()
-    assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+    for file, wanted in expected.items():
+        state = torch.load(file, weights_only=True)
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[key], wanted[key]) for key in wanted)
 
 
 def test_export_estimates_batch_norm_statistics_anew(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What the tests of recipes share: tiny images, tiny models, and starting a recipe."""
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -70,6 +72,13 @@ def launch(recipe: str | Path, arguments: list[str], *, processes: int = 1, **ch
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout
+
+
+def printed_by(main: Callable[[list[str]], None], arguments: list[str]) -> str:
+    """Runs a command in this process; returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(arguments)
+    return printed.getvalue()
 
 
 def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None], arguments: list[str]) -> str:

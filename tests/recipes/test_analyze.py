@@ -17,7 +17,7 @@ from bissl_hf import BiSSLModel, SimCLRConfig, SimCLRForPreTraining
 from bissl_hf.cli import analyze, running
 from bissl_hf.data.augment import image_processor
 
-from .runs import CLASSES, as_arguments, launch, refusal, resnet_config, write_splits
+from .runs import CLASSES, as_arguments, printed_by, refusal, resnet_config, write_splits
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def settings(images: Path, output: Path, *checkpoints: Path, **changes: Any) -> 
 def analysed(images: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("analysed") / "out"
     checkpoints = [models / name for name in ("simclr", "classifier", "bilevel")]
-    return output, launch("analyze.py", settings(images, output, *checkpoints, recalibrate=False))
+    return output, printed_by(analyze.main, settings(images, output, *checkpoints, recalibrate=False))
 
 
 NAMES = ["simclr", "classifier", "bilevel, lower level", "bilevel, upper level"]

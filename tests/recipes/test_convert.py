@@ -16,7 +16,7 @@ from bissl_hf import SimCLRForPreTraining
 from bissl_hf.cli import convert, running
 
 from ..models.test_timm_resnet import plain_resnet, projection_head
-from .runs import ROOT, as_arguments, launch, refusal
+from .runs import ROOT, as_arguments, refusal
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -33,12 +33,13 @@ def run(source: Path, target: Path, **options: Any) -> None:
     convert.main(as_arguments({"input": source, "output": target, **options}))
 
 
-def test_released_weights_become_a_simclr_checkpoint_through_the_launcher(tmp_path: Path) -> None:
+def test_released_weights_become_a_simclr_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, backbone, head = released()
     torch.save(weights, tmp_path / "released.pth")
     config = str(ROOT / "recipes" / "configs" / "paper_v2" / "convert.yaml")
     places = as_arguments({"input": tmp_path / "released.pth", "output": tmp_path / "simclr"})
-    printed = launch("convert.py", ["--config", config, *places])
+    convert.main(["--config", config, *places])
+    printed = capsys.readouterr().out
     assert "SimCLRForPreTraining" in printed
     assert re.search(r"projection head +7 x 6 x 5 ", printed)
     assert f"recipes/bissl.py --lower_model {tmp_path / 'simclr'}" in printed

@@ -60,9 +60,9 @@ SEARCHED = {"seeds": 2, "search_trials": 2}
 
 @pytest.fixture(scope="module")
 def finished(images: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The output folder of a run through the launcher, and what the run printed."""
+    """The output folder of a run, and what the run printed."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    return output, runs.launch("finetune.py", settings(images, models / "simclr", output, **SEARCHED))
+    return output, runs.printed_by(finetune.main, settings(images, models / "simclr", output, **SEARCHED))
 
 
 def test_a_run_leaves_its_best_model_and_figures_for_every_seed(finished: tuple[Path, str]) -> None:

@@ -51,9 +51,9 @@ def settings(images: Path, backbone: Path, output: Path, **changes: Any) -> list
 
 @pytest.fixture(scope="module")
 def finished(images: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The output folder of a run through the launcher, and what the run printed."""
+    """The output folder of a run, and what the run printed."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    return output, runs.launch("pretrain.py", settings(images, backbone, output))
+    return output, runs.printed_by(pretrain.main, settings(images, backbone, output))
 
 
 def test_a_run_leaves_a_model_its_curves_and_a_summary(finished: tuple[Path, str]) -> None:

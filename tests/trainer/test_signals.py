@@ -3,9 +3,8 @@ a resume."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -19,44 +18,42 @@ from bissl_hf.distributed import rank
 from bissl_hf.run_lock import release_folder
 from bissl_hf.trainer.signals import STOP_SIGNALS, StopSignals, ending_at_signals
 
-from ..processes import run_in_processes
+from ..processes import run_in_processes, start_forked
 from .test_pretext_trainer import make_trainer
 
 SETTINGS = {"max_steps": 9, "save_strategy": "no"}
-RUN = """
-import sys, time
-from pathlib import Path
-from transformers import TrainerCallback
-sys.path.insert(0, {root!r})
-from tests.trainer.test_pretext_trainer import make_trainer
+
 
 class Slowly(TrainerCallback):
+    """Notes each step and takes its time for it."""
+
     def on_step_begin(self, args, state, control, **kwargs):
-        Path(sys.argv[1], "step").write_text(str(state.global_step))
+        Path(args.output_dir, "step").write_text(str(state.global_step))
         time.sleep(0.3)
 
-trainer = make_trainer(sys.argv[1], max_steps=9, save_strategy="no", dataloader_num_workers=int(sys.argv[2]),
-                       dataloader_prefetch_factor=2 if int(sys.argv[2]) else None)
-trainer.add_callback(Slowly())
-trainer.train()
-Path(sys.argv[1], "finished").touch()
-"""
 
-
-def start(folder: Path, workers: int) -> subprocess.Popen:
-    root = str(Path(__file__).parents[2])
-    run = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", RUN.format(root=root), str(folder), str(workers)],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+def train_slowly(folder: str, workers: int) -> None:
+    trainer = make_trainer(
+        folder, dataloader_num_workers=workers, dataloader_prefetch_factor=2 if workers else None, **SETTINGS
     )
+    trainer.add_callback(Slowly())
+    trainer.train()
+    Path(folder, "finished").touch()
+
+
+def start(folder: Path, workers: int) -> BaseProcess:
+    """Starts a run, and waits for its second step."""
+    run = start_forked(train_slowly, str(folder), workers, errors=errors_of(folder))
     deadline = time.monotonic() + 120
     while not (folder / "step").is_file() or (folder / "step").read_text() in ("", "0"):
-        assert run.poll() is None, run.stderr.read()
+        assert run.is_alive(), errors_of(folder).read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return run
+
+
+def errors_of(folder: Path) -> Path:
+    return folder.with_name("errors")
 
 
 def members_of(group: int) -> list[str]:
@@ -88,9 +85,10 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, number, workers, to_group):
     if to_group:
         os.killpg(run.pid, number)
     else:
-        run.send_signal(number)
-    errors = run.communicate(timeout=60)[1]
-    assert run.returncode == 128 + number, errors
+        os.kill(run.pid, number)
+    run.join(60)
+    errors = errors_of(tmp_path / "run").read_text()
+    assert run.exitcode == 128 + number, errors
     assert f"Interrupted by {number.name} after step" in errors
     assert "Go on with --resume_from_checkpoint true" in errors
     assert not (tmp_path / "run" / "finished").exists()
@@ -125,10 +123,10 @@ def test_a_killed_run_takes_its_workers_with_it(tmp_path):
 @pytest.mark.slow
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
     run = start(tmp_path / "run", 0)
-    run.send_signal(signal.SIGTERM)
-    run.send_signal(signal.SIGINT)
-    run.communicate(timeout=60)
-    assert run.returncode in (-signal.SIGTERM, -signal.SIGINT)
+    os.kill(run.pid, signal.SIGTERM)
+    os.kill(run.pid, signal.SIGINT)
+    run.join(60)
+    assert run.exitcode in (-signal.SIGTERM, -signal.SIGINT)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 

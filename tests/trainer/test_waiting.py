@@ -34,17 +34,15 @@ def batches(trainer) -> Iterator[tuple[StepKey, dict]]:
     "settings",
     [
         {},
-        {"lower_optim": "lars"},
-        {"lower_optim": "adamw", "optim": "adamw"},
-        {"solver": "blockwise_cg"},
+        {"lower_optim": "lars", "lower_max_grad_norm": 0.0, "max_grad_norm": 0.0},
+        {"lower_optim": "adamw", "optim": "adamw", "solver": "blockwise_cg"},
         {"solver": "identity", "direct_weight": 0.0},
         {"curvature_mode": "recompute", "lower_micro_batch_size": 4, "upper_micro_batch_size": 3},
-        {"lower_max_grad_norm": 0.0, "max_grad_norm": 0.0},
     ],
     ids=lambda settings: ",".join(settings) or "plain",
 )
 def test_no_step_reads_a_value_from_the_device(tmp_path, on_meta, settings):
-    trainer = make_trainer(tmp_path, **settings)
+    trainer = make_trainer(tmp_path, lower_steps=2, **settings)
     trainer.model.to(META)
     trainer.create_optimizer()
     scheduler = trainer.create_scheduler(10)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .data.balanced import BALANCED, row_labels
 from .tensors import at_least_float32
-
-BALANCED = "balanced"
 
 
 def resolve_class_weights(given: str | Sequence[float], labels: Tensor, num_classes: int) -> Tensor:
@@ -79,7 +78,7 @@ class DownstreamLoss:
             )
         if dataset is None:
             raise ValueError(f"class_weights is {class_weights!r}, and there is no train_dataset; give one.")
-        labels = _labels_of(dataset) if isinstance(class_weights, str) else torch.empty(0)
+        labels = torch.as_tensor(row_labels(dataset)) if isinstance(class_weights, str) else torch.empty(0)
         self.weights = resolve_class_weights(class_weights, labels, config.num_labels)
 
     def __call__(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Tensor:
@@ -102,12 +101,3 @@ class DownstreamLoss:
     def describe(self) -> list[float] | None:
         """Returns the weights, for what a resume compares."""
         return None if self.weights is None else self.weights.tolist()
-
-
-def _labels_of(dataset: Any) -> Tensor:
-    """Returns the labels of all rows, shape `(rows,)`."""
-    known = getattr(dataset, "labels", None)
-    if known is None:
-        rows = (dataset[number] for number in range(len(dataset)))
-        known = [int(row["labels"] if "labels" in row else row["label"]) for row in rows]
-    return torch.as_tensor(known, dtype=torch.int64)

@@ -19,6 +19,7 @@ from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from ..cards.facts import ModelFacts
 from ..checkpoints import DamagedFileError, read_mapping, write_mapping
 from ..data.alternation import Stream
+from ..data.balanced import sampled
 from ..data.streams import Transform
 from ..optim.optimizers import resolve_optimizer
 from ..optim.pull import GOOD_PULL, TYPICAL_PULL
@@ -84,12 +85,13 @@ def build_trainer(
     model: BiSSLModel,
     images: Images,
     task: DownstreamTask,
+    loss: LossArguments,
 ) -> BiSSLTrainer:
     check_pairs(args)
     return BiSSLTrainer(
         model=model,
         args=args,
-        train_dataset=images.train,
+        train_dataset=sampled(images.train, loss.class_sampling),
         lower_dataset=images.lower,
         eval_dataset=images.validation,
         lower_transform=view_transform,
@@ -158,7 +160,12 @@ def build_pretrainer(arguments: ModelArguments, args: BiSSLTrainingArguments, tr
 
 
 def keep_pretraining_settings(
-    pretrainer: PretextTrainer, models: ModelArguments, views: ViewArguments, images: Images, preprocessing: str
+    pretrainer: PretextTrainer,
+    models: ModelArguments,
+    views: ViewArguments,
+    images: Images,
+    preprocessing: str,
+    loss: LossArguments,
 ) -> None:
     """Keeps what the pre-trained model and the head before BiSSL come from, and refuses to go on from those that come
     from something else."""
@@ -166,7 +173,8 @@ def keep_pretraining_settings(
     steps = {"pretrain_steps": args.max_steps, "pretrain_batch_size": args.per_device_train_batch_size}
     splits = {"lower": images.lower, "train": images.train, "test": images.test}
     data = {f"checksum of the {name} images": split.checksum() for name, split in splits.items()}
-    settings = {**asdict(models), **steps, **data, "preprocessing": preprocessing, **asdict(views), "seed": args.seed}
+    settings = {**asdict(models), **steps, **data, "preprocessing": preprocessing, **asdict(views), **asdict(loss)}
+    settings["seed"] = args.seed
     del settings["upper_model"]
     Stage(str(args.output_dir), settings, writes=pretrainer.is_world_process_zero())
 
@@ -249,7 +257,9 @@ def build_run(
     upper = build_upper(models.upper_model, lower, task)
     models.adapt(lower, upper)
     model = BiSSLModel.from_models(lower, upper)
-    trainer = build_trainer(build_view_transform(preprocessing, views, models.pretext_task), args, model, images, task)
+    trainer = build_trainer(
+        build_view_transform(preprocessing, views, models.pretext_task), args, model, images, task, loss
+    )
     pretrainer = build_pretrainer(models, args, trainer)
     try_out(trainer, pretrainer)
     return images, task, trainer, pretrainer
@@ -369,7 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.publisher.outputs_follow = True
         if checkpoint:
             trainer.check_checkpoint(checkpoint)
-        keep_pretraining_settings(pretrainer, models, views, images, data.preprocessing.describe())
+        keep_pretraining_settings(pretrainer, models, views, images, data.preprocessing.describe(), loss)
     run_stages(trainer, pretrainer, task, images, checkpoint)
 
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from ..checkpoints import DamagedFileError, read_mapping, write_json, write_mapping
+from ..data.balanced import sampled
 from ..data.text import MaskTokens, TokenizedTexts, read_texts
 from ..evaluation.figures import plot_run
 from ..evaluation.metrics import SINGLE_LABEL, classification_metrics
@@ -162,7 +163,7 @@ def build_run(
     trainer = BiSSLTrainer(
         BiSSLModel.from_models(lower, upper),
         args,
-        train_dataset=data.train,
+        train_dataset=sampled(data.train, loss.class_sampling),
         lower_dataset=data.lower,
         eval_dataset=data.validation,
         lower_transform=masking,

@@ -118,6 +118,7 @@ def build_finetuning(
         preprocessing=preprocessing,
         settings={**asdict(data), **asdict(crops), **asdict(start), **asdict(loss)},
         class_weights=loss.weights(),
+        class_sampling=loss.class_sampling,
     )
 
 

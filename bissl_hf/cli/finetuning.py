@@ -14,6 +14,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..checkpoints import find_last_checkpoint
 from ..data.augment import TrainTransform
+from ..data.balanced import sampled
 from ..data.preprocessing import Preprocessing
 from ..tasks.downstream import DownstreamTask
 from ..tasks.labelled import LabelledImages
@@ -43,6 +44,7 @@ class FineTuning:
         preprocessing ([`Preprocessing`]): of the evaluation transform and the image processor.
         settings (`Mapping`): what the images and the model come from, to distinguish runs.
         class_weights (`str` or `list[float]`, *optional*): of the loss, see [`DownstreamLoss`].
+        class_sampling (`str`, *optional*): see [`sampled`].
     """
 
     args: FineTuningArguments
@@ -52,6 +54,7 @@ class FineTuning:
     preprocessing: Preprocessing
     settings: Mapping[str, Any]
     class_weights: str | list[float] | None = None
+    class_sampling: str | None = None
 
     @property
     def metric(self) -> str:
@@ -79,7 +82,7 @@ class FineTuning:
         return FineTuneTrainer(
             **start,
             args=with_changes(self.args, **changes),
-            train_dataset=self.images.train,
+            train_dataset=sampled(self.images.train, self.class_sampling),
             eval_dataset=self.images.validation,
             **self.task.trainer_arguments(),
         )

@@ -47,6 +47,7 @@ _OPTIMIZATION = (
         "momentum",
         "micro_batch_size",
         "class_weights",
+        "class_sampling",
     ),
     *(
         "gradient_cache",
@@ -56,6 +57,7 @@ _OPTIMIZATION = (
         "num_train_epochs",
         "max_steps",
         "class_weights",
+        "class_sampling",
     ),
 )
 _GROUP_OF_CLASS = {

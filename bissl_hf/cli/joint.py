@@ -16,6 +16,7 @@ from transformers import set_seed
 from .. import BiSSLModel
 from ..cards.tables import Evaluation, metrics_under
 from ..checkpoints import write_json
+from ..data.balanced import sampled
 from ..evaluation.figures import plot_curves
 from ..report.page import write_report
 from ..report.record import Evaluated, Report
@@ -78,7 +79,7 @@ def build_run(
     trainer = JointTrainer(
         BiSSLModel.from_models(lower, upper),
         args,
-        train_dataset=images.train,
+        train_dataset=sampled(images.train, loss.class_sampling),
         lower_dataset=images.lower,
         eval_dataset=images.validation,
         lower_transform=view_transform,

@@ -1,19 +1,27 @@
-"""Arguments of the downstream loss."""
+"""Arguments of the downstream loss and of the examples that it sees."""
 
 from dataclasses import dataclass, field
 
-from ..class_weights import BALANCED
+from ..data.balanced import BALANCED
 
 
 @dataclass
 class LossArguments:
-    """How the classes of a downstream task are weighted."""
+    """How the classes of a downstream task are weighted, and how often each is seen."""
 
     class_weights: list[str] | None = field(
         default=None,
         metadata={
             "help": "Weights of the classes in the loss: balanced (by the inverse of their numbers of images), or a "
             "number for each class in the order of their names."
+        },
+    )
+
+    class_sampling: str | None = field(
+        default=None,
+        metadata={
+            "help": "balanced: training images of rare classes are repeated until each class has as many as the most "
+            "frequent one."
         },
     )
 

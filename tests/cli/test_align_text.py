@@ -33,7 +33,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "dataset": root / "labelled.csv", "model": root / "bert", "max_length": 6, "num_alternations": 1,
         "lower_steps": 2, "upper_steps": 1, "per_device_lower_batch_size": 6, "per_device_train_batch_size": 6,
         "head_warmup_epochs": 1, "use_cpu": True, "disable_tqdm": True, "report_to": "none",
-        "curvature_kind": "gauss_newton", "class_weights": "balanced",
+        "curvature_kind": "gauss_newton", "class_weights": "balanced", "class_sampling": "balanced",
     }  # fmt: skip
 
 

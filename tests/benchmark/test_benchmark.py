@@ -2,8 +2,10 @@
 
 import copy
 import json
+import tempfile
 from collections import defaultdict
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +111,13 @@ def test_no_rounds_are_refused(tmp_path, capsys):
         benchmark.main(["--repeats", "0", "--output", str(tmp_path / "figures.json")])
     assert stop.value.code == 2
     assert "repeats is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_a_benchmark_has_a_folder_of_its_own():
+    """Its lock would refuse a second benchmark on the machine, were it the one of all temporary files."""
+    folder = Path(build_trainer(TINY, build_model(TINY), CPU).args.output_dir)
+    assert folder.parent == Path(tempfile.gettempdir())
+    assert list(folder.iterdir()) == []
 
 
 def test_baselines_and_bare_loop_take_the_same_upper_step():

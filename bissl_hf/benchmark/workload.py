@@ -1,7 +1,10 @@
 """What a benchmark works on: images, a pair of models and a trainer, in sizes that fit a machine."""
 
+import atexit
+import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -121,8 +124,17 @@ def build_model(workload: Workload) -> BiSSLModel:
     return BiSSLModel.from_models(lower, upper)
 
 
+@cache
+def own_folder() -> str:
+    """Returns the output folder of all trainers of this process, which is removed at its end: a folder that it shared
+    with another benchmark would be in use by that one."""
+    folder = tempfile.mkdtemp(prefix="bissl_hf-benchmark-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def build_trainer(workload: Workload, model: BiSSLModel, device: torch.device, **changes: Any) -> BiSSLTrainer:
-    """Returns a trainer on these sizes, whose folder is a temporary one that it does not write to.
+    """Returns a trainer on these sizes, whose folder is the one of [`own_folder`].
 
     Args:
         workload ([`Workload`])
@@ -133,7 +145,7 @@ def build_trainer(workload: Workload, model: BiSSLModel, device: torch.device, *
     rows = max(4 * workload.lower_batch, 2048)
     size = workload.image_size
     settings: dict[str, Any] = {
-        "output_dir": tempfile.gettempdir(),
+        "output_dir": own_folder(),
         "num_alternations": 1,
         "lower_steps": workload.lower_steps,
         "upper_steps": workload.upper_steps,
@@ -175,7 +187,7 @@ def pretrain(model: BiSSLModel, workload: Workload, device: torch.device) -> Non
         trainer = PretextTrainer(
             model.lower,
             PretextTrainingArguments(
-                output_dir=tempfile.gettempdir(),
+                output_dir=own_folder(),
                 max_steps=workload.pretrain_steps,
                 per_device_train_batch_size=workload.pretrain_batch,
                 learning_rate=1.0,

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import tempfile
 from collections import defaultdict
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +92,13 @@ def test_the_least_bytes_stand_beside_those_that_are_moved(report):
     assert parts["product"]["bytes_moved"] < parts["baseline's product"]["bytes_moved"]
     unit = parts[UNIT]
     assert unit["spread"] == 0  # of one round
+
+
+def test_a_benchmark_has_a_folder_of_its_own():
+    """Its lock would refuse a second benchmark on the machine, were it the one of all temporary files."""
+    folder = Path(build_trainer(TINY, build_model(TINY), CPU).args.output_dir)
+    assert folder.parent == Path(tempfile.gettempdir())
+    assert list(folder.iterdir()) == []
 
 
 def test_baselines_and_bare_loop_take_the_same_upper_step():

@@ -14,7 +14,7 @@ from bissl_hf.benchmark import run
 from bissl_hf.benchmark.claims import Claim, Measured, make_claims
 from bissl_hf.benchmark.comparison import PhaseClock, SynchronisationWatch
 from bissl_hf.benchmark.loops import BareLoop, Baseline, KeptGraphBaseline
-from bissl_hf.benchmark.parts import UNIT, MeasuredParts, Part
+from bissl_hf.benchmark.parts import BASELINE_UNIT, UNIT, MeasuredParts, Part
 from bissl_hf.benchmark.pillow_views import PillowViews
 from bissl_hf.benchmark.report import format_report
 from bissl_hf.benchmark.run import raise_damping, run_benchmark
@@ -68,7 +68,9 @@ def test_runners_take_turns_and_solves_take_all_products(report):
 
 def with_spread_of_the_unit(report, spread):
     parts = [{**part, "spread": spread} if part["part"] == UNIT else part for part in report["parts"]]
-    return {**report, "parts": parts}
+    alone = next(part["seconds"] for part in parts if part["part"] == BASELINE_UNIT)
+    baseline = {**report["alternations"]["baseline"], "unit": {"median": alone, "all": [alone]}}
+    return {**report, "parts": parts, "alternations": {**report["alternations"], "baseline": baseline}}
 
 
 def test_the_report_reads_as_tables(report):
@@ -83,6 +85,9 @@ def test_nothing_is_judged_on_a_machine_that_is_too_busy(report):
     assert "No verdict: the unit took up to 25 % longer in some rounds" in text
     assert "no verdict" in text
     assert not any(word in text for word in ("holds", "MISSED"))
+    slower = with_spread_of_the_unit(report, 0.0)
+    slower["alternations"]["baseline"]["unit"]["all"][0] *= 3  # beside the alternations, by the clock on the wall
+    assert "No verdict: the unit took up to 200 % longer" in format_report(slower)
 
 
 def test_the_least_bytes_stand_beside_those_that_are_moved(report):

@@ -32,7 +32,11 @@ CROP_RATIO = (0.5, 1.0)
 
 
 class _ImageTransform(ABC):
-    """What the transforms share: checked inputs, no gradients, full precision, keyed random numbers, normalisation."""
+    """What the transforms share: checked inputs, no gradients, full precision, keyed random numbers, normalisation.
+
+    Attributes:
+        settings (`dict[str, Any]`): what it was made with, as JSON can hold it; a resumed run must have the same.
+    """
 
     def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float], resample: int) -> None:
         self.resize_side = resize_side(image_size)
@@ -46,6 +50,9 @@ class _ImageTransform(ABC):
             raise ValueError(f"`std` is {std}; all three must be above 0.")
         self._mean = torch.tensor(mean).view(3, 1, 1)
         self._std = torch.tensor(std).view(3, 1, 1)
+        self.settings: dict[str, Any] = {
+            "image_size": image_size, "image_mean": [*mean], "image_std": [*std], "resample": int(resample),
+        }  # fmt: skip
 
     @classmethod
     def from_processor(cls, processor: Any, *, image_size: int | None = None, **options: Any) -> Self:
@@ -169,6 +176,9 @@ class TwoViewTransform(_ImageTransform):
             self._build(color_jitter, grayscale, view_blur, view_solarize)
             for view_blur, view_solarize in zip(blur, solarize, strict=True)
         ]
+        self.settings |= self._crop.settings
+        self.settings |= {"color_jitter": color_jitter, "grayscale": grayscale}
+        self.settings |= {"blur": [*blur], "solarize": [*solarize]}
 
     def _build(self, jitter: float, grayscale: float, blur: float, solarize: float) -> list[torch.nn.Module]:
         kernel = max(3, self.image_size // 10 | 1)
@@ -224,6 +234,7 @@ class TrainTransform(_ImageTransform):
     ) -> None:
         super().__init__(image_size, mean, std, resample)
         self._crop = _RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip, resample)
+        self.settings |= self._crop.settings
 
     def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
         with keyed_random_state(key):
@@ -338,6 +349,7 @@ class _RandomCrop:
         self._resample = resample
         self._flip = horizontal_flip
         self._boxes = K.RandomResizedCrop((size, size), scale=scale, ratio=ratio)
+        self.settings = {"crop_scale": [*scale], "crop_ratio": [*ratio], "horizontal_flip": horizontal_flip}
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         batch, channels, height, width = images.shape

@@ -284,7 +284,7 @@ class ResumableTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
         """Says what to do where no batch comes."""
-        with explaining_lost_workers():
+        with explaining_lost_workers(self.args.dataloader_timeout if self.args.dataloader_num_workers else 0):
             return super().get_batch_samples(*args, **kwargs)
 
     def set_initial_training_values(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import ResNetForImageClassification
 
-from bissl_hf.cli.loading import check_sources, load_config
+from bissl_hf.cli.loading import check_sources, load_config, loading
 from bissl_hf.cli.models import (
     PretextModelArguments,
     StartArguments,
@@ -83,3 +83,10 @@ def test_models_are_looked_for_before_anything_else(tmp_path: Path) -> None:
     check_sources(given, "lower_model", "backbone")
     with pytest.raises(ValueError, match=r"upper_model is .*none'; there is no such folder"):
         check_sources(given, "lower_model", "backbone", "upper_model")
+
+
+def test_an_assertion_of_a_model_class_is_one_sentence(tmp_path: Path) -> None:
+    """As `RagModel` makes it where a checkpoint names it with another class's configuration."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model is .*has to be of type RagConfig"), loading("model", str(tmp_path)):
+        raise AssertionError("config has to be of type RagConfig")

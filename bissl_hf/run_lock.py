@@ -153,7 +153,8 @@ def release_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def hold_for_run(folder: str | os.PathLike[str], *, writes: bool) -> bool:
-    """Takes the lock of a run's folder, as [`hold_folder`] does, for all processes of the run. Called on each of them.
+    """Takes the lock of a run's folder, as [`hold_folder`] does, for all processes of the run. Called on each of them,
+    it returns the same.
 
     Args:
         folder (`str` or `os.PathLike`): the output folder.
@@ -168,7 +169,8 @@ def hold_for_run(folder: str | os.PathLike[str], *, writes: bool) -> bool:
             taken = hold_folder(folder)
         except ValueError as error:
             refusal = str(error)
-    if (refusal := from_first_process(refusal)) is not None:
+    taken, refusal = from_first_process((taken, refusal))
+    if refusal is not None:
         raise ValueError(refusal)
     return taken
 

@@ -18,6 +18,7 @@ _ALLOWED = f"It must be a folder with a {CONFIG_NAME} and weights, or the id of 
 
 # Odd configurations make the constructors of models fail in many ways; all of them are bad input.
 _LOADING_ERRORS = (
+    AssertionError,  # of classes of transformers that are given another class's configuration
     OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError, ImportError, SafetensorError,
     pickle.UnpicklingError,
 )  # fmt: skip

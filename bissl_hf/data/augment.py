@@ -39,7 +39,11 @@ CROP_RATIO = (0.5, 1.0)
 
 
 class _ImageTransform(ABC):
-    """What the transforms share: checked inputs, no gradients, full precision, keyed random numbers, normalisation."""
+    """What the transforms share: checked inputs, no gradients, full precision, keyed random numbers, normalisation.
+
+    Attributes:
+        settings (`dict[str, Any]`): what it was made with, as JSON can hold it; a resumed run must have the same.
+    """
 
     def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float], resample: int) -> None:
         self.resize_side = resize_side(image_size)
@@ -53,6 +57,9 @@ class _ImageTransform(ABC):
             raise ValueError(f"`std` is {std}; all three must be above 0.")
         # Mean and deviation of the channels, copied to a device when they are first needed there.
         self._constants = {torch.device("cpu"): tuple(torch.tensor(values).view(3, 1, 1) for values in (mean, std))}
+        self.settings: dict[str, Any] = {
+            "image_size": image_size, "image_mean": [*mean], "image_std": [*std], "resample": int(resample),
+        }  # fmt: skip
 
     @classmethod
     def from_processor(cls, processor: Any, *, image_size: int | None = None, **options: Any) -> Self:
@@ -182,6 +189,9 @@ class TwoViewTransform(_ImageTransform):
             self._build(color_jitter, grayscale, view_blur, view_solarize)
             for view_blur, view_solarize in zip(blur, solarize, strict=True)
         ]
+        self.settings |= self._crop.settings
+        self.settings |= {"color_jitter": color_jitter, "grayscale": grayscale}
+        self.settings |= {"blur": [*blur], "solarize": [*solarize]}
 
     def _build(self, jitter: float, grayscale: float, blur: float, solarize: float) -> list[Operation]:
         kernel = max(3, self.image_size // 10 | 1)
@@ -238,6 +248,7 @@ class TrainTransform(_ImageTransform):
     ) -> None:
         super().__init__(image_size, mean, std, resample)
         self._crop = RandomCrop(image_size, crop_scale, crop_ratio, horizontal_flip, resample)
+        self.settings |= self._crop.settings
 
     def transform(self, images: torch.Tensor, inputs: dict[str, Any], key: Sequence[int]) -> dict[str, Any]:
         with keyed_random_state(key):

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -269,25 +270,36 @@ def _class_names(name: str, splits: dict[str, Dataset], values: dict[str, list[A
             )
         return kind
     if kind == "strings":
-        return sorted({label for label in _labels(values["train"]) if label is not None})
+        return _names_of_texts({label for label in _labels(values["train"]) if label is not None}, name, label_column)
     if kind == "integers":
         found = {int(label) for split in values.values() for label in _labels(split) if label is not None}
-        numbers = range(max(found, default=-1) + 1)
-        if missing := set(numbers) - found:
+        highest, missing = max(found, default=-1), next(number for number in count() if number not in found)
+        if missing < highest:
             raise ValueError(
-                f"The labels in the column {label_column!r} of {name!r} reach {len(numbers) - 1}, and none is "
-                f"{min(missing)}; whole numbers must be 0, 1, 2, ... without gaps. Number the classes anew, or name "
+                f"The labels in the column {label_column!r} of {name!r} reach {highest}, and none is "
+                f"{missing}; whole numbers must be 0, 1, 2, ... without gaps. Number the classes anew, or name "
                 "them: labels as text, or a column of the feature ClassLabel."
             )
-        return [str(number) for number in numbers]
+        return [str(number) for number in range(highest + 1)]
     raise ValueError(
         f"The column {label_column!r} of {name!r} is {kind}; labels must be class labels, integers or strings, or "
         "lists of them: choose another column with `label_column`."
     )
 
 
+def _names_of_texts(labels: set[str], name: str, label_column: str) -> list[str]:
+    """Returns labels that are texts as names of classes, sorted."""
+    if blank := sorted(label for label in labels if label != label.strip() and label.strip() in labels):
+        raise ValueError(
+            f"The column {label_column!r} of {name!r} has the classes {blank[0].strip()!a} and {blank[0]!a}, which "
+            "differ by blanks alone: write them in one way."
+        )
+    return sorted(labels)
+
+
 def _values(dataset: Dataset, label_column: str) -> list[Any]:
-    """Returns the labels of each row: text in one Unicode form, whole numbers as `int`, what is missing as `None`."""
+    """Returns the labels of each row: text in one Unicode form, whole numbers as `int`, what is missing or
+    an empty text as `None`."""
     values = dataset.with_format(None).select_columns([label_column])[:][label_column]
     return [
         [_plain_label(label) for label in value] if isinstance(value, list) else _plain_label(value)
@@ -298,7 +310,7 @@ def _values(dataset: Dataset, label_column: str) -> list[Any]:
 def _plain_label(label: Any) -> Any:
     if isinstance(label, str):
         # The same letters, as macOS and Linux write them in names of folders.
-        return unicodedata.normalize("NFC", label)
+        return unicodedata.normalize("NFC", label) if label.strip() else None
     if isinstance(label, float):
         if math.isnan(label):
             return None

@@ -63,6 +63,9 @@ class RandomCrop:
         horizontal_flip (`float`): probability of a flip.
         resample (`int`): number of Pillow's filter.
 
+    Attributes:
+        settings (`dict`): what it was made with, as JSON can hold it.
+
     Raises:
         `ValueError`: for a range or probability that is not allowed.
     """
@@ -87,6 +90,7 @@ class RandomCrop:
         self._resample = resample
         self._flip = horizontal_flip
         self._boxes = K.RandomResizedCrop((size, size), scale=scale, ratio=ratio)
+        self.settings = {"crop_scale": [*scale], "crop_ratio": [*ratio], "horizontal_flip": horizontal_flip}
 
     def draw(self, shape: torch.Size) -> Drawn:
         """Draws one box per image, and whether it is flipped."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 _HANGS = re.compile(r"DataLoader timed out after ([0-9.]+) seconds")
 _ENDED = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by|exited unexpectedly)")
 
+_GRACE_SECONDS = 1.0  # for torch's own time-out
 _END_SECONDS = 5.0  # one that waits for storage cannot be killed
 
 
@@ -20,22 +21,31 @@ class LoaderWorkerError(RuntimeError):
 
 
 @contextmanager
-def explaining_lost_workers() -> Iterator[None]:
+def explaining_lost_workers(seconds: float = 0.0) -> Iterator[None]:
     """Says what to do where a loader worker hangs or has died, and ends all of them: this process would wait for one
     that hangs before it ends.
+
+    Args:
+        seconds (`float`, *optional*): the time-out of the loader, if the body waits for one batch. A worker that is
+            stopped keeps the memory of a batch that it has announced, and torch's time-out does not end that wait.
 
     Raises:
         [`LoaderWorkerError`]: in the place of torch's errors.
     """
+    ended = threading.Event()
+    timer = threading.Timer(seconds + _GRACE_SECONDS, _kill_workers, [ended])
+    timer.daemon = True
+    if seconds:
+        timer.start()
     try:
         yield
     except LoaderWorkerError:
         raise
-    except RuntimeError as error:
-        if hangs := _HANGS.search(str(error)):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if (hangs := _HANGS.search(str(error))) or ended.is_set():
             found = (
-                f"no loader worker gave a batch within {hangs[1]} seconds. Look whether the storage of the data "
-                "answers, or raise dataloader_timeout"
+                f"no loader worker gave a batch within {hangs[1] if hangs else f'{seconds:g}'} seconds. Look whether "
+                "the storage of the data answers, or raise dataloader_timeout"
             )
         elif _ENDED.search(str(error)):
             found = "a loader worker has ended, mostly for lack of memory. Take fewer (dataloader_num_workers)"
@@ -45,6 +55,15 @@ def explaining_lost_workers() -> Iterator[None]:
         raise LoaderWorkerError(
             f"The run has stopped: {found}, and go on from the last checkpoint (resume_from_checkpoint)."
         ) from error
+    finally:
+        timer.cancel()
+
+
+def _kill_workers(ended: threading.Event) -> None:
+    ended.set()
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _end_workers() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import CONFIG_NAME
 
-from ..checkpoints import list_checkpoints
+from ..checkpoints import find_last_checkpoint
 from ..data.alternation import AlternatingDataLoader
 from ..run_lock import hold_for_run, release_folder
 
@@ -56,9 +56,10 @@ class OneRunInFolder(TrainerCallback):
         """
         if state.is_hyper_param_search:
             return
-        self._taken |= hold_for_run(args.output_dir, writes=args.process_index == 0)
-        if state.global_step:
-            return
+        taken = hold_for_run(args.output_dir, writes=args.process_index == 0)
+        self._taken |= taken
+        if state.global_step or not taken:
+            return  # who has held the folder for longer has looked into it
         try:
             _check_holds_no_run(Path(str(args.output_dir)))
         except ValueError:
@@ -72,7 +73,9 @@ class OneRunInFolder(TrainerCallback):
 
 
 def _check_holds_no_run(folder: Path) -> None:
-    found = [path.name for path in list_checkpoints(folder)]
+    # Those that are damaged are none: a run that finds no other starts from its beginning.
+    last, _ = find_last_checkpoint(folder)
+    found = [last.name] if last else []
     found += [name for name in (CONFIG_NAME, "all_results.json") if (folder / name).is_file()]
     if found:
         raise ValueError(

@@ -290,7 +290,7 @@ class ResumableTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
         """Says what to do where no batch comes."""
-        with explaining_lost_workers():
+        with explaining_lost_workers(self.args.dataloader_timeout if self.args.dataloader_num_workers else 0):
             return super().get_batch_samples(*args, **kwargs)
 
     def set_initial_training_values(
@@ -531,14 +531,25 @@ class ResumableTrainer(Trainer):
 
     def resume_settings(self) -> dict[str, Any]:
         """Returns the settings that a resumed run must share: those that decide which examples a step reads, what
-        these are where the data can tell, and the shape of what a checkpoint holds. Subclasses add to it."""
+        these are where the data can tell, how they are prepared, what kind of model is trained and the numbers of
+        its loss, and the shape of what a checkpoint holds. Subclasses add to it."""
         data = {
             f"checksum of the {stream.name.lower()} data": source.dataset.checksum()
             for stream, source in self.streams.sources.items()
             if stream in (Stream.LOWER, Stream.UPPER) and hasattr(source.dataset, "checksum")
         }
+        views = {
+            f"{name} of the {stream.name.lower()} data": value
+            for stream in (Stream.LOWER, Stream.UPPER)
+            if stream in self.streams.sources
+            for name, value in getattr(self.streams.transform(stream), "settings", {}).items()
+        }
+        config = getattr(self.model, "lower", self.model).config.to_dict()
+        model = {name: value for name, value in config.items() if isinstance(value, float) or name == "model_type"}
         return {
             **data,
+            **views,
+            **model,
             "seed": self.args.key_seed,
             "number of processes": self.args.world_size,
             "number of parameters": sum(parameter.numel() for parameter in self.model.parameters()),

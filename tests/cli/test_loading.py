@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bissl_hf.cli.loading import load_config
+from bissl_hf.cli.loading import load_config, loading
 from bissl_hf.cli.models import (
     PretextModelArguments,
     StartArguments,
@@ -73,3 +73,10 @@ def test_a_name_that_the_hub_does_not_know(tmp_path: Path, monkeypatch: pytest.M
         message = "model is 'user/none'; there is no such folder, and what the Hub has of that name cannot be loaded"
         with pytest.raises(ValueError, match=f"{message}: user/none is not a local folder.* {ALLOWED}"):
             load_config("model", "user/none")
+
+
+def test_an_assertion_of_a_model_class_is_one_sentence(tmp_path: Path) -> None:
+    """As `RagModel` makes it where a checkpoint names it with another class's configuration."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model is .*has to be of type RagConfig"), loading("model", str(tmp_path)):
+        raise AssertionError("config has to be of type RagConfig")

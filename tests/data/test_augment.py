@@ -383,3 +383,14 @@ class TestErrors:
     def test_inputs(self, transform, inputs, error, message):
         with pytest.raises(error, match=message):
             transform(inputs, (0,))
+
+
+@pytest.mark.parametrize("kind", [TwoViewTransform, TrainTransform])
+def test_settings_say_what_a_transform_was_made_with(kind):
+    settings = kind(8, crop_scale=(0.5, 1.0), mean=(0.0, 0.1, 0.2)).settings
+    assert settings == json.loads(json.dumps(settings))
+    assert settings["crop_scale"] == [0.5, 1.0]
+    assert settings["image_mean"] == [0.0, 0.1, 0.2]
+    assert {"image_size", "image_std", "resample", "crop_ratio", "horizontal_flip"} <= set(settings)
+    views = {"color_jitter", "grayscale", "blur", "solarize"}
+    assert views & set(settings) == (views if kind is TwoViewTransform else set())

@@ -38,6 +38,9 @@ def splits_of(labels: dict[str, list], feature: object) -> dict[str, Dataset]:
     }
 
 
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+
+
 class TestArrowTypes:
     @pytest.mark.parametrize("images", [pa.binary(), pa.large_binary(), pa.binary_view(), "struct", "struct of views"])
     @pytest.mark.parametrize("labels", [pa.string(), pa.large_string(), pa.string_view(), "dictionary"])
@@ -105,6 +108,19 @@ class TestLabels:
         with pytest.raises(ValueError, match=message):
             encode_labels("x", splits_of({"train": labels}, Value("float64")), "image", "kind")
 
+    def test_a_huge_number_takes_no_memory(self):
+        splits = splits_of({"train": [0, 10**12]}, Value("int64"))
+        with pytest.raises(ValueError, match=r"reach 1000000000000, and none is 1; whole numbers"):
+            encode_labels("x", splits, "image", "kind")
+
+    @pytest.mark.parametrize(
+        ("labels", "message"),
+        [(["cat", " "], "There is no label in row 1"), (["dog", "dog "], "classes 'dog' and 'dog ', which differ by")],
+    )
+    def test_blanks_are_no_names(self, labels, message):
+        with pytest.raises(ValueError, match=message):
+            encode_labels("x", splits_of({"train": labels}, Value("string")), "image", "kind")
+
     def test_one_name_in_two_unicode_forms_is_one_class(self):
         forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
         splits = splits_of({"train": [forms[0], "tea"], "test": [forms[1]]}, Value("string"))
@@ -135,7 +151,7 @@ class TestLabels:
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         st.one_of(
-            st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=4), min_size=1, max_size=12),
+            st.lists(TEXTS.map(str.strip).filter(bool), min_size=1, max_size=12),
             st.lists(st.booleans(), min_size=1, max_size=12),
             st.integers(1, 6).flatmap(lambda n: st.permutations(list(range(n)) * 2)),
             st.integers(1, 6).flatmap(lambda n: st.permutations([float(i) for i in range(n)] * 2)),

@@ -4,6 +4,7 @@ import signal
 import time
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bissl_hf.data.workers import LoaderWorkerError, explaining_lost_workers
@@ -44,6 +45,32 @@ def test_a_lost_worker_is_one_sentence_and_none_is_left(number, sentence):
     while any(process.daemon for process in multiprocessing.active_children()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not [process for process in multiprocessing.active_children() if process.daemon]
+
+
+class Whole(Dataset):
+    """Rows that are tensors, whose memory a worker keeps until they are asked for."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        return torch.zeros(1000)
+
+
+def read_rest(batches):
+    for _ in range(7):
+        with explaining_lost_workers(1):
+            next(batches)
+
+
+def test_a_worker_that_is_stopped_with_a_batch_of_its_own_is_noticed():
+    batches = iter(DataLoader(Whole(), num_workers=1, timeout=1, prefetch_factor=4))
+    next(batches)
+    time.sleep(1)
+    (worker,) = [process for process in multiprocessing.active_children() if process.daemon]
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(LoaderWorkerError, match="no loader worker gave a batch within 1 seconds"):
+        read_rest(batches)
 
 
 def test_other_errors_stay():

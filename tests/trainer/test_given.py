@@ -8,15 +8,17 @@ import torch
 from transformers import TrainingArguments
 
 from bissl_hf import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
+from bissl_hf.checkpoints import find_defect
 from bissl_hf.data.alternation import Stream
 from bissl_hf.data.augment import EvalTransform, TrainTransform, TwoViewTransform
 from bissl_hf.data.decoded import DecodedImages
+from bissl_hf.run_lock import holding_folder
 from bissl_hf.trainer.finetune_trainer import FineTuneTrainer
 from bissl_hf.trainer.joint_trainer import JointTrainer
 from bissl_hf.trainer.pretext_trainer import PretextTrainer
 from bissl_hf.trainer.training_args import FineTuningArguments, JointTrainingArguments, PretextTrainingArguments
 
-from ..conftest import TinyImages, tiny_model, vit_model
+from ..conftest import TinyImages, flip_a_bit, tiny_model, vit_model
 from .trainers import make_args, make_trainer
 
 BASIC = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
@@ -143,6 +145,23 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path):
     longer = make_trainer(tmp_path, num_alternations=2, save_strategy="epoch")
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 10
+
+
+def test_a_run_of_which_nothing_whole_is_left_starts_from_its_beginning(tmp_path):
+    settings = {"num_alternations": 1, "save_strategy": "epoch"}
+    make_trainer(tmp_path, **settings).train()
+    flip_a_bit(tmp_path / "checkpoint-5" / "model.safetensors")
+    make_trainer(tmp_path, **settings).train()
+    assert find_defect(tmp_path / "checkpoint-5") is None
+
+
+def test_who_holds_a_folder_has_looked_into_it(tmp_path):
+    """As a command that was killed while it wrote its model, and goes on without a checkpoint."""
+    (tmp_path / "config.json").write_text("{}")
+    with holding_folder(tmp_path):
+        make_trainer(tmp_path, num_alternations=1).train()
+    with pytest.raises(ValueError, match=r"holds a run \(config.json\)"):
+        make_trainer(tmp_path, num_alternations=1).train()
 
 
 def test_the_reported_loss_is_the_one_that_is_trained(tmp_path):

@@ -112,3 +112,31 @@ def test_a_batch_as_large_as_the_data_is_one_step(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 3
     assert trainer.state.log_history[0]["samples_per_second"] > 0
+
+
+class Noise:
+    """Views, and what they were made with."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+
+    def __call__(self, inputs, key):
+        return add_noise(inputs, key)
+
+
+def test_a_resume_has_the_views_the_task_and_the_loss_of_the_checkpoint(tmp_path, monkeypatch):
+    def build(**settings):
+        return make_trainer(tmp_path, transform=Noise(**settings), save_strategy="epoch", num_train_epochs=1)
+
+    build(blur=[1.0, 0.1]).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    build(blur=[1.0, 0.1]).check_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=r"blur of the lower data was \[1.0, 0.1\] and is \[1.0, 0.9\]"):
+        build(blur=[1.0, 0.9]).check_checkpoint(checkpoint)
+    trainer = build(blur=[1.0, 0.1])
+    trainer.model.config.temperature = 0.9
+    with pytest.raises(ValueError, match=r"temperature was 0.5 and is 0.9"):
+        trainer.check_checkpoint(checkpoint)
+    monkeypatch.setattr(type(trainer.model.config), "model_type", "byol")
+    with pytest.raises(ValueError, match=r"model_type was simclr and is byol"):
+        trainer.check_checkpoint(checkpoint)

@@ -170,3 +170,14 @@ def train_with(folder: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["seed", "max_steps"])
 def test_processes_with_different_arguments_are_refused(tmp_path, name):
     run_in_processes(train_with, 2, str(tmp_path), name)
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 7), (0, 0)])
+def test_every_loader_waits_no_longer_than_it_may(tmp_path, workers, seconds):
+    trainer = make_trainer(
+        tmp_path, dataloader_num_workers=workers, dataloader_prefetch_factor=2 if workers else None,
+        dataloader_timeout=7,
+    )  # fmt: skip
+    loaders = [trainer.get_train_dataloader(), trainer.get_eval_dataloader(TinyImages(5))]
+    loaders.append(trainer.get_test_dataloader(TinyImages(5)))
+    assert [loader.timeout for loader in loaders] == [seconds] * 3

@@ -14,7 +14,8 @@ import transformers as tf
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
-from bissl_hf import BiSSLModel, SimCLRForPreTraining
+from bissl_hf import BiSSLModel, SimCLRForPreTraining, TrainTransform
+from bissl_hf.data.preprocessing import Preprocessing
 from bissl_hf.evaluation.features import extract_features
 from bissl_hf.models.backbone import (
     backbone_model,
@@ -29,6 +30,7 @@ from bissl_hf.models.backbone import (
 )
 from bissl_hf.models.classifier import classifier_on, labels_of_task, new_classifier
 from bissl_hf.models.pretext import build_pretext_model, pretext_tasks
+from bissl_hf.tasks.downstream import DownstreamTask
 
 SIZE = 32
 NAMES = ["ant", "bee", "cow"]
@@ -317,13 +319,13 @@ def test_both_levels_from_a_backbone(family: str, tmp_path: Path) -> None:
 
 
 def test_both_levels_with_a_task_and_a_vit_mae() -> None:
-    class Task:
-        class_names = ("a", "b")
-        problem_type = "multi_label_classification"
-
     backbone = AutoModel.from_config(FAMILIES["vit"]())
+    size = backbone.config.image_size
+    task = DownstreamTask(
+        "multi_label_classification", ["a", "b"], Preprocessing(image_size=size), TrainTransform(size)
+    )
     model = BiSSLModel.from_backbone(
-        backbone, task=Task(), pretext="mae", decoder_hidden_size=8, decoder_num_attention_heads=2,
+        backbone, task=task, pretext="mae", decoder_hidden_size=8, decoder_num_attention_heads=2,
         decoder_num_hidden_layers=1,
     )  # fmt: skip
     assert isinstance(model.lower, tf.ViTMAEForPreTraining)

@@ -443,7 +443,7 @@ def test_going_on_from_another_pretraining_is_refused(
     ("changes", "message"),
     [
         ({"color_jitter": 0.0}, "color_jitter was 0.8 and is 0.0"),
-        ({"image_size": 18}, "image_size was 16 and is 18"),
+        ({"image_size": 18}, "preprocessing was 16 x 16 pixels"),
         ({"lower_dataset": "others"}, "checksum of the lower images was"),
         ({"dataset": "others"}, "checksum of the train images was"),
     ],

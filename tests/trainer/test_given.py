@@ -68,7 +68,7 @@ def test_hooks_of_trainer_are_refused_with_ours(tmp_path):
 def test_joint_training_refuses_them_too(tmp_path):
     args = JointTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=8, **BASIC)
     data = {"train_dataset": TinyImages(12), "lower_dataset": TinyImages(24, pairs=True)}
-    with pytest.raises(TypeError, match=r"compute_loss_func is not used by SingleLevelTrainer; override joint_loss"):
+    with pytest.raises(TypeError, match=r"compute_loss_func is not used by JointTrainer; override joint_loss"):
         JointTrainer(tiny_model(), args, compute_loss_func=print, **data)
 
 

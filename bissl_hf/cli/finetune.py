@@ -16,8 +16,9 @@ from transformers.trainer_utils import HubStrategy
 from ..tasks.labelled import decode_labelled
 from ..text import for_console
 from ..trainer.finetune_trainer import FineTuneTrainer
+from ..trainer.resumable_args import with_changes
 from ..trainer.search import SearchSpace, check_backend
-from ..trainer.training_args import FineTuningArguments, with_changes
+from ..trainer.training_args import FineTuningArguments
 from .adapters import LoraArguments
 from .arguments import given_fields, parse_arguments, refusing_bad_input
 from .card import CardArguments, recipe_facts

@@ -20,8 +20,9 @@ from ..tasks.downstream import DownstreamTask
 from ..tasks.labelled import LabelledImages
 from ..trainer.divergence import check_metrics
 from ..trainer.finetune_trainer import FineTuneTrainer
+from ..trainer.resumable_args import with_changes
 from ..trainer.search import SearchResult, SearchSpace, search
-from ..trainer.training_args import FineTuningArguments, with_changes
+from ..trainer.training_args import FineTuningArguments
 from .parts import Stage
 
 _DECISIVE = (

@@ -1,6 +1,7 @@
 """Batches of a task that compares images with each other."""
 
-from ..trainer.training_args import BiSSLTrainingArguments, ResumableTrainingArguments
+from ..trainer.resumable_args import ResumableTrainingArguments
+from ..trainer.training_args import BiSSLTrainingArguments
 
 
 def check_pairs(args: ResumableTrainingArguments) -> None:

@@ -54,11 +54,11 @@ from .data_parallel import check_whole_model, num_own_rows, pad_rows, reduce_gra
 from .divergence import DivergenceGuard
 from .given import check_arguments
 from .metrics_buffer import MetricsBuffer
+from .resumable_args import ResumableTrainingArguments
 from .run_record import record_run, size_of
 from .same_arguments import check_same_arguments
 from .signals import StopSignals, leave_signals_to_the_run
 from .state_files import find_refused_file, read_trainer_state
-from .training_args import ResumableTrainingArguments
 
 logger = logging.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from ..cards.record import RunRecord, Settings, installed_versions, record_model, settings_of
 from ..models.modeling_bissl import BiSSLModel
-from .training_args import default_schedule_options
+from .resumable_args import default_schedule_options
 
 if TYPE_CHECKING:
     from .resumable_trainer import ResumableTrainer

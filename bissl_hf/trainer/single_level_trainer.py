@@ -17,8 +17,8 @@ from ..models.backbone import backbone_and_heads
 from ..models.batch_norm import running_statistics
 from ..models.saving import save_model
 from .divergence import check_first_batch
+from .resumable_args import ResumableTrainingArguments
 from .resumable_trainer import ResumableTrainer
-from .training_args import ResumableTrainingArguments
 
 
 class SingleLevelTrainer(ResumableTrainer):

@@ -9,8 +9,8 @@ from bissl_hf.data.alternation import StepKey, Stream, keyed_random_state
 from bissl_hf.data.streams import model_randomness
 from bissl_hf.run_lock import LOCK_NAME
 from bissl_hf.trainer.metrics_buffer import MetricsBuffer
+from bissl_hf.trainer.resumable_args import ResumableTrainingArguments
 from bissl_hf.trainer.resumable_trainer import ResumableTrainer
-from bissl_hf.trainer.training_args import ResumableTrainingArguments
 
 from ..conftest import TinyImages
 from ..processes import run_in_processes

@@ -7,7 +7,8 @@ import torch
 from transformers import HfArgumentParser
 
 from bissl_hf import BiSSLTrainingArguments
-from bissl_hf.trainer.training_args import FineTuningArguments, PretextTrainingArguments, ResumableTrainingArguments
+from bissl_hf.trainer.resumable_args import ResumableTrainingArguments
+from bissl_hf.trainer.training_args import FineTuningArguments, PretextTrainingArguments
 
 
 def make_args(**overrides) -> BiSSLTrainingArguments:

@@ -9,7 +9,7 @@ import bissl_hf
 PACKAGE = Path(bissl_hf.__file__).parent
 # A room imports only from itself and from those before it.
 ROOMS = (
-    "tensors", "text", "paths", "distributed", "losses", "class_weights", "checkpoints", "run_lock", "data", "models",
+    "tensors", "text", "paths", "distributed", "losses", "checkpoints", "run_lock", "data", "models",
     "bilevel", "optim",
     "evaluation", "tasks", "cards", "report", "hub", "trainer", "benchmark", "cli", "study", "commands",
 )  # fmt: skip

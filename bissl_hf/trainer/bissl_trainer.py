@@ -23,7 +23,6 @@ from ..bilevel.level_losses import LevelLosses, LossModel
 from ..bilevel.linear_solve import SolveStatus, sufficient_damping
 from ..bilevel.upper_phase import Solve, UpperPhase
 from ..cards.record import RunRecord
-from ..class_weights import DownstreamLoss
 from ..data.alternation import AlternatingDataLoader, KeyedSource, StepKey, Stream
 from ..data.decoded import decoded_for
 from ..data.streams import (
@@ -48,6 +47,7 @@ from ..optim.pull import (
     warn_about_pull,
 )
 from ..optim.two_level import LEVELS, TwoLevelOptimizer, own_step, two_level_scheduler
+from ..tasks.class_weights import DownstreamLoss
 from ..tasks.image_task import ImageTask
 from ..tensors import Vector, add_scaled, cosine, dot, fill_missing, is_finite, norm, subtract
 from .divergence import check_first_batch

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..class_weights import DownstreamLoss
 from ..data.alternation import Stream
 from ..data.decoded import decoded_for
 from ..data.streams import labelled_batch_size
 from ..models.adapters import adapter_of, merged
 from ..models.batch_norm import check_rows_for_batch_norm, has_batch_norm, recalibrate_batch_norm
+from ..tasks.class_weights import DownstreamLoss
 from ..tasks.image_task import ImageTask
 from .from_task import filled_from_task
 from .given import check_arguments, check_rows, evaluate_nothing_without_data

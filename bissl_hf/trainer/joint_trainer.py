@@ -11,13 +11,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.generic import find_labels
 
 from ..cards.record import RunRecord
-from ..class_weights import DownstreamLoss
 from ..data.alternation import KeyedSource, StepKey, Stream
 from ..data.decoded import decoded_for
 from ..data.streams import Inputs, Transform, check_pretext_batch, labelled_batch_size, model_randomness
 from ..distributed import average_flat
 from ..models.batch_norm import check_rows_for_batch_norm, has_batch_norm, recalibrate_batch_norm, running_statistics
 from ..models.modeling_bissl import BiSSLModel
+from ..tasks.class_weights import DownstreamLoss
 from ..tasks.image_task import ImageTask
 from .divergence import check_first_batch
 from .from_task import filled_from_task

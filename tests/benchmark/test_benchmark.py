@@ -39,6 +39,7 @@ def report():
     return json.loads(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_and_the_unit_costs_itself(report):
     parts = {part["part"]: part for part in report["parts"]}
     assert parts[UNIT]["equivalents"] == parts[UNIT]["expected_equivalents"] == 1
@@ -58,6 +59,7 @@ def test_every_part_is_measured_and_the_unit_costs_itself(report):
     assert 0 < report["traffic_share"] <= 1
 
 
+@pytest.mark.slow
 def test_runners_take_turns_and_solves_take_all_products(report):
     assert {name: len(phases["upper"]["all"]) for name, phases in report["alternations"].items()} == {
         "trainer": 1, "bare loop": 1, "recycled": 1, "baseline": 1, "kept graph": 1,
@@ -73,6 +75,7 @@ def with_spread_of_the_unit(report, spread):
     return {**report, "parts": parts, "alternations": {**report["alternations"], "baseline": baseline}}
 
 
+@pytest.mark.slow
 def test_the_report_reads_as_tables(report):
     text = format_report(with_spread_of_the_unit(report, 0.05))
     for words in ("forward and backward", "trainer / bare loop", "in the upper phase", "holds", "MB moved"):
@@ -80,6 +83,7 @@ def test_the_report_reads_as_tables(report):
     assert "no verdict" not in text
 
 
+@pytest.mark.slow
 def test_nothing_is_judged_on_a_machine_that_is_too_busy(report):
     text = format_report(with_spread_of_the_unit(report, 0.25))
     assert "No verdict: the unit took up to 25 % longer in some rounds" in text
@@ -90,6 +94,7 @@ def test_nothing_is_judged_on_a_machine_that_is_too_busy(report):
     assert "No verdict: the unit took up to 200 % longer" in format_report(slower)
 
 
+@pytest.mark.slow
 def test_the_least_bytes_stand_beside_those_that_are_moved(report):
     parts = {part["part"]: part for part in report["parts"]}
     for name in (UNIT, "linearisation", "product", "baseline's product"):

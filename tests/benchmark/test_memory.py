@@ -31,6 +31,7 @@ def found():
     return measure_memory(CPU, workload=workload, sizes=((8, 32, 64),), say=lambda text: None)
 
 
+@pytest.mark.slow
 def test_each_way_holds_what_its_mode_says(found):
     """The graph that `cached` keeps grows with the batch, `recompute` holds a gradient, and parts one at a time."""
     peak = {(taken["way"], taken["pairs"]): taken["peak_bytes"] for taken in found}
@@ -43,6 +44,7 @@ def test_each_way_holds_what_its_mode_says(found):
     assert peak["forward and backward", 64] < peak["cached", 64]
 
 
+@pytest.mark.slow
 def test_memory_reads_as_a_table(found):
     rows = memory_rows(found)
     assert [(row["channels"], row["pairs"]) for row in rows] == [("8", "32"), ("8", "64")]

@@ -75,6 +75,7 @@ def results_of(folder: Path, pattern: str) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob(f"parts/*/{pattern}/result.json"))]
 
 
+@pytest.mark.slow
 def test_runs_have_the_setting_that_was_chosen(finished: tuple[Path, Path, list[dict[str, Any]], list[int]]) -> None:
     images, output, runs, sizes = finished
     assert [run["arm"] for run in runs] == [arm["name"] for arm in ARMS]
@@ -95,6 +96,7 @@ def test_runs_have_the_setting_that_was_chosen(finished: tuple[Path, Path, list[
     assert set(sizes) == {6}, "tries see the validation split alone"
 
 
+@pytest.mark.slow
 def test_a_search_is_found_again(
     finished: tuple[Path, Path, list[dict[str, Any]], list[int]],
     tmp_path: Path,
@@ -142,6 +144,7 @@ def test_the_search_of_fine_tuning_can_be_made_once(
     )
 
 
+@pytest.mark.slow
 def test_other_settings_to_try_are_refused(finished: tuple[Path, Path, list[dict[str, Any]], list[int]]) -> None:
     images, output, _, _ = finished
     changed = [*ARMS[:2], {**ARMS[2], "search": {"upper_steps": [1, 3]}}, *ARMS[3:]]
@@ -149,6 +152,7 @@ def test_other_settings_to_try_are_refused(finished: tuple[Path, Path, list[dict
         study(images, output, arms=changed)
 
 
+@pytest.mark.slow
 def test_the_report_tells_what_was_tried_and_chosen(
     finished: tuple[Path, Path, list[dict[str, Any]], list[int]], tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def read(study: Study, name: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_third_arm_takes_the_steps_that_fit_into_the_seconds_of_bissl(
     finished: tuple[Study, list[dict[str, Any]], Counter[str]], seed: int
@@ -82,6 +83,7 @@ def test_the_third_arm_takes_the_steps_that_fit_into_the_seconds_of_bissl(
     assert by_arm["ours"]["backbone_seconds"] == ours["seconds"]
 
 
+@pytest.mark.slow
 def test_the_report_says_what_each_arm_is_matched_to(
     finished: tuple[Study, list[dict[str, Any]], Counter[str]], tmp_path: Path
 ) -> None:

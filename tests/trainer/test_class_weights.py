@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bissl_hf.class_weights import DownstreamLoss
+from bissl_hf.tasks.class_weights import DownstreamLoss
 from bissl_hf.trainer.finetune_trainer import FineTuneTrainer
 from bissl_hf.trainer.joint_trainer import JointTrainer
 from bissl_hf.trainer.training_args import FineTuningArguments, JointTrainingArguments

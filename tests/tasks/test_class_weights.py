@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bissl_hf.class_weights import resolve_class_weights, weighted_cross_entropy
+from bissl_hf.tasks.class_weights import resolve_class_weights, weighted_cross_entropy
 
 LABELS = torch.tensor([0, 0, 0, 1, 2, 2])
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .data.balanced import BALANCED, row_labels
-from .tensors import at_least_float32
+from ..data.balanced import BALANCED, row_labels
+from ..tensors import at_least_float32
 
 
 def resolve_class_weights(given: str | Sequence[float], labels: Tensor, num_classes: int) -> Tensor:

@@ -34,7 +34,7 @@ def start_forked(function: Callable[..., None], *arguments: Any, errors: Path | 
 
 def _as_group(function: Callable[..., None], arguments: tuple[Any, ...], errors: Path | None) -> None:
     os.setsid()
-    multiprocessing.set_forkserver_preload(["bissl_hf.cli.align"])  # for the workers of its loaders
+    multiprocessing.set_start_method("fork", force=True)  # for the workers of its loaders, as in a script
     if errors is not None:
         with errors.open("w") as stream:
             os.dup2(stream.fileno(), 2)

@@ -101,7 +101,8 @@ def accuracy(trainer: PretextTrainer, check: KnnCheck) -> float:
     if trainer.model.base_model_prefix == "backbone":
         return check.measure()["knn_accuracy"]
     with mock.patch(
-        "bissl_hf.evaluation.features.pool_features", lambda outputs: outputs.last_hidden_state[:, 1:].mean(dim=1)
+        "bissl_hf.models.backbone.pool_features",
+        lambda outputs, *, class_token: outputs.last_hidden_state[:, 1:].mean(dim=1),
     ):
         return check.measure()["knn_accuracy"]
 

@@ -68,7 +68,9 @@ class StopSignals(TrainerCallback):
         during the next step: nothing waits for the device, nor for a process that is less than a step behind."""
         if world_size() == 1:
             return self._received
-        agreed, number = self._exchanged(), torch.tensor(self._received)
+        # Before the first exchange a process knows of its own signals only, which must not end it alone.
+        agreed = self._exchanged() if self._exchange else 0
+        number = torch.tensor(self._received)
         work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._exchange = (number, work)
         return agreed

@@ -190,6 +190,18 @@ def test_a_signal_in_a_step_lets_the_step_end(tmp_path, capsys):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def signal_in_the_first_step(folder: Path) -> None:
+    stop, control, state = StopSignals(), TrainerControl(), TrainerState()
+    stop.on_train_begin(None, state, control)
+    stop._received = signal.SIGHUP if rank() == 1 else 0
+    for step in range(3):
+        stop.on_step_end(None, state, control)
+        if control.should_training_stop:
+            break
+    stop.on_train_end(None, state, control)
+    write_json(folder / f"{rank()}.json", {"step": step, "by": stop.stopped_by})
+
+
 def steps_on_two(folder: Path) -> None:
     """Eight steps, each slow on one of two processes in turn; the second has received a signal in the sixth."""
     stop, control, state = StopSignals(), TrainerControl(), TrainerState()
@@ -227,6 +239,13 @@ def test_processes_stop_at_the_same_step_and_wait_for_no_step(tmp_path):
     assert first["by"] == second["by"] == signal.SIGHUP
     # Seven steps, of which each is slow on one process: 1.4 s if each waited for the other's.
     assert max(first["seconds"], second["seconds"]) < 1.2
+
+
+@pytest.mark.distributed
+def test_a_signal_in_the_first_step_ends_no_process_alone(tmp_path):
+    run_in_processes(signal_in_the_first_step, 2, tmp_path)
+    found = [read_mapping(tmp_path / f"{number}.json") for number in (0, 1)]
+    assert found == [{"step": 1, "by": signal.SIGHUP}] * 2
 
 
 @pytest.mark.distributed

@@ -194,12 +194,12 @@ def signal_in_the_first_step(folder: Path) -> None:
     stop, control, state = StopSignals(), TrainerControl(), TrainerState()
     stop.on_train_begin(None, state, control)
     stop._received = signal.SIGHUP if rank() == 1 else 0
-    for step in range(3):
+    steps = 0
+    while steps < 3 and not control.should_training_stop:
         stop.on_step_end(None, state, control)
-        if control.should_training_stop:
-            break
+        steps += 1
     stop.on_train_end(None, state, control)
-    write_json(folder / f"{rank()}.json", {"step": step, "by": stop.stopped_by})
+    write_json(folder / f"{rank()}.json", {"steps": steps, "by": stop.stopped_by})
 
 
 def steps_on_two(folder: Path) -> None:
@@ -245,7 +245,7 @@ def test_processes_stop_at_the_same_step_and_wait_for_no_step(tmp_path):
 def test_a_signal_in_the_first_step_ends_no_process_alone(tmp_path):
     run_in_processes(signal_in_the_first_step, 2, tmp_path)
     found = [read_mapping(tmp_path / f"{number}.json") for number in (0, 1)]
-    assert found == [{"step": 1, "by": signal.SIGHUP}] * 2
+    assert found == [{"steps": 2, "by": signal.SIGHUP}] * 2
 
 
 @pytest.mark.distributed

@@ -116,7 +116,8 @@ def parse_optimizer_options(text: str | None, *, field: str) -> dict[str, Any]:
     """Reads options such as `"nesterov=True,betas=(0.9,0.95)"`.
 
     Raises:
-        `ValueError`: if the text is not a list of `name=value`; `field` names the argument to change.
+        `ValueError`: if the text is not a list of `name=value`, or a momentum never forgets; `field` names the
+            argument to change.
     """
     if not text:
         return {}
@@ -124,11 +125,15 @@ def parse_optimizer_options(text: str | None, *, field: str) -> dict[str, Any]:
         call = ast.parse(f"options({text})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("not a list of name=value")
-        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     # Thousands of signs or brackets are too deep for the parser, which says so by one of the last two.
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         shown = repr(text) if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]!r}... ({len(text)} characters)"
         raise ValueError(f'{field} is {shown}; it must read like "momentum=0.9,nesterov=True".') from error
+    momentum = options.get("momentum", 0.0)
+    if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
+        raise ValueError(f"{field} has momentum={momentum!r}; it must be a number of at least 0 and below 1.")
+    return options
 
 
 def build_optimizer(

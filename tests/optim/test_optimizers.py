@@ -213,6 +213,9 @@ def test_options_are_read_as_literals():
     for text in ("nesterov", "a=b", "0.9", "a=1) + (2", "**{'a': 1}"):
         with pytest.raises(ValueError, match="optim_args is"):
             parse_optimizer_options(text, field="optim_args")
+    for value in ("2", "1.0", "-0.1", "True", "'0.9'", "None"):
+        with pytest.raises(ValueError, match=rf"optim_args has momentum={value}; it must be a number of at least 0"):
+            parse_optimizer_options(f"momentum={value}", field="optim_args")
 
 
 @pytest.mark.parametrize(

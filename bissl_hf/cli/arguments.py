@@ -21,7 +21,7 @@ from ..trainer.divergence import DivergenceError
 from .configuration import read_configuration
 from .disk import reason_of_disk
 from .help import HELP_FLAGS, HelpFormatter, format_grouped_help, group_fields
-from .refusal import close_matches, refuse, speak
+from .refusal import close_matches, refuse, show, speak
 from .values import checked_value
 
 EXIT_DISK = 1
@@ -158,7 +158,7 @@ def _show_help(parser: _Parser, dataclass_types: Sequence[Any], arguments: Seque
     if asked:
         shows_all = "all" in arguments[asked[0] + 1 : asked[0] + 2]
         groups = group_fields(dataclass_types, show_all=shows_all)
-        print(format_grouped_help(parser, groups, shows_all=shows_all))
+        show(format_grouped_help(parser, groups, shows_all=shows_all))
         sys.exit(0)
 
 

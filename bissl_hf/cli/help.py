@@ -34,7 +34,7 @@ _OUTPUT = (
 )
 _MACHINE = (
     *("seed", "data_seed", "bf16", "fp16", "channels_last", "use_cpu", "dataloader_num_workers"),
-    "per_device_eval_batch_size",
+    *("per_device_eval_batch_size", "dataloader_timeout", "on_divergence"),
 )
 _OPTIMIZATION = (
     *(
@@ -46,8 +46,6 @@ _OPTIMIZATION = (
         "max_grad_norm",
         "momentum",
         "micro_batch_size",
-        "class_weights",
-        "class_sampling",
     ),
     *(
         "gradient_cache",
@@ -56,12 +54,12 @@ _OPTIMIZATION = (
         "per_device_labelled",
         "num_train_epochs",
         "max_steps",
-        "class_weights",
-        "class_sampling",
     ),
 )
 _GROUP_OF_CLASS = {
-    **dict.fromkeys(("DataArguments", "LowerDataArguments", "PretextDataArguments", "TextArguments"), "data"),
+    **dict.fromkeys(
+        ("DataArguments", "LowerDataArguments", "PretextDataArguments", "TextArguments", "LossArguments"), "data"
+    ),
     **dict.fromkeys(("CropArguments", "ViewArguments"), "views"),
     **dict.fromkeys(
         ("PretextModelArguments", "ModelArguments", "StartArguments", "FineTuneModelArguments", "JointModelArguments"),

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .refusal import close_matches, refuse
+from .refusal import close_matches, refuse, show
 
 PROGRAM = "bissl-hf"
 # What `bissl-hf --help` says of each module of this package that is a command.
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command that the first argument names with the arguments after it."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h", "help"):
-        print(list_commands())
+        show(list_commands())
         return
     if name not in COMMANDS:
         refuse(f"Unknown command {name!r}{close_matches(name, COMMANDS, f'; see {PROGRAM} --help.')}")

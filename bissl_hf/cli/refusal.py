@@ -34,3 +34,11 @@ def close_matches(name: str, known: Iterable[str], otherwise: str = "; see --hel
     """Returns how to end a sentence on an unknown name: with known ones like it, or `otherwise` if there are none."""
     matches = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(matches)}?" if matches else otherwise
+
+
+def show(text: str) -> None:
+    """Prints a text, of which whoever reads it may take the beginning only, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end

@@ -1,5 +1,6 @@
 """The console script: what it lists, what it refuses, and that it starts a command."""
 
+import shlex
 import subprocess
 import sys
 
@@ -36,3 +37,10 @@ def test_a_command_gets_the_other_arguments(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(predict, "main", lambda arguments: sys.argv.append(arguments))
     program.main(["predict", "--model", "x"])
     assert sys.argv == ["bissl-hf predict", ["--model", "x"]]
+
+
+def test_a_reader_of_the_help_may_stop_early() -> None:
+    code = "from bissl_hf.cli.refusal import show; show('line\\n' * 100_000)"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "line\n", "")

@@ -296,6 +296,7 @@ def in_process(folder: Path) -> None:
     torch.save((world_size(), found), folder / f"{rank()}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_the_products_of_the_global_batch(tmp_path: Path) -> None:
     run_in_processes(in_process, 2, tmp_path)

@@ -186,6 +186,7 @@ def in_process(number: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_gradient_and_products_of_the_global_batch(tmp_path):
     with socket.socket() as probe:

@@ -181,6 +181,7 @@ def open_in_process(environment: dict[str, str], folder: str) -> None:
     assert total == 3
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_processes_fetch_a_checkpoint_once_and_stay_in_step(tmp_path):
     state = '{"global_step": 7}'

@@ -218,6 +218,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_exports_open_without_this_package(tmp_path: Path) -> None:
     """All families in one process; of DINOv3 the backbone, on which transformers has no classifier."""
     expected = {}

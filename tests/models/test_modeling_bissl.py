@@ -424,6 +424,7 @@ for number in range(1, len(sys.argv), 3):
 AUTO = {"resnet": "AutoModelForImageClassification", "bert": "AutoModelForSequenceClassification"}
 
 
+@pytest.mark.slow
 def test_exports_open_without_the_package(tmp_path: Path) -> None:
     expected, arguments = {}, []
     for name, auto in AUTO.items():

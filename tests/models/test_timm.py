@@ -32,6 +32,7 @@ NAMES = ["ant", "bee", "cow"]
 timm = pytest.mark.timm
 
 
+@pytest.mark.slow
 def test_against_a_stand_in() -> None:
     """In a process of its own, since transformers decides at import whether timm is there."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "tests.models.timm_stand_in", "-m", "timm"]

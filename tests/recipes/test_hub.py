@@ -68,6 +68,7 @@ def weights(files: dict[str, bytes]) -> dict[str, bytes]:
     return {path: data for path, data in files.items() if path.endswith(".safetensors")}
 
 
+@pytest.mark.slow
 def test_a_pretext_model_goes_up_and_serves_bissl_which_goes_up_too(hub: HubStandIn, tmp_path: Path, capsys) -> None:
     pretrain.main(settings(tmp_path / "simclr", **PRETRAIN))
     assert "Pushed to the Hub: user/simclr" in capsys.readouterr().out

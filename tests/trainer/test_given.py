@@ -316,6 +316,7 @@ def test_any_attention_kernel_in_first_order(tmp_path, attention):
     make_trainer(tmp_path, model=model, solver="identity", num_alternations=1).train()
 
 
+@pytest.mark.slow
 # torch 2.13, 2026-11: the compiler looks at the gradient of a view.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_lower_level_trains_in_first_order(tmp_path):

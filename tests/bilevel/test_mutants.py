@@ -123,6 +123,7 @@ MUTANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_the_restatement_notices(mutate, monkeypatch, tmp_path):
     mutate(monkeypatch)

@@ -304,6 +304,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_refuses_in_a_process_of_its_own(images: Path, models: Path, tmp_path: Path) -> None:
     """Nothing that the libraries print comes before the sentence."""
     run = start(settings(images, models, tmp_path / "out", upper_model=models / "deeper"))

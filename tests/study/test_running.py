@@ -127,6 +127,7 @@ def test_finished_parts_are_never_run_again(
     assert [folder.split("/", 1)[1] for folder in trained] == ["ours-seed1/finetuning"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_to_the_same_numbers(
     finished: tuple[Path, list[dict[str, Any]]], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,6 +208,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 # A model without batch statistics: the number of processes changes nothing
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_run_is_that_of_one_process(processes: int, one: dict[str, Any], request: pytest.FixtureRequest) -> None:

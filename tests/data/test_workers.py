@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bissl_hf.data.workers import LoaderWorkerError, explaining_lost_workers
 
-# Where a worker has ended torch opens ten files, to see whether that is allowed; its own handler may interrupt it there.
+# Where a worker has ended torch opens ten files, to see whether it may; its own handler may interrupt it there.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")
 
 

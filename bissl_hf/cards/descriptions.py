@@ -264,17 +264,17 @@ def _coupling(record: RunRecord) -> str:
     weight = logged.get("levels/proximal_weight", numbers.get("proximal_weight"))
     target = numbers.get("target_pull")
     found = "" if target is None else f" at the end, found for a pull of {target:.4g}"
-    told = [] if weight is None else [f"The proximal weight lambda was {weight:.4g}{found}."]
+    parts = [] if weight is None else [f"The proximal weight lambda was {weight:.4g}{found}."]
     solver = markdown_code(str(numbers["solver"]))
     if numbers["solver"] in ("identity", "none"):
-        return " ".join([*told, f"The solver of the upper steps was {solver}, which has no damping."])
+        return " ".join([*parts, f"The solver of the upper steps was {solver}, which has no damping."])
     kind = markdown_code(str(numbers["curvature_kind"]))
     curvature = "" if numbers["solver"] == "mfac" else f" with the curvature {kind}"
     automatic = numbers["damping"] == "auto"
     damping = logged.get("solver/damping") if automatic else numbers["damping"]
     value = "" if damping is None else f" {damping:.4g}" + (" at the end (`auto`)" if automatic else "")
     return " ".join(
-        [*told, f"The solver of the upper steps was {solver}{curvature}, its damping{value or ' `auto`'}."]
+        [*parts, f"The solver of the upper steps was {solver}{curvature}, its damping{value or ' `auto`'}."]
     )
 
 

@@ -6,7 +6,6 @@ Started from nothing it pre-trains with SimCLR first. Then it trains a head on t
 problem, and writes an ordinary transformers checkpoint of the aligned model.
 """
 
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from transformers import set_seed
 
 from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from ..cards.facts import ModelFacts
-from ..checkpoints import DamagedFileError, read_mapping, write_mapping
+from ..checkpoints import write_mapping
 from ..data.alternation import Stream
 from ..data.balanced import sampled
 from ..data.streams import Transform
@@ -37,7 +36,7 @@ from .images import DataArguments, ViewArguments, build_train_transform, build_v
 from .levels import Images, LowerDataArguments, build_upper, load_images
 from .loss import LossArguments
 from .models import PretextModelArguments, build_pretext_model
-from .outputs import RUN_RESULTS, afterwards, open_run
+from .outputs import RUN_RESULTS, afterwards, kept_results, open_run
 from .pairs import check_pairs
 from .parts import SETTINGS_NAME, Stage
 from .plan import MEASURED_ALTERNATIONS, format_plan, make_plan
@@ -206,12 +205,9 @@ def evaluate_before(
 ) -> dict[str, Any]:
     """Trains the head and evaluates it, or returns what an earlier start has found."""
     file = Path(str(trainer.args.output_dir)) / BEFORE_NAME
-    if not is_new and file.is_file():
-        try:
-            return read_mapping(file)
-        except DamagedFileError:
-            if trainer.is_world_process_zero():
-                print(f"Passing over {file}, which is empty or damaged: it is made anew.", file=sys.stderr)
+    kept = None if is_new else kept_results(file, speaks=trainer.is_world_process_zero())
+    if kept is not None:
+        return kept
     start = time.perf_counter()
     trainer.warm_up_head()
     seconds = {"Pre-training": pretraining_seconds, "Head warm-up": time.perf_counter() - start}

@@ -6,7 +6,6 @@ Masked language modelling on texts without labels is the lower level, a classifi
 Any BERT-like checkpoint serves. The output is an ordinary checkpoint for text classification with its tokenizer.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from .. import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
-from ..checkpoints import DamagedFileError, read_mapping, write_json, write_mapping
+from ..checkpoints import write_json, write_mapping
 from ..data.balanced import sampled
 from ..data.text import MaskTokens, TokenizedTexts, read_texts
 from ..evaluation.figures import plot_run
@@ -34,7 +33,7 @@ from .card import CardArguments, recipe_facts
 from .console import prepare_console
 from .loading import loading
 from .loss import LossArguments
-from .outputs import RUN_RESULTS, afterwards, name_metrics, open_run
+from .outputs import RUN_RESULTS, afterwards, kept_results, name_metrics, open_run
 from .pairs import check_pairs
 from .running import as_a_run
 from .starting import StartingPoint
@@ -178,12 +177,9 @@ def build_run(
 
 def evaluate_before(trainer: BiSSLTrainer, test: TokenizedTexts, kept: Path, *, resumes: bool) -> dict[str, Any]:
     """Returns the test metrics of a head on the pre-trained model, or those that an earlier call has kept."""
-    if resumes and kept.is_file():
-        try:
-            return read_mapping(kept)
-        except DamagedFileError:
-            if trainer.is_world_process_zero():
-                print(f"Passing over {kept}, which is empty or damaged: it is made anew.", file=sys.stderr)
+    found = kept_results(kept, speaks=trainer.is_world_process_zero()) if resumes else None
+    if found is not None:
+        return found
     trainer.warm_up_head()
     before = trainer.evaluate(test, metric_key_prefix="before")
     if trainer.is_world_process_zero():

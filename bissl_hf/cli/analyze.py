@@ -28,6 +28,7 @@ from ..evaluation.figures import plot_layouts, plot_similarity
 from ..evaluation.metrics import MULTI_LABEL
 from ..models.backbone import load_backbone
 from ..models.batch_norm import recalibrate_batch_norm
+from ..models.configuration_backbone import backbone_config
 from ..models.image_size import adapt_image_size
 from ..models.loading import load_pretrained
 from ..tasks.labelled import LabelledImages, decode_labelled
@@ -100,7 +101,7 @@ def load_backbones(arguments: AnalysisArguments, data: DataArguments) -> dict[st
     names = arguments.names or [Path(source).name for source in arguments.checkpoints]
     for name, source in zip(names, arguments.checkpoints, strict=True):
         config = load_config("checkpoints", source)
-        prepared = StartingPoint(source, "checkpoints", config).complete(data).preprocessing
+        prepared = StartingPoint(source, "checkpoints", backbone_config(config)).complete(data).preprocessing
         with loading("checkpoints", source):
             if isinstance(config, BiSSLConfig):
                 both = load_pretrained(BiSSLModel, source)

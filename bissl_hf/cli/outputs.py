@@ -11,7 +11,7 @@ from accelerate.state import PartialState
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
-from ..checkpoints import find_defect, find_last_checkpoint
+from ..checkpoints import DamagedFileError, find_defect, find_last_checkpoint, read_mapping
 from ..hub.folder import fetch_last_checkpoint
 from ..run_lock import LOCK_NAME, hold_for_run
 from ..text import for_terminal
@@ -115,6 +115,23 @@ def open_run(args: TrainingArguments, *, leaves: Sequence[str]) -> Path | None:
     PartialState().wait_for_everyone()
     hold_for_run(str(args.output_dir), writes=args.process_index == 0)
     return checkpoint
+
+
+def kept_results(file: Path, *, speaks: bool) -> dict[str, Any] | None:
+    """Returns what an earlier start has kept in a file; `None` if there is none, or a damaged one.
+
+    Args:
+        file (`Path`): written by [`write_mapping`].
+        speaks (`bool`): whether this process says that it passes over a damaged one.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return read_mapping(file)
+    except DamagedFileError:
+        if speaks:
+            print(f"Passing over {file}, which is empty or damaged: it is made anew.", file=sys.stderr)
+        return None
 
 
 @contextmanager

@@ -6,9 +6,8 @@ from typing import Any, TypeVar
 
 from transformers import PretrainedConfig, TrainingArguments
 
-from ..data.preprocessing import Preprocessing, load_preprocessing
-from ..models.configuration_backbone import backbone_config, own_image_size, resnet18_config
-from ..models.configuration_bissl import BiSSLConfig
+from ..models.configuration_backbone import backbone_config, resnet18_config
+from ..models.image_size import own_preprocessing
 from ..optim.presets import PAPER, optimizer_preset
 from ..text import for_console
 from .images import DataArguments
@@ -51,10 +50,7 @@ class StartingPoint:
         if not named:
             return cls(None, names[0], resnet18_config())
         first = next(iter(named))
-        config = configs[first]
-        return cls(
-            named[first], first, backbone_config(config.upper_config if isinstance(config, BiSSLConfig) else config)
-        )
+        return cls(named[first], first, backbone_config(configs[first]))
 
     def complete(self, data: DataType) -> DataType:
         """Returns the arguments of the data with what they leave open of the preprocessing: that of the model's own
@@ -63,14 +59,11 @@ class StartingPoint:
         Raises:
             `ValueError`: if numbers are not allowed, or the image processor does what the transforms do not.
         """
-        given = data.preprocessing
-        found = None
+        found = data.preprocessing
         if self.source is not None:
             with loading(self.field, self.source):
-                found = load_preprocessing(self.source, image_size=data.image_size)
-        found = found or Preprocessing()
-        size = given.image_size or found.image_size or own_image_size(self.config) or USUAL_IMAGE_SIZE
-        return data.completed(replace(found, image_size=size))
+                found = own_preprocessing(self.source, self.config, image_size=data.image_size)
+        return data.completed(replace(found, image_size=found.image_size or USUAL_IMAGE_SIZE))
 
     def with_usual_optimizers(
         self, arguments: ArgumentsType, given: Iterable[str], levels: Mapping[str, str]

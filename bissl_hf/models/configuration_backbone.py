@@ -31,7 +31,9 @@ def as_config(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
 
 
 def backbone_config(config: PretrainedConfig) -> Any:
-    """Returns the configuration of the backbone in that of a model; a backbone's is its own."""
+    """Returns the configuration of the backbone in that of a model, in a model of both levels that of the upper one; a
+    backbone's is its own."""
+    config = getattr(config, "upper_config", None) or config
     return getattr(config, "backbone_config", None) or config
 
 

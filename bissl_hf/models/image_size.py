@@ -1,12 +1,14 @@
 """Backbones for images of another size than that of their pre-training."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..data.preprocessing import Preprocessing, load_preprocessing
 from .backbone import build_backbone, features_of_one_image
 from .configuration_backbone import backbone_config, own_image_size
 
@@ -39,6 +41,22 @@ def adapt_image_size(model: PreTrainedModel, image_size: int, *, field: str = "i
             f"backbone. ({reason})"
         )
     return _with_positions(model, tables, image_size)
+
+
+def own_preprocessing(source: str, config: PretrainedConfig, *, image_size: int | None = None) -> Preprocessing:
+    """Returns how images are prepared for a model: as its image processor or its configuration of timm says, else with
+    ImageNet's mean and deviation. The size that none of them names is that of its configuration, if it has one.
+
+    Args:
+        source (`str`): folder or Hub id of the model.
+        config (`PretrainedConfig`): of the model, or of its backbone.
+        image_size (`int`, *optional*): side of the images, in pixels, in place of the one that is found.
+
+    Raises:
+        `ValueError`: see [`Preprocessing.from_processor`].
+    """
+    found = load_preprocessing(source, image_size=image_size) or Preprocessing(image_size=image_size)
+    return found if found.image_size else replace(found, image_size=own_image_size(backbone_config(config)))
 
 
 def config_for_image_size(config: PretrainedConfig, image_size: int, *, field: str = "image_size") -> PretrainedConfig:

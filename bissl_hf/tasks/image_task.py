@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from datasets import Dataset, DatasetDict
-from transformers import AutoConfig
 
 from ..data.augment import TrainTransform, TwoViewTransform
 from ..data.decoded import DecodedImages
 from ..data.one_view import OneViewTransform
-from ..data.preprocessing import Preprocessing, load_preprocessing
+from ..data.preprocessing import Preprocessing
 from ..data.sources import load_image_dataset
-from ..models.configuration_backbone import backbone_config, own_image_size
+from ..models.image_size import own_preprocessing
+from ..models.loading import load_config
 from ..models.pretext import pretext_tasks
 from .downstream import DownstreamTask
 from .labelled import check_several_classes, decode_labelled, decode_unlabelled
@@ -126,9 +126,7 @@ def load_image_task(
 def _preprocessing(processor: Any, image_size: int | None) -> Preprocessing:
     """Returns how images are prepared."""
     if isinstance(processor, str | os.PathLike):
-        source, processor = str(processor), load_preprocessing(str(processor), image_size=image_size)
-        if processor is None:
-            image_size = image_size or own_image_size(backbone_config(AutoConfig.from_pretrained(source)))
+        processor = own_preprocessing(str(processor), load_config(str(processor)), image_size=image_size)
     if processor is not None:
         return Preprocessing.from_processor(processor, image_size=image_size)
     if image_size is None:

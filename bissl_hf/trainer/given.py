@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from ..data.balanced import BalancedRows
 from ..data.decoded import DecodedImages
 
 logger = logging.get_logger(__name__)
@@ -113,7 +114,7 @@ def check_label_range(dataset: Any, row: Mapping[str, Any], *, name: str, model:
 
 def _labels_at_hand(dataset: Any, row: Mapping[str, Any]) -> np.ndarray:
     """Returns all labels of a data set that keeps them in a column, else that of its first row."""
-    if isinstance(dataset, DecodedImages):
+    if isinstance(dataset, DecodedImages | BalancedRows):
         return np.asarray(dataset.labels)
     key = next(key for key in LABEL_KEYS if row.get(key) is not None)
     if isinstance(dataset, Dataset) and key in dataset.column_names and dataset.format["type"] != "custom":

@@ -18,11 +18,7 @@ from ..optim.optimizers import parse_optimizer_options, resolve_optimizer, takes
 from ..optim.schedule import level_schedule
 from ..optim.two_level import LevelSettings
 from .data_parallel import COMPILER_VARIABLES, refuse_launcher_settings, refuse_missing_devices
-from .fields import (
-    REFUSED,
-    REFUSED_IN_SECOND_ORDER,
-    refuse_fields,
-)
+from .fields import REFUSED, REFUSED_IN_SECOND_ORDER, refuse_fields
 
 # Smallest values allowed.
 _AT_LEAST = {

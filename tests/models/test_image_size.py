@@ -1,5 +1,6 @@
 """Models for images of another size."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import transformers as tf
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
-from bissl_hf import BiSSLModel, BYOLForPreTraining, SimCLRForPreTraining
-from bissl_hf.models.image_size import adapt_image_size
+from bissl_hf import BiSSLConfig, BiSSLModel, BYOLForPreTraining, SimCLRForPreTraining
+from bissl_hf.data.preprocessing import Preprocessing
+from bissl_hf.models.image_size import adapt_image_size, own_preprocessing
 
 VIT: dict[str, Any] = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32,
@@ -92,3 +94,16 @@ def test_models_that_cannot_be_adapted() -> None:
     )
     with pytest.raises(ValueError, match=r"decoder_pos_embed cannot be interpolated to 48; start from its backbone"):
         adapt_image_size(mae, 48)
+
+
+def test_own_preprocessing_has_the_size_of_the_configuration_where_a_processor_names_none(tmp_path) -> None:
+    settings = {"image_mean": [0.1] * 3, "image_std": [0.2] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    config = tf.ViTConfig(**{**VIT, "image_size": 24})
+    for whole in (config, BiSSLConfig(config, config, "ViTModel", "ViTForImageClassification")):
+        found = own_preprocessing(str(tmp_path), whole)
+        assert (found.image_size, found.mean) == (24, (0.1,) * 3)
+    assert own_preprocessing(str(tmp_path), config, image_size=16).image_size == 16
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "config.json").write_text("{}")
+    assert own_preprocessing(str(tmp_path), config) == Preprocessing(image_size=24)

@@ -11,6 +11,7 @@ from bissl_hf import BiSSLModel, BiSSLTrainer, BiSSLTrainingArguments
 from bissl_hf.checkpoints import find_defect
 from bissl_hf.data.alternation import Stream
 from bissl_hf.data.augment import EvalTransform, TrainTransform, TwoViewTransform
+from bissl_hf.data.balanced import BalancedRows
 from bissl_hf.data.decoded import DecodedImages
 from bissl_hf.run_lock import holding_folder
 from bissl_hf.trainer.finetune_trainer import FineTuneTrainer
@@ -103,6 +104,10 @@ def test_rows_that_do_not_fit_are_refused(tmp_path):
     wrong = datasets.Dataset.from_dict({"pixel_values": [[0.0]] * 12, "labels": [0, 1, 2] * 3 + [1, 2, 7]})
     with pytest.raises(ValueError, match=r"train_dataset has the label 7, .*num_labels=8"):
         build(tmp_path, train=wrong)
+    decoded = DecodedImages(np.zeros((12, 3, 8, 8), dtype=np.uint8), np.array([0, 1, 2] * 3 + [1, 2, 7]))
+    for known in (decoded, BalancedRows(decoded)):
+        with pytest.raises(ValueError, match=r"train_dataset has the label 7, .*num_labels=8"):
+            build(tmp_path, train=known)
 
 
 @pytest.mark.parametrize(

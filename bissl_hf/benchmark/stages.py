@@ -62,7 +62,7 @@ def check_stages(folder: Path, names: list[str], workload: Workload, device: tor
     """Refuses stages that there are not, and a folder whose stages were measured with other sizes or elsewhere.
 
     Raises:
-        `ValueError`: with what was given, what is allowed and what to change.
+        `ValueError`: with what was given, what is allowed and what to change; also for a damaged file.
     """
     unknown = [name for name in names if name not in STAGES]
     if unknown or not names:
@@ -98,5 +98,10 @@ def run_stage(folder: Path, name: str, workload: Workload, device: torch.device)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not {"machine", "workload"} <= set(report):
+            raise ValueError("it has no machine or no workload")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no report of a stage: {error}. Remove it to measure the stage again.") from error
     return report

@@ -71,6 +71,19 @@ def test_figures_of_other_sizes_are_not_mixed(
     assert measured == ["curvatures"]
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"machine": {}}'])
+def test_a_damaged_file_is_named(
+    tmp_path: Path, measured: list[str], capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "curvatures.json").write_text(content)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--stages", "curvatures")
+    message = " ".join(capsys.readouterr().err.split())
+    assert "curvatures.json is no report of a stage: " in message
+    assert "Remove it to measure the stage again." in message
+    assert measured == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
